@@ -1,0 +1,105 @@
+"""Activations as what they are, sparse: encode, keep what fires, decode every nested prefix from that.
+
+About one activation in two hundred is not zero, so the cost of a pass is its encoder product. `Transcoder.encode` and
+`Transcoder.nested` are the dense form of the same maths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from matryoshka.transcoder import Transcoder
+
+TILE_BYTES = 256 * 2**20
+"""Pre-activations held at once, whatever the width and the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Active:
+    """The positive activations of a batch, ordered by row and within a row by latent."""
+
+    n_rows: int
+    row: Tensor
+    """[n_active] int64"""
+    latent: Tensor
+    """[n_active] int64"""
+    value: Tensor
+    """[n_active] float32"""
+
+    def where(self, chosen: Tensor) -> Active:
+        """Those that `chosen` [n_active] bool marks."""
+        return Active(self.n_rows, self.row[chosen], self.latent[chosen], self.value[chosen])
+
+
+def active_latents(
+    transcoder: Transcoder, x: Float[Tensor, "rows d_in"], floor: Float[Tensor, " d_sae"] | None = None
+) -> Active:
+    """Pre-activations above max(floor, 0), `floor` [d_sae] being the transcoder's threshold by default.
+
+    With the threshold these are exactly the non-zero entries of `Transcoder.encode`. Rows are taken a tile at a time,
+    so that [rows, d_sae] is never held whole.
+    """
+    floor = (transcoder.threshold if floor is None else floor).clamp_min(0)
+    parts = []
+    for start, pre_acts in row_tiles(transcoder, x):
+        row, latent = (pre_acts > floor).nonzero(as_tuple=True)
+        parts.append((row + start, latent, pre_acts[row, latent]))
+    row, latent, value = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Active(n_rows=len(x), row=row, latent=latent, value=value)
+
+
+def row_tiles(transcoder: Transcoder, x: Float[Tensor, "rows d_in"]) -> Iterator[tuple[int, Tensor]]:
+    """(first row, pre-activations [tile, d_sae]) of as many rows at a time as TILE_BYTES allows."""
+    tile = max(1, TILE_BYTES // (4 * transcoder.config.d_sae))
+    for start in range(0, len(x), tile):
+        yield start, transcoder.pre_acts(x[start : start + tile])
+
+
+def group_counts(transcoder: Transcoder, active: Active) -> Tensor:
+    """Active latents of each row in each group, int64 [rows, n_groups]."""
+    n_groups = len(transcoder.prefix_ends)
+    return torch.bincount(_bags(transcoder, active), minlength=active.n_rows * n_groups).view(active.n_rows, n_groups)
+
+
+def group_sums(transcoder: Transcoder, active: Active, counts: Tensor) -> Float[Tensor, "rows n_groups d_out"]:
+    """What each group alone adds to the output: one bag per (row, group) sums the decoder rows that fire there.
+
+    `counts` [rows, n_groups] is `group_counts` of the same activations.
+    """
+    starts = F.pad(counts.flatten().cumsum(0), (1, 0))
+    return F.embedding_bag(
+        active.latent,
+        transcoder.W_dec,
+        starts,
+        per_sample_weights=active.value,
+        mode="sum",
+        include_last_offset=True,
+    ).view(*counts.shape, -1)
+
+
+def base_output(transcoder: Transcoder, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
+    """The output when no latent fires: b_dec (+ x @ W_skip)."""
+    if transcoder.W_skip is None:
+        return transcoder.b_dec.expand(len(x), -1)
+    return torch.addmm(transcoder.b_dec, x, transcoder.W_skip)
+
+
+def nested_reconstructions(
+    base: Float[Tensor, "rows d_out"], per_group: Float[Tensor, "rows n_groups d_out"]
+) -> Iterator[Float[Tensor, "rows d_out"]]:
+    """y_hat_1 ... y_hat_G, one after the other; each is overwritten by the next."""
+    y_hat = base.clone()
+    for group in range(per_group.shape[1]):
+        y_hat += per_group[:, group]
+        yield y_hat
+
+
+def _bags(transcoder: Transcoder, active: Active) -> Tensor:
+    ends = torch.tensor(transcoder.prefix_ends, device=active.latent.device)
+    return active.row * len(ends) + torch.bucketize(active.latent, ends, right=True)

@@ -1,0 +1,68 @@
+"""Which weights a RUN argument means: the newest checkpoint of a run, or the folder itself."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from matryoshka.errors import UserError
+from matryoshka.runs import CHECKPOINTS, RUN_FILE, read_json
+from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE
+
+STATE_FILE = "state.json"
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights to evaluate, and the folder that the report belongs to."""
+
+    run: Path
+    """What the user named: a run, or a folder with weights."""
+    folder: Path
+    """Where the weights lie."""
+    step: int | None = None
+    """Optimizer steps behind the weights; None outside a run."""
+    is_finished: bool = True
+    """Whether training was over and the threshold calibrated."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return self.run.resolve().name
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the weights: sha256 of the safetensors file."""
+        with (self.folder / WEIGHTS_FILE).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_checkpoint(run: Path) -> Checkpoint:
+    """The checkpoint that `run` means.
+
+    A folder with weights is taken as it is. Of a run it is the checkpoint with the highest step; a folder that is
+    still being written ends in .partial and is passed over. Raises UserError when there is neither.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run} is not a folder; give a run such as data/runs/l17-k96, or a checkpoint of one")
+    if (run / WEIGHTS_FILE).is_file() and (run / CONFIG_FILE).is_file():
+        return Checkpoint(run=run, folder=run)
+    if not (run / RUN_FILE).is_file():
+        raise UserError(
+            f"{run} is neither a run (it has no {RUN_FILE}) nor a transcoder (no {WEIGHTS_FILE} with {CONFIG_FILE}); "
+            "give the folder that `train run` made"
+        )
+    steps = {}
+    for folder in (run / CHECKPOINTS).glob("step-*"):
+        match = _STEP.fullmatch(folder.name)
+        if match is not None and folder.is_dir():
+            steps[int(match[1])] = folder
+    if not steps:
+        raise UserError(f"{run} has no checkpoint yet; let `train run` reach its first one, then evaluate again")
+    step = max(steps)
+    state = read_json(steps[step] / STATE_FILE, what="checkpoint")
+    return Checkpoint(run=run, folder=steps[step], step=step, is_finished=state.get("finished") is True)

@@ -1,0 +1,53 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Measure transcoders on the held-out rows of a shard set. No language model is run.",
+)
+
+
+@app.callback()
+def _evaluate() -> None:
+    # With a callback, typer keeps the name of a single command: `evaluate run`.
+    pass
+
+
+@app.command()
+def run(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Runs such as data/runs/l17-k96, or checkpoint folders.")
+    ],
+    shards: Annotated[
+        Path | None, typer.Option(help="Shard set whose val split is used. Required here or in the file.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Val rows to use, such as 200k. (all of them)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report. (RUN/eval/<shard set>-<digest>)")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with an evaluate section. (./pipeline.yaml if there)")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="evaluate.key=value, any setting; repeatable.")
+    ] = None,
+) -> None:
+    """FVU, L0, cosine, dead and dense latents of each nested prefix, as a table and as RUN/eval/.../report.json."""
+    from matryoshka.config import find_file, load_config
+
+    from .config import EvaluateConfig
+    from .run import evaluate
+    from .screen import Screen
+
+    flags = {"shards": shards, "tokens": tokens, "device": device, "out": out}
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    with Screen() as screen:
+        evaluations = evaluate(runs, settings, screen)
+    screen.report(evaluations)

@@ -1,0 +1,54 @@
+"""Settings of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from matryoshka.config import Config, Count, parse_count
+
+_OPERATIONAL = frozenset({"shards", "device", "out"})
+
+
+class EvaluateConfig(Config):
+    """Which rows to measure on, and how."""
+
+    shards: Path | None = None
+    """Folder of the shard set; its val split is what is evaluated."""
+    tokens: Count | None = None
+    """Val rows to use, the first ones in reading order, context after context; all by default."""
+    batch_rows: Count = 4096
+    """Rows measured at once; BatchTopK chooses among them."""
+    curve_scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        2.0,
+        1.5,
+        1.25,
+        1.0,
+        0.85,
+        0.7,
+        0.5,
+    )
+    """Factors on the thresholds for the L0-FVU curve."""
+    curve_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=0)] = 65_536
+    """Rows the curve is drawn from (low thresholds cost more than all the rest); 0 for no curve."""
+    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    """Draws of contexts behind the confidence intervals; 0 for none."""
+    seed: int = 0
+    """Seed of those draws."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    out: Path | None = None
+    """Folder of the report; by default eval/<shard set>-<digest> in the run."""
+
+    @field_validator("curve_scales")
+    @classmethod
+    def _in_order(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if list(scales) != sorted(set(scales), reverse=True):
+            raise ValueError(f"give the factors from the largest to the smallest, each once; found {scales}")
+        return scales
+
+    def content(self) -> dict[str, Any]:
+        """The settings that decide the numbers; the others only where and how fast."""
+        return self.model_dump(mode="json", exclude=set(_OPERATIONAL))

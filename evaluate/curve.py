@@ -1,0 +1,62 @@
+"""The L0-FVU curve: the same weights with every threshold moved by a factor, so that transcoders meet at equal L0.
+
+Moving the threshold changes which activations pass, not their values, so a lower threshold only adds to a higher one:
+the activations between two neighbouring ones are decoded once and summed on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from matryoshka.metrics import FvuSums, L0Sums
+from matryoshka.transcoder import Transcoder
+
+from .active import Active, group_counts, group_sums, nested_reconstructions
+from .report_file import CurvePoint, finite
+
+
+@dataclass
+class CurveSums:
+    """Sums of FVU and L0 for each factor on the threshold, the largest factor first."""
+
+    scales: tuple[float, ...]
+    fvu: list[FvuSums] = field(init=False)
+    l0: list[L0Sums] = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert list(self.scales) == sorted(set(self.scales), reverse=True)
+        self.fvu = [FvuSums() for _ in self.scales]
+        self.l0 = [L0Sums() for _ in self.scales]
+
+    def add(self, transcoder: Transcoder, active: Active, base: Tensor, y: Tensor) -> None:
+        """Add a batch. `active` holds at least what lies above the smallest factor times the threshold."""
+        home = torch.device("cpu") if y.device.type == "mps" else y.device
+        shape = (active.n_rows, len(transcoder.prefix_ends))
+        per_group, counts = y.new_zeros(*shape, y.shape[1]), torch.zeros(shape, dtype=torch.int64, device=y.device)
+        level = scale_levels(active, transcoder.threshold, self.scales)
+        for place in range(len(self.scales)):
+            new = active.where(level == place)
+            new_counts = group_counts(transcoder, new)
+            counts += new_counts
+            per_group += group_sums(transcoder, new, new_counts)
+            sq_err = torch.stack([(y_hat - y).square().sum(1) for y_hat in nested_reconstructions(base, per_group)])
+            self.fvu[place].add(y.to(home), sq_err.to(home))
+            self.l0[place].add(counts.cumsum(1).T.to(home))
+
+    def value(self) -> tuple[CurvePoint, ...]:
+        """The points, sparsest first; none when no row was added."""
+        return tuple(
+            CurvePoint(threshold_scale=scale, l0=tuple(l0.value()), fvu=tuple(finite(value) for value in fvu.value()))
+            for scale, fvu, l0 in zip(self.scales, self.fvu, self.l0, strict=True)
+            if fvu.n_rows > 0
+        )
+
+
+def scale_levels(active: Active, threshold: Tensor, scales: tuple[float, ...]) -> Tensor:
+    """[n_active] int64: the first of the descending `scales` at which an activation passes; len(scales) if none."""
+    cut = threshold.clamp_min(0)[active.latent]
+    passes = torch.stack([active.value > scale * cut for scale in scales])
+    return (~passes).sum(0)

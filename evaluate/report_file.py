@@ -1,0 +1,177 @@
+"""report.json: its schema, where it lies, and whether it already answers the question.
+
+The same weights, rows and settings give the same bytes: no times, no library versions, no paths.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from matryoshka.config import Config
+from matryoshka.runs import publish_json
+from matryoshka.shards import ShardSet
+
+from .checkpoint import Checkpoint
+
+REPORT_FILE = "report.json"
+
+
+class PrefixNumbers(Config):
+    """One nested prefix; a number is null where it is not defined, such as an FVU of targets that do not vary."""
+
+    group_size: int
+    prefix_end: int
+    fvu: float | None
+    """sum ||y - y_hat||^2 / sum ||y - mean(y)||^2 over all rows"""
+    l0: float
+    """mean number of active latents in a row"""
+    cosine: float
+    """mean of cos(y, y_hat)"""
+    norm_ratio: float | None
+    """sum ||y_hat|| / sum ||y||"""
+
+
+class L0Spread(Config):
+    """How the L0 of single rows and the uncertainty of the means spread; one entry a prefix."""
+
+    quantile_levels: tuple[float, ...]
+    l0_quantiles: tuple[tuple[int, ...], ...]
+    """active latents of a row, at each level"""
+    fvu_interval: tuple[tuple[float, float], ...] | None
+    """95% bootstrap interval of FVU over contexts; null with a single context"""
+    l0_interval: tuple[tuple[float, float], ...] | None
+
+
+class CurvePoint(Config):
+    """All thresholds times one factor; one entry a prefix."""
+
+    threshold_scale: float
+    l0: tuple[float, ...]
+    fvu: tuple[float | None, ...]
+
+
+class Stratum(Config):
+    """A part of the rows."""
+
+    name: str
+    n_rows: int
+    share_of_variance: float | None
+    """of sum ||y - mean(y)||^2, the mean over all rows"""
+    fvu: tuple[float | None, ...]
+    """of each prefix, over that part of the variance; the total FVU is the average weighted by it"""
+    l0: tuple[float | None, ...]
+
+
+class DocumentSpread(Config):
+    """FVU of single documents, one entry a prefix."""
+
+    n_documents: int
+    """with at least min_rows evaluated rows"""
+    min_rows: int
+    quantile_levels: tuple[float, ...]
+    fvu_quantiles: tuple[tuple[float, ...], ...] | None
+
+
+class GroupLatents(Config):
+    """How a range of latents is used."""
+
+    n_latents: int
+    n_dead: int
+    """fired on no evaluated row"""
+    dead_share: float
+    dense_share: float
+    """share that fires on more than a tenth of the rows"""
+    mean_max_cosine: float | None
+    """decoder redundancy: mean over latents of the largest cosine with another decoder row of the transcoder"""
+    redundant_share: float | None
+    """share whose decoder row has a cosine above 0.9 with another one"""
+    log10_density_counts: tuple[int, ...]
+    """latents that fired, by log10 of the share of rows they fire on; edges in Report.log10_density_edges"""
+
+
+class TranscoderFacts(Config):
+    """Which weights were evaluated."""
+
+    run: str
+    step: int | None
+    sha256: str
+    """of the safetensors file"""
+    config: dict[str, Any]
+
+
+class ShardSetFacts(Config):
+    """On what."""
+
+    name: str
+    digest: str
+    model: str
+    model_revision: str | None
+    source_hook: str
+    target_hook: str
+    split: Literal["val"] = "val"
+
+
+class Report(Config):
+    """The content of report.json."""
+
+    format_version: Literal[1] = 1
+    transcoder: TranscoderFacts
+    shard_set: ShardSetFacts
+    settings: dict[str, Any]
+    """The resolved configuration, without what cannot change a number."""
+    n_rows: int
+    """Rows evaluated: special positions left out; with settings.tokens the first ones, context after context."""
+    threshold: tuple[PrefixNumbers, ...]
+    """Each prefix with activations cut at the stored threshold, as the transcoder is used."""
+    batch_topk: tuple[PrefixNumbers, ...] | None
+    """Each prefix with the k x rows largest activations of each batch, as in training; null without a k."""
+    spread: L0Spread
+    """Of the threshold mode."""
+    curve: tuple[CurvePoint, ...]
+    """L0 against FVU with all thresholds moved, sparsest first, over the first settings.curve_tokens rows."""
+    by_position: tuple[Stratum, ...]
+    """By place in the context, in powers of two."""
+    by_token_frequency: tuple[Stratum, ...]
+    """By the share of the train split's tokens that are this one, in decades."""
+    by_document: DocumentSpread
+    groups: tuple[GroupLatents, ...]
+    """The own latents of each group."""
+    total: GroupLatents
+    """All latents."""
+    log10_density_edges: tuple[float, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides every number here."""
+        return {
+            "transcoder": {"step": self.transcoder.step, "sha256": self.transcoder.sha256},
+            "shard_set": {"digest": self.shard_set.digest},
+            "settings": self.settings,
+        }
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN: a number that is not defined becomes null."""
+    return value if math.isfinite(value) else None
+
+
+def default_folder(checkpoint: Checkpoint, shards: ShardSet) -> Path:
+    """RUN/eval/<shard set>-<first 8 of its digest>."""
+    return checkpoint.run / "eval" / f"{shards.name}-{shards.digest[:8]}"
+
+
+def read_report(folder: Path) -> Report | None:
+    """The report in `folder`; None when there is none that this version can read (it is then made anew)."""
+    try:
+        return Report.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValidationError, UnicodeDecodeError):
+        return None
+
+
+def write_report(folder: Path, report: Report) -> Path:
+    """Publish report.json whole or not at all."""
+    publish_json(folder / REPORT_FILE, report.model_dump(mode="json"))
+    return folder / REPORT_FILE

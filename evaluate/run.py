@@ -1,0 +1,199 @@
+"""One evaluation: val rows through the transcoder, sums of every metric, one report. No language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from matryoshka.devices import resolve_device
+from matryoshka.errors import UserError
+from matryoshka.runs import changed_fields, make_directory
+from matryoshka.shards import ShardSet
+from matryoshka.transcoder import Transcoder
+
+from .checkpoint import Checkpoint, find_checkpoint
+from .config import EvaluateConfig
+from .fits import check_fits, portable_name
+from .latent_table import LATENTS_FILE, write_latents
+from .latents import LOG10_DENSITY_EDGES, group_latents, latent_range
+from .measure import Measurement
+from .redundancy import Neighbours, decoder_neighbours
+from .report_file import (
+    REPORT_FILE,
+    Report,
+    ShardSetFacts,
+    TranscoderFacts,
+    default_folder,
+    read_report,
+    write_report,
+)
+from .rows import count_rows, row_batches
+
+
+class Progress(Protocol):
+    """What an evaluation tells of itself while it works."""
+
+    def started(self, name: str, n_rows: int) -> None:
+        """A pass over `n_rows` rows begins."""
+        ...
+
+    def advanced(self, n_rows: int) -> None:
+        """`n_rows` more are measured."""
+        ...
+
+
+class Silent:
+    """Progress for nobody."""
+
+    def started(self, name: str, n_rows: int) -> None:
+        """Say nothing."""
+
+    def advanced(self, n_rows: int) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A report and how it came about."""
+
+    checkpoint: Checkpoint
+    path: Path
+    """The report.json."""
+    report: Report
+    is_new: bool
+    """False when the report was there already."""
+    replaced: tuple[str, ...] = ()
+    """How an older report in the same place differed."""
+
+
+def evaluate(runs: list[Path], config: EvaluateConfig, progress: Progress | None = None) -> list[Evaluation]:
+    """Evaluate each of `runs` on the val split of `config.shards` and publish its report.
+
+    A report that already answers for the same weights, rows and settings is only read. Raises UserError for whatever
+    the user can mend, before the first pass where it can be told.
+    """
+    progress = progress or Silent()
+    if config.shards is None:
+        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
+    if not runs:
+        raise UserError("no run was named; give one or more, for example data/runs/l17-k96")
+    shards = ShardSet.open(config.shards)
+    if count_rows(shards, "val") == 0:
+        raise UserError(f"the val split of {shards.path} holds only special tokens; harvest more text")
+    checkpoints = [find_checkpoint(run) for run in runs]
+    folders = _folders(checkpoints, shards, config)
+    return [
+        evaluate_checkpoint(checkpoint, shards, config, folder, progress)
+        for checkpoint, folder in zip(checkpoints, folders, strict=True)
+    ]
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig, folder: Path, progress: Progress
+) -> Evaluation:
+    """Make the report of one checkpoint in `folder`, or read the one that is there."""
+    transcoder = Transcoder.load(checkpoint.folder)
+    check_fits(transcoder, shards, checkpoint.name)
+    identity = _identity(checkpoint, shards, config)
+    existing = read_report(folder)
+    changes = [] if existing is None else changed_fields(existing.identity(), identity)
+    if existing is not None and not changes and (folder / LATENTS_FILE).is_file():
+        return Evaluation(checkpoint, folder / REPORT_FILE, existing, is_new=False)
+    make_directory(folder)
+    transcoder = transcoder.to(resolve_device(config.device))
+    sums = measure(transcoder, checkpoint.name, shards, config, progress)
+    neighbours = decoder_neighbours(transcoder.W_dec)
+    report = _report(transcoder, checkpoint, shards, config, sums, neighbours)
+    # The report last: where it is, its table is too.
+    write_latents(folder, transcoder, sums.latents, neighbours)
+    path = write_report(folder, report)
+    return Evaluation(checkpoint, path, report, is_new=True, replaced=tuple(changes))
+
+
+def measure(
+    transcoder: Transcoder, name: str, shards: ShardSet, config: EvaluateConfig, progress: Progress
+) -> Measurement:
+    """One pass over the val rows."""
+    sums = Measurement(transcoder, shards, config)
+    n_rows = count_rows(shards, "val", config.tokens)
+    progress.started(name, n_rows)
+    for batch in row_batches(shards.val, config.batch_rows, config.tokens):
+        sums.add(batch)
+        progress.advanced(len(batch))
+    assert sums.n_rows == n_rows
+    return sums
+
+
+def _report(
+    transcoder: Transcoder,
+    checkpoint: Checkpoint,
+    shards: ShardSet,
+    config: EvaluateConfig,
+    sums: Measurement,
+    neighbours: Neighbours,
+) -> Report:
+    firing, breakdown = sums.latents.firing, sums.breakdown
+    return Report(
+        transcoder=TranscoderFacts(
+            run=checkpoint.name,
+            step=checkpoint.step,
+            sha256=checkpoint.sha256,
+            config=_portable_config(transcoder),
+        ),
+        shard_set=_shard_set_facts(shards),
+        settings=config.content(),
+        n_rows=sums.n_rows,
+        threshold=sums.threshold.value(transcoder),
+        batch_topk=None if sums.batch_topk is None else sums.batch_topk.value(transcoder),
+        spread=breakdown.spread(sums.l0_histogram, config.bootstrap, config.seed),
+        curve=sums.curve.value(),
+        by_position=breakdown.by_position(),
+        by_token_frequency=breakdown.by_token_frequency(),
+        by_document=breakdown.by_document(),
+        groups=group_latents(firing, neighbours, transcoder.config.group_sizes),
+        total=latent_range(firing, neighbours, 0, transcoder.config.d_sae),
+        log10_density_edges=LOG10_DENSITY_EDGES,
+    )
+
+
+def _folders(checkpoints: list[Checkpoint], shards: ShardSet, config: EvaluateConfig) -> list[Path]:
+    """Where each report goes. Raises UserError when two would share a place."""
+    if config.out is None:
+        folders = [default_folder(checkpoint, shards) for checkpoint in checkpoints]
+    elif len(checkpoints) == 1:
+        folders = [config.out]
+    else:
+        folders = [config.out / checkpoint.name for checkpoint in checkpoints]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(
+            "two of the runs have the same name, so that their reports would overwrite each other in "
+            f"{config.out or 'one folder'}; name each run once, and evaluate runs of equal names one at a time"
+        )
+    return folders
+
+
+def _identity(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:
+    """`Report.identity` of the report that is asked for."""
+    return {
+        "transcoder": {"step": checkpoint.step, "sha256": checkpoint.sha256},
+        "shard_set": {"digest": shards.digest},
+        "settings": config.content(),
+    }
+
+
+def _shard_set_facts(shards: ShardSet) -> ShardSetFacts:
+    manifest = shards.manifest
+    return ShardSetFacts(
+        name=shards.name,
+        digest=shards.digest,
+        model=portable_name(str(manifest.model.get("model", ""))),
+        model_revision=manifest.model.get("revision"),
+        source_hook=manifest.source.hook_point,
+        target_hook=manifest.target.hook_point,
+    )
+
+
+def _portable_config(transcoder: Transcoder) -> dict[str, Any]:
+    content = transcoder.config.model_dump(mode="json")
+    return {**content, "model": portable_name(transcoder.config.model)}

@@ -1,0 +1,102 @@
+"""What an evaluation shows on the terminal: a bar while it runs, then a table per run."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .report_file import Report
+from .run import Evaluation
+
+
+class Screen:
+    """Progress and notes go to stderr, tables to stdout; use it as a context."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._output = Console()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rows"),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    def started(self, name: str, n_rows: int) -> None:
+        """Show a bar for one run."""
+        # Not before there is something to show: a bar that never had a task leaves an empty line.
+        self._bar.start()
+        self._task = self._bar.add_task(f"evaluate {name}", total=n_rows, rate="")
+
+    def advanced(self, n_rows: int) -> None:
+        """Move the bar."""
+        assert self._task is not None
+        self._bar.advance(self._task, n_rows)
+        speed = self._bar.tasks[-1].speed
+        self._bar.update(self._task, rate="" if speed is None else f"{speed:,.0f} rows/s")
+
+    def report(self, evaluations: list[Evaluation]) -> None:
+        """Print the table of each run and say where its report lies."""
+        for evaluation in evaluations:
+            self._output.print(prefix_table(evaluation.report))
+            checkpoint = evaluation.checkpoint
+            if not checkpoint.is_finished:
+                self._console.print(
+                    f"[yellow]{checkpoint.name} is not trained to its end: this is step {checkpoint.step:,}, its "
+                    "threshold a moving average, not yet calibrated"
+                )
+            if evaluation.replaced:
+                self._console.print(f"replaced an older report ({'; '.join(evaluation.replaced)})", markup=False)
+            state = "written" if evaluation.is_new else "nothing left to do, this report was there already"
+            self._console.print(f"{evaluation.path}: {state}", markup=False)
+
+
+def prefix_table(report: Report) -> Table:
+    """One line a nested prefix, then the latents of all groups together."""
+    step = "" if report.transcoder.step is None else f", step {report.transcoder.step:,}"
+    table = Table(
+        title=f"{report.transcoder.run}{step}, on {report.n_rows:,} held-out rows of {report.shard_set.name}",
+        caption="BatchTopK: the FVU with the k largest activations a row, chosen over a batch as in training",
+        show_footer=True,
+    )
+    total, interval, top = report.total, report.spread.fvu_interval, report.batch_topk
+    columns = {
+        "group": ("", [str(i + 1) for i in range(len(report.groups))]),
+        "latents": (f"{total.n_latents:,}", [f"{group.n_latents:,}" for group in report.groups]),
+        "prefix": ("", [f"{prefix.prefix_end:,}" for prefix in report.threshold]),
+        "FVU": ("", [_number(prefix.fvu, 4) for prefix in report.threshold]),
+        "95% interval": ("", [f"{low:.4f}-{high:.4f}" for low, high in interval or ()]),
+        "L0": ("", [_number(prefix.l0, 1) for prefix in report.threshold]),
+        "BatchTopK": ("", [_number(prefix.fvu, 4) for prefix in top or ()]),
+        "cosine": ("", [_number(prefix.cosine, 4) for prefix in report.threshold]),
+        "norm": ("", [_number(prefix.norm_ratio, 3) for prefix in report.threshold]),
+        "dead": (f"{total.dead_share:.1%}", [f"{group.dead_share:.1%}" for group in report.groups]),
+        "dense": (f"{total.dense_share:.1%}", [f"{group.dense_share:.1%}" for group in report.groups]),
+    }
+    shown = {name: column for name, column in columns.items() if column[1]}
+    for name, (footer, _) in shown.items():
+        table.add_column(name, footer=footer, justify="right", no_wrap=True)
+    for cells in zip(*(cells for _, cells in shown.values()), strict=True):
+        table.add_row(*cells)
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

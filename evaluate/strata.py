@@ -1,0 +1,80 @@
+"""FVU of parts of the rows: by position, by token frequency, by document, by context.
+
+    FVU_s = sum_{rows in s} ||y - y_hat||^2 / sum_{rows in s} ||y - mean(y)||^2        mean(y) over ALL rows
+
+With the mean of all rows in every denominator the parts add up: the total FVU is their average, weighted by variance.
+The denominator is sum ||y||^2 - 2 mean . sum y + n ||mean||^2, so a sum of y is kept for each part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass
+class StrataSums:
+    """Sums of each of `n_strata` parts, float64, on the CPU; memory is n_strata * d_out * 8 bytes."""
+
+    n_strata: int
+    n_prefixes: int
+    d_out: int
+    n_rows: Tensor = field(init=False)
+    """[n_strata]"""
+    sq_err: Tensor = field(init=False)
+    """[n_strata, n_prefixes]"""
+    l0: Tensor = field(init=False)
+    """[n_strata, n_prefixes]"""
+    sum_y: Tensor = field(init=False)
+    """[n_strata, d_out]"""
+    sum_y_sq: Tensor = field(init=False)
+    """[n_strata]"""
+
+    def __post_init__(self) -> None:
+        zeros = torch.zeros(self.n_strata, dtype=torch.float64)
+        self.n_rows, self.sum_y_sq = zeros.clone(), zeros.clone()
+        self.sq_err, self.l0 = (zeros[:, None].repeat(1, self.n_prefixes) for _ in range(2))
+        self.sum_y = zeros[:, None].repeat(1, self.d_out)
+
+    def add(self, strata: Tensor, y: Float[Tensor, "rows d_out"], sq_err: Tensor, l0: Tensor) -> None:
+        """Add a batch: `strata` [rows] int64 part of each row; `sq_err`, `l0` [n_prefixes, rows]."""
+        g = self.n_prefixes
+        columns = torch.cat([sq_err.T, l0.T.to(sq_err.dtype), y.square().sum(1, keepdim=True)], 1).cpu().double()
+        found, counts, sum_y = _bag_sums(y, strata.to(y.device))
+        sums = torch.zeros(self.n_strata, columns.shape[1], dtype=torch.float64).index_add_(0, strata.cpu(), columns)
+        self.n_rows[found] += counts
+        self.sum_y[found] += sum_y
+        self.sq_err += sums[:, :g]
+        self.l0 += sums[:, g : 2 * g]
+        self.sum_y_sq += sums[:, 2 * g]
+
+    def variance(self) -> Float[Tensor, " n_strata"]:
+        """sum over the rows of each part of ||y - mean(y)||^2, the mean taken over the rows of all parts."""
+        mean = self.sum_y.sum(0) / self.n_rows.sum()
+        return (self.sum_y_sq - 2 * self.sum_y @ mean + self.n_rows * mean.square().sum()).clamp_min(0)
+
+    def fvu(self) -> Float[Tensor, "n_strata n_prefixes"]:
+        """FVU of each part and prefix; NaN where a part has no rows or no variance."""
+        variance = self.variance()[:, None]
+        return torch.where(variance > 0, self.sq_err / variance, float("nan"))
+
+    def mean_l0(self) -> Float[Tensor, "n_strata n_prefixes"]:
+        """Mean L0 of each part and prefix; NaN where a part has no rows."""
+        return self.l0 / self.n_rows[:, None]
+
+
+def _bag_sums(y: Tensor, strata: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(parts that occur, rows of each, float64 sum of y in each) of one batch, on the CPU.
+
+    A sum over sorted bags and not index_add_, which is slow for wide rows on a CPU, and on a GPU adds in a different
+    order each time. Within the batch it is in float32.
+    """
+    ordered, order = strata.sort(stable=True)
+    found, counts = ordered.unique_consecutive(return_counts=True)
+    starts = F.pad(counts.cumsum(0), (1, 0))
+    sums = F.embedding_bag(order, y, starts, mode="sum", include_last_offset=True)
+    return found.cpu(), counts.cpu(), sums.cpu().double()

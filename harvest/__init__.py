@@ -1,0 +1,1 @@
+"""Stage one: run a language model once and write paired activations with their tokens."""

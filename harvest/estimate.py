@@ -1,0 +1,55 @@
+"""What a harvest will cost, before it starts: disk and time."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from matryoshka.errors import UserError
+from matryoshka.shards import Manifest
+from matryoshka.shards.layout import RATIO
+from matryoshka.shards.manifest import BYTES_PER_VALUE
+
+_RESERVE_BYTES = 64 * 2**20
+"""Left free on the disk, so that a full one is not found by the last shard."""
+_ID_BYTES = 2.0
+"""Tokens and document ids of a row after compression, about; and the row norms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Disk and time that the uncommitted part of a harvest needs."""
+
+    n_tokens: int
+    n_bytes: int
+    free_bytes: int
+    seconds: float | None
+
+    def check(self, folder: Path) -> None:
+        """Raise UserError when the disk cannot hold it."""
+        if self.n_bytes + _RESERVE_BYTES > self.free_bytes:
+            raise UserError(
+                f"the disk of {folder} has {gigabytes(self.free_bytes)} free, but this harvest needs about "
+                f"{gigabytes(self.n_bytes)}. Use fewer --tokens, --codec compact, or another disk with --out"
+            )
+
+
+def estimate(manifest: Manifest, n_tokens: int, folder: Path, tokens_per_second: float | None) -> Estimate:
+    """Cost of `n_tokens` more tokens in `folder`, which need not exist yet."""
+    width = manifest.source.width + manifest.target.width
+    row_bytes = width * BYTES_PER_VALUE * RATIO[manifest.codec] + _ID_BYTES + 8
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return Estimate(
+        n_tokens=n_tokens,
+        n_bytes=int(n_tokens * row_bytes),
+        free_bytes=shutil.disk_usage(place).free,
+        seconds=None if tokens_per_second is None else n_tokens / tokens_per_second,
+    )
+
+
+def gigabytes(n_bytes: float) -> str:
+    """A size for people: 97.1 GB, 412 MB."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"

@@ -1,0 +1,191 @@
+"""Settings: strict YAML and flags -> one frozen, validated model.
+
+A configuration file has the sections `harvest`, `train` and `evaluate`; each stage reads its own. What is said on the
+command line wins over `--set section.key=value`, which wins over the file, which wins over the defaults.
+Unknown keys are errors: a misspelt setting must never be a silently ignored one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from matryoshka.errors import UserError
+
+SECTIONS = ("harvest", "train", "evaluate")
+DEFAULT_FILE = Path("pipeline.yaml")
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)")
+_MULTIPLIER = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which plain YAML would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+class Config(BaseModel):
+    """Base of every settings model: frozen, keyword-only, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def parse_count(value: object) -> int:
+    """Read a whole number that may carry a decimal suffix: 15000000, "15M", "200k", "1.5M", "1_000"."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number such as 15M, got {value}")
+    if isinstance(value, int):
+        return value
+    text = str(value).strip().replace("_", "").replace(",", "")
+    match = _COUNT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"expected a number such as 15M, 200k or 15000000, got {value!r}")
+    # Not float: 1.001 * 1000 is 1000.9999999999999 there.
+    number = Decimal(match[1]) * _MULTIPLIER[match[2].lower()]
+    if number != int(number):
+        raise ValueError(f"expected a whole number, got {value!r} = {number}")
+    return int(number)
+
+
+def parse_sizes(value: object) -> object:
+    """Read a list of counts written with commas, as on the command line: "1152,2304,4608" -> (1152, 2304, 4608)."""
+    if isinstance(value, str):
+        return tuple(parse_count(part) for part in value.split(","))
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+"""A positive whole number; "15M" and "200k" are read too."""
+
+Sizes = Annotated[tuple[Count, ...], BeforeValidator(parse_sizes), Field(min_length=1)]
+"""Several counts; "1152,2304" is read too."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a configuration file, checked for their names only."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the configuration file {path} cannot be read ({error.strerror}); check --config") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the configuration file {path} is not UTF-8 text: {error}") from error
+    try:
+        content = yaml.load(text, _UniqueKeys)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should be a mapping with the sections {', '.join(SECTIONS)}")
+    unknown = [str(key) for key in content if key not in SECTIONS]
+    if unknown:
+        raise UserError(f"{path} has the unknown section {', '.join(unknown)}; the sections are {', '.join(SECTIONS)}")
+    for name, section in content.items():
+        if section is not None and not isinstance(section, dict):
+            raise UserError(f"{path}: the section {name} should be a mapping of settings, found {section!r}")
+    return {name: section or {} for name, section in content.items()}
+
+
+def find_file(path: Path | None) -> Path | None:
+    """The configuration file to use: the one named, else ./pipeline.yaml when it exists, else none."""
+    if path is not None:
+        return path
+    return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
+
+
+def parse_overrides(overrides: Sequence[str], section: str) -> dict[str, Any]:
+    """`--set section.key=value` items as a nested mapping for one section; values are read as YAML."""
+    values: dict[str, Any] = {}
+    for item in overrides:
+        name, equals, text = item.partition("=")
+        keys = name.strip().split(".")
+        if not equals or len(keys) < 2 or not all(keys):
+            raise UserError(f"--set {item!r} should look like section.key=value, for example {section}.seed=1")
+        if keys[0] != section:
+            raise UserError(f"--set {item!r}: this command reads the section {section!r}, not {keys[0]!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {item!r}: the value is not valid YAML") from error
+        place = values
+        for key in keys[1:-1]:
+            below = place.setdefault(key, {})
+            if not isinstance(below, dict):
+                raise UserError(
+                    f"--set {item!r}: an earlier --set gives {key} the value {below!r}; keep one of the two"
+                )
+            place = below
+        place[keys[-1]] = value
+    return values
+
+
+def load_config(
+    model: type[ConfigT],
+    section: str,
+    *,
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> ConfigT:
+    """Merge defaults <- file <- --set <- flags (those that are not None) into one validated, frozen model."""
+    values: dict[str, Any] = dict(read_yaml(file).get(section, {})) if file is not None else {}
+    values = _merged(values, parse_overrides(overrides, section))
+    values.update({key: value for key, value in (flags or {}).items() if value is not None})
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        origin = f" ({file} and the command line)" if file is not None else ""
+        raise UserError(f"bad {section} settings{origin}: {explain(error, model)}") from error
+
+
+def explain(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """A pydantic error as one line a person can act on."""
+    parts = []
+    for item in error.errors():
+        name = ".".join(str(place) for place in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            place = _model_at(model, item["loc"][:-1])
+            message = "unknown key" + ("" if place is None else f"; known keys: {', '.join(place.model_fields)}")
+        parts.append(f"{name}: {message}" if name else message)
+    return "; ".join(parts)
+
+
+def _model_at(model: type[BaseModel] | None, path: Sequence[int | str]) -> type[BaseModel] | None:
+    """The settings model at `path` below `model`, where the annotation there says so plainly."""
+    for name in path:
+        field = None if model is None else model.model_fields.get(str(name))
+        inner = None if field is None else field.annotation
+        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    return model
+
+
+def digest(content: object) -> str:
+    """sha256 of the canonical JSON of `content`: the identity of settings."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result

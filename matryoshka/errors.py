@@ -1,0 +1,9 @@
+"""The one exception for what a user can cause and mend."""
+
+
+class UserError(ValueError):
+    """Something the user asked for cannot be done as asked.
+
+    The message is one paragraph: what was found, what was expected, what to do. The command line prints it
+    without a traceback and exits with code 2; from Python it is an ordinary `ValueError`.
+    """

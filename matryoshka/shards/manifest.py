@@ -1,0 +1,156 @@
+"""What a shard set says of itself: the manifest (root attributes), commit records, and the plan of its shards."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field
+
+from matryoshka.config import Config, digest
+
+FORMAT = "matryoshka-shard-set"
+SPLITS = ("train", "val")
+MANIFEST_FOLDER = "manifest"
+
+SHARD_BYTES = 304_000_000
+"""A shard is at most this large a side, uncompressed: 64 contexts of 1024 at width 2304 are 302 MB."""
+CHUNK_BYTES = 4 * 2**20
+"""A chunk is at most this large, uncompressed; 2 to 4 MB is where reads stop being bound by overhead."""
+MIN_SHARDS = 8
+"""Shards a train split is cut into even when it is small, so that work can be resumed and spread."""
+BYTES_PER_VALUE = 2
+
+
+class SiteFacts(Config):
+    """One side of the pairs."""
+
+    site: str
+    layer: int
+    hook_point: str
+    width: int
+
+
+class SplitPlan(Config):
+    """How the contexts of one split lie in shards."""
+
+    contexts: int
+    """Contexts a shard has room for: the size of its Zarr array."""
+    chunk_positions: int
+    """Positions in a chunk; a chunk holds them of every context of its shard."""
+    shard_contexts: tuple[int, ...]
+    """Contexts each shard really holds."""
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards."""
+        return len(self.shard_contexts)
+
+    @property
+    def n_contexts(self) -> int:
+        """Number of contexts in all shards."""
+        return sum(self.shard_contexts)
+
+
+class NormFacts(Config):
+    """The norm behind the source site; its gain and bias are arrays in norm/."""
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    has_bias: bool
+
+
+class FileRecord(Config):
+    """Size in bytes and crc32c of one file."""
+
+    size: int
+    crc32c: int
+
+
+class Manifest(Config):
+    """The root attributes of a shard set: every fact a reader needs, nothing it must be told twice."""
+
+    format: Literal["matryoshka-shard-set"] = FORMAT
+    format_version: Literal[1] = 1
+    model: dict[str, Any]
+    """Id, revision, weight dtype, tokenizer."""
+    dataset: dict[str, Any]
+    """Name or path, revision, column."""
+    source: SiteFacts
+    target: SiteFacts
+    ctx_len: int
+    bos_id: int | None
+    special_ids: tuple[int, ...]
+    """Token ids whose positions never enter training or metrics."""
+    norm: NormFacts | None
+    codec: str
+    splits: dict[str, SplitPlan]
+    settings: dict[str, Any]
+    """The harvest settings that decide the content; a resume with others is refused."""
+    versions: dict[str, Any]
+    summary: dict[str, FileRecord] = Field(default_factory=dict)
+    """The files of stats/ and norm/ that belong to no shard; known when the set is complete."""
+    complete: bool = False
+
+    def digest(self) -> str:
+        """Identity of what was asked for, whatever libraries wrote it and however far it got."""
+        content = self.model_dump(mode="json", exclude={"versions", "summary", "complete"})
+        return digest(content)
+
+
+class CommitRecord(Config):
+    """Says that one shard is whole. Written after its files are on the disk."""
+
+    format_version: Literal[1] = 1
+    split: str
+    shard: int
+    n_contexts: int
+    n_rows: int
+    """Positions that are not special."""
+    nonfinite: Literal[0] = 0
+    largest: dict[str, float] = Field(default_factory=dict)
+    """Largest absolute value of each side."""
+    files: dict[str, FileRecord]
+
+    @property
+    def name(self) -> str:
+        """File name of this record."""
+        return record_name(self.split, self.shard)
+
+
+def record_name(split: str, shard: int) -> str:
+    """File name of the commit record of a shard: train-00007.json."""
+    return f"{split}-{shard:05d}.json"
+
+
+def plan_splits(n_contexts: int, val_fraction: float, ctx_len: int, width: int) -> dict[str, SplitPlan]:
+    """Cut `n_contexts` contexts into a train and a val split and each into shards.
+
+    `width` is the larger of d_in and d_out. A shard is at most SHARD_BYTES a side and train has at least MIN_SHARDS
+    (fewer only when it has fewer contexts).
+    """
+    n_val = min(max(1, round(n_contexts * val_fraction)), n_contexts - 1)
+    return {
+        "train": _plan_split(n_contexts - n_val, ctx_len, width, MIN_SHARDS),
+        "val": _plan_split(n_val, ctx_len, width, 1),
+    }
+
+
+def _plan_split(n_contexts: int, ctx_len: int, width: int, min_shards: int) -> SplitPlan:
+    context_bytes = ctx_len * width * BYTES_PER_VALUE
+    room = max(1, SHARD_BYTES // context_bytes)
+    even = math.ceil(n_contexts / math.ceil(n_contexts / room))
+    # Rounded down, because rounding up would make 5 shards of 9 contexts, not the 8 that were asked for.
+    contexts = min(even, max(1, n_contexts // min_shards))
+    sizes = [min(contexts, n_contexts - start) for start in range(0, n_contexts, contexts)]
+    return SplitPlan(
+        contexts=contexts,
+        chunk_positions=_chunk_positions(ctx_len, contexts * width * BYTES_PER_VALUE),
+        shard_contexts=tuple(sizes),
+    )
+
+
+def _chunk_positions(ctx_len: int, position_bytes: int) -> int:
+    """The largest divisor of ctx_len whose positions fit into CHUNK_BYTES (Zarr wants whole chunks in a shard)."""
+    most = max(1, CHUNK_BYTES // position_bytes)
+    return max(p for p in range(1, ctx_len + 1) if ctx_len % p == 0 and p <= most)

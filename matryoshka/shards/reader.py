@@ -1,0 +1,305 @@
+"""Reading a shard set: facts, tokens, and blocks of paired activations. Refuses what is unfinished or damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from matryoshka.config import explain
+from matryoshka.errors import UserError
+from matryoshka.runs import read_json
+from matryoshka.shards import layout
+from matryoshka.shards.checksum import checksum
+from matryoshka.shards.manifest import FORMAT, MANIFEST_FOLDER, SPLITS, CommitRecord, FileRecord, Manifest, record_name
+from matryoshka.sites import Norm
+
+if TYPE_CHECKING:
+    import zarr
+
+ROOT_FILE = "zarr.json"
+"""Zarr's metadata of a group; the attributes of the root's are the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some positions of every context of one shard; `source[p, c]` belongs to `tokens[p, c]`."""
+
+    split: str
+    shard: int
+    first_position: int
+    tokens: Tensor
+    """[positions, contexts] int32"""
+    doc_ids: Tensor
+    """[positions, contexts] int32"""
+    source: Tensor
+    """[positions, contexts, d_in] bfloat16"""
+    target: Tensor
+    """[positions, contexts, d_out] bfloat16"""
+    keep: Tensor
+    """[positions, contexts] bool: False at special positions, which never enter training or metrics."""
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The kept pairs as (source [rows, d_in], target [rows, d_out])."""
+        return self.source[self.keep], self.target[self.keep]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStats:
+    """Mean and variance of each dimension over the non-special train rows, float64 [width]."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class Split:
+    """One split of a shard set."""
+
+    def __init__(self, shard_set: ShardSet, name: str) -> None:
+        self._set = shard_set
+        self._plan = shard_set.manifest.splits[name]
+        self.name = name
+        self.shard_contexts = self._plan.shard_contexts
+        self.n_shards = self._plan.n_shards
+        self.n_contexts = self._plan.n_contexts
+        self.chunk_positions = self._plan.chunk_positions
+
+    def tokens(self, shard: int) -> Tensor:
+        """Token ids of a shard, int32 [n_contexts, ctx_len]."""
+        return torch.from_numpy(self._ids("tokens", shard))
+
+    def doc_ids(self, shard: int) -> Tensor:
+        """Document of each token of a shard, int32 [n_contexts, ctx_len]."""
+        return torch.from_numpy(self._ids("doc_ids", shard))
+
+    def keep(self, shard: int) -> Tensor:
+        """Where a shard's tokens are not special, bool [ctx_len, n_contexts] (position-major, as the activations)."""
+        specials = torch.tensor(self._set.manifest.special_ids, dtype=torch.int32)
+        return ~torch.isin(self.tokens(shard).T, specials)
+
+    def activations(self, side: str, shard: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """Positions [start, stop) of every context of a shard: bfloat16 [positions, n_contexts, width]."""
+        array: Any = self._set.root[f"{self.name}/{side}"]
+        return layout.from_bits(array[shard, start:stop, : self.shard_contexts[shard]])
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks in the order of the disk, one chunk of positions each."""
+        for shard in range(self.n_shards):
+            tokens, doc_ids, keep = self.tokens(shard).T, self.doc_ids(shard).T, self.keep(shard)
+            for start in range(0, self._set.ctx_len, self.chunk_positions):
+                here = slice(start, start + self.chunk_positions)
+                yield Block(
+                    split=self.name,
+                    shard=shard,
+                    first_position=start,
+                    tokens=tokens[here],
+                    doc_ids=doc_ids[here],
+                    source=self.activations("source", shard, here.start, here.stop),
+                    target=self.activations("target", shard, here.start, here.stop),
+                    keep=keep[here],
+                )
+
+    def _ids(self, name: str, shard: int) -> np.ndarray:
+        array: Any = self._set.root[f"{self.name}/{name}"]
+        return array[shard, : self.shard_contexts[shard]]
+
+
+class ShardSet:
+    """A finished shard set, read-only.
+
+    >>> shards = ShardSet.open("data/l17")          # doctest: +SKIP
+    >>> for block in shards.val.blocks(): x, y = block.rows()          # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, records: list[CommitRecord], root: zarr.Group) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.records = records
+        self.root = root
+        self.train = Split(self, "train")
+        self.val = Split(self, "val")
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> ShardSet:
+        """Open a finished set; with `verify` every file is read and its crc32c checked.
+
+        Raises UserError when the folder is not a shard set, is unfinished, or misses or differs from what was
+        committed.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        records = read_records(path)
+        planned = {
+            (split, shard): n_contexts
+            for split, plan in manifest.splits.items()
+            for shard, n_contexts in enumerate(plan.shard_contexts)
+        }
+        committed = {(record.split, record.shard): record.n_contexts for record in records}
+        if not manifest.complete or committed.keys() != planned.keys():
+            raise UserError(
+                f"{path} is unfinished: it has {len(records)} of {len(planned)} shards. Run the harvest command that "
+                "made it again, with the same settings, to finish it"
+            )
+        for record in records:
+            keys = layout.shard_keys(manifest, record.split, record.shard)
+            if committed[record.split, record.shard] != planned[record.split, record.shard]:
+                raise _damaged(path, record.name, "does not hold the contexts that the manifest says")
+            _check_files(path, record.files, keys, record.name, verify=verify)
+        first = record_name("train", 0)
+        _check_files(path, manifest.summary, layout.summary_keys(manifest), first, verify=verify)
+        return cls(path, manifest, records, layout.open_root(path, writable=False))
+
+    @property
+    def name(self) -> str:
+        """Name of the folder: `l17`."""
+        return self.path.resolve().name
+
+    @property
+    def d_in(self) -> int:
+        """Width of the source."""
+        return self.manifest.source.width
+
+    @property
+    def d_out(self) -> int:
+        """Width of the target."""
+        return self.manifest.target.width
+
+    @property
+    def ctx_len(self) -> int:
+        """Positions in a context."""
+        return self.manifest.ctx_len
+
+    def split(self, name: str) -> Split:
+        """`train` or `val`."""
+        if name not in SPLITS:
+            raise UserError(f"there is no split {name!r}; the splits are {', '.join(SPLITS)}")
+        return self.train if name == "train" else self.val
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the content: settings and the checksums of every committed file."""
+        sums = [
+            [record.name, key, file.crc32c] for record in self.records for key, file in sorted(record.files.items())
+        ]
+        return hashlib.sha256(f"{self.manifest.digest()}{sums}".encode()).hexdigest()
+
+    @cached_property
+    def norm(self) -> Norm | None:
+        """The norm behind the source site, from which input conventions are derived."""
+        facts = self.manifest.norm
+        if facts is None:
+            return None
+        bias = torch.from_numpy(self._array("norm/bias")) if facts.has_bias else None
+        return Norm(kind=facts.kind, eps=facts.eps, gain=torch.from_numpy(self._array("norm/gain")), bias=bias)
+
+    def stats(self, site: str) -> SiteStats:
+        """Statistics of `source`, `target`, `normalized` (source after its norm) or `with_gain` (and its gain)."""
+        if site == "with_gain":
+            normalized, norm = self.stats("normalized"), self.norm
+            assert norm is not None
+            gain = norm.gain.double()
+            bias = 0 if norm.bias is None else norm.bias.double()
+            return SiteStats(mean=normalized.mean * gain + bias, variance=normalized.variance * gain.square())
+        if f"stats/{site}/mean" not in self.root:
+            known = ", ".join(layout.stat_sites(self.manifest))
+            raise UserError(f"{self.path} has no statistics of {site!r}; it has those of {known}")
+        mean, variance = self._array(f"stats/{site}/mean"), self._array(f"stats/{site}/variance")
+        return SiteStats(mean=torch.from_numpy(mean), variance=torch.from_numpy(variance))
+
+    def norm_quantiles(self, side: str) -> dict[float, float]:
+        """Quantile -> row norm, over the non-special train rows of `source` or `target`."""
+        attributes = self.root[f"stats/{side}/row_norm"].attrs.asdict()
+        levels: Any = attributes["quantiles"]
+        values: Any = attributes["values"]
+        return dict(zip(levels, values, strict=True))
+
+    def row_norms(self, side: str, shard: int) -> Tensor:
+        """Norms of the train rows of a shard, float32 [ctx_len, n_contexts]: sinks are found without reading rows."""
+        array: Any = self.root[f"stats/{side}/row_norm"]
+        return torch.from_numpy(array[shard, :, : self.train.shard_contexts[shard]])
+
+    def bytes_on_disk(self) -> int:
+        """Size of all committed files."""
+        return sum(file.size for record in self.records for file in record.files.values())
+
+    def _array(self, name: str) -> np.ndarray:
+        array: Any = self.root[name]
+        return array[:]
+
+
+def has_manifest(path: Path) -> bool:
+    """Whether there is the root metadata of some Zarr group or array at `path`."""
+    return (path / ROOT_FILE).is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the shard set at `path`, finished or not; raises UserError when there is none."""
+    if not has_manifest(path):
+        raise UserError(f"{path} is not a shard set (no {ROOT_FILE}); make one with: harvest run --out {path} ...")
+    try:
+        # Not through zarr, which has an exception of its own for each way in which a stranger's file can be odd.
+        content = json.loads((path / ROOT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / ROOT_FILE} cannot be read: {error}") from error
+    attributes = content.get("attributes") if isinstance(content, dict) else None
+    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a shard set, though it has a {ROOT_FILE}: its attribute format is not {FORMAT!r}"
+        )
+    try:
+        return Manifest.model_validate(attributes)
+    except ValidationError as error:
+        raise UserError(f"the manifest of {path} cannot be read by this version: {explain(error)}") from error
+
+
+def read_records(path: Path) -> list[CommitRecord]:
+    """The commit records of a shard set, sorted by name."""
+    records = []
+    for file in sorted((path / MANIFEST_FOLDER).glob("*.json")):
+        content = read_json(file, what="shard set")
+        try:
+            record = CommitRecord.model_validate(content)
+        except ValidationError as error:
+            raise UserError(f"the commit record {file} cannot be read: {explain(error)}") from error
+        if file.name != record_name(record.split, record.shard):
+            raise UserError(f"the commit record {file} is that of shard {record.shard} of {record.split}")
+        records.append(record)
+    return records
+
+
+def _check_files(
+    path: Path, files: Mapping[str, FileRecord], keys: Sequence[str], record: str, *, verify: bool
+) -> None:
+    """Presence and size always, crc32c on request. Zarr itself would read a missing file as zeros.
+
+    `record` names the commit record that has to go for the files to be written again.
+    """
+    for key, expected in files.items():
+        file = (path / key).resolve()
+        if not file.is_relative_to(path.resolve()):
+            raise UserError(f"{path}: the commit record {record} points outside the shard set ({key})")
+        size = file.stat().st_size if file.is_file() else None
+        if size is None:
+            raise _damaged(path, record, f"misses {key}")
+        if size != expected.size:
+            raise _damaged(path, record, f"has {size} bytes in {key}, not {expected.size}")
+        if verify and checksum(file) != expected:
+            raise _damaged(path, record, f"differs from its checksum in {key}")
+    if files.keys() != set(keys):
+        raise _damaged(path, record, "does not vouch for exactly the files of its shard")
+
+
+def _damaged(path: Path, record: str, problem: str) -> UserError:
+    return UserError(
+        f"{path} is damaged: what {MANIFEST_FOLDER}/{record} stands for {problem}. Delete that record and run the same "
+        "harvest command again to rewrite this shard alone"
+    )

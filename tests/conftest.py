@@ -1,0 +1,128 @@
+"""Tiny random language models on disk, loadable like models of the hub, and a folder of text in their vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+N_WORDS = 93
+
+
+def _tokenizer(specials: list[str], **roles: str) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*specials, *(f"w{i}" for i in range(N_WORDS))]
+    table = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=specials[-1]))
+    table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=table, **roles)
+
+
+def _save(folder: Path, model_class: Any, config: Any) -> Path:
+    """Save a random model and its tokenizer; weights are wide enough for every site to differ from every other."""
+    import torch
+
+    model = model_class(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3, generator=generator)
+    model.save_pretrained(folder)
+    if config.model_type == "gpt2":
+        # Like the real one: a single special token, which is both BOS and EOS (and stands in for unknown words).
+        tokenizer = _tokenizer(["<|endoftext|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    else:
+        tokenizer = _tokenizer(
+            ["<pad>", "<eos>", "<bos>", "<unk>"],
+            pad_token="<pad>",
+            eos_token="<eos>",
+            bos_token="<bos>",
+            unk_token="<unk>",
+        )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, Any], Path]:
+    """A function (model class, config) -> a new folder with a random model of any other architecture."""
+    return lambda model_class, config: _save(tmp_path_factory.mktemp("tiny") / "model", model_class, config)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma-2: offset RMSNorm before and after each sublayer, soft-capped attention, sliding window. d=24, 3 layers."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=10,
+        query_pre_attn_scalar=10,
+        max_position_embeddings=64,
+        sliding_window=16,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    return _save(tmp_path_factory.mktemp("tiny") / "gemma2", Gemma2ForCausalLM, config)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama: plain RMSNorm, no post-norms. d=24, 4 layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=44,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    return _save(tmp_path_factory.mktemp("tiny") / "llama", LlamaForCausalLM, config)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2: LayerNorm with bias, learned positions, one special token. d=20, 3 layers."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=N_WORDS + 1,
+        n_embd=20,
+        n_layer=3,
+        n_head=2,
+        n_inner=36,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _save(tmp_path_factory.mktemp("tiny") / "gpt2", GPT2LMHeadModel, config)
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 text files of random words w0..w92, 5 to 2500 words each, about 30k words in all."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    lengths = np.geomspace(5, 2500, 40).astype(int)
+    lengths = np.maximum(lengths * 30_000 // lengths.sum(), 5)
+    for i, length in enumerate(rng.permutation(lengths)):
+        words = [f"w{w}" for w in rng.integers(0, N_WORDS, length)]
+        lines = [" ".join(words[j : j + 17]) for j in range(0, len(words), 17)]
+        (folder / f"{i:02d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder

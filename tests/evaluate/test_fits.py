@@ -1,0 +1,40 @@
+"""A transcoder of another model, site or width is refused, and the message names both sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from evaluate.fits import check_fits
+from matryoshka.errors import UserError
+from matryoshka.shards import ShardSet
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "theirs"),
+    [
+        ({"d_in": 13}, "13", "12"),
+        ({"d_out": 11}, "11", "10"),
+        ({"source_hook": "blocks.2.hook_resid_mid"}, "blocks.2.hook_resid_mid", "blocks.1.hook_resid_mid"),
+        ({"target_hook": ""}, "target site ''", "blocks.1.hook_mlp_out"),
+        ({"model": "gpt2"}, "gpt2", "google/gemma-2-2b"),
+        ({"model_revision": "def"}, "def", "abc"),
+    ],
+)
+def test_differences_are_refused(val_set: ShardSet, made: Any, changes: dict[str, Any], own: str, theirs: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_fits(made.transcoder(**changes), val_set, "l1-k9")
+    for text in (own, theirs, "l1-k9", str(val_set.path)):
+        assert text in str(error.value)
+
+
+def test_an_unknown_revision_is_no_difference(val_set: ShardSet, made: Any) -> None:
+    check_fits(made.transcoder(model_revision=None), val_set, "l1-k9")
+
+
+def test_nan_weights_are_refused(val_set: ShardSet, made: Any) -> None:
+    transcoder = made.transcoder()
+    transcoder.b_dec[3] = float("nan")
+    with pytest.raises(UserError, match="NaN in b_dec"):
+        check_fits(transcoder, val_set, "l1-k9")

@@ -1,0 +1,433 @@
+"""Harvesting a tiny Gemma-2 through the real entry point: complete, again, killed and continued, and refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from matryoshka import launch
+from matryoshka.errors import UserError
+from matryoshka.lm import LanguageModel
+from matryoshka.runs import exclusive
+from matryoshka.shards import ShardSet
+
+LAYER, CTX_LEN, BATCH = 1, 16, 3
+FAR = 120.0
+"""Seconds after which a process that should have done something is given up."""
+
+Harvest = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_gemma2: Path, tiny_text: Path) -> list[str]:
+    return [
+        *("run", "--layer", str(LAYER), "--model", str(tiny_gemma2), "--dataset", str(tiny_text)),
+        *(
+            "--tokens",
+            "4k",
+            "--ctx-len",
+            str(CTX_LEN),
+            "--batch-size",
+            str(BATCH),
+            "--dtype",
+            "fp32",
+            "--device",
+            "cpu",
+        ),
+        *("--set", "harvest.val_fraction=0.1"),
+    ]
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def command(arguments: list[str], out: Path) -> list[str]:
+    return [sys.executable, "-m", "harvest", *arguments, "--out", str(out)]
+
+
+def start(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run to the end, away from the checkout and its pipeline.yaml."""
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=FAR)
+
+
+@pytest.fixture(scope="module")
+def done(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted harvest in a process of its own, and what it said."""
+    folder = tmp_path_factory.mktemp("done")
+    finished = start(command(arguments, folder / "l1"), folder)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == ""
+    return folder / "l1", finished.stderr
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_gemma2: Path) -> LanguageModel:
+    return LanguageModel.load(str(tiny_gemma2), dtype="fp32", device="cpu")
+
+
+@pytest.fixture
+def harvest(
+    arguments: list[str],
+    lm: LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Harvest:
+    """`harvest run ...` in this process, with a model that is loaded already: (exit code, stderr)."""
+
+    def run(*extra: str, out: Path | None = None) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["harvest", *arguments, "--out", str(out or tmp_path / "out"), *extra])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            launch.harvest()
+        out_text, err = capfd.readouterr()
+        assert out_text == ""
+        assert isinstance(end.value.code, int)
+        return end.value.code, err
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: lm)
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch, harvest: Harvest) -> Harvest:
+    """The same, where loading the model would already be a waste of time."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(LanguageModel, "load", load)
+    return harvest
+
+
+def refused(result: tuple[int, str]) -> str:
+    code, err = result
+    assert code == 2
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert err.rstrip().endswith(errors[0])
+    return errors[0]
+
+
+# A complete harvest
+
+
+def test_complete_harvest(done: tuple[Path, str], tiny_gemma2: Path) -> None:
+    path, said = done
+    shards = ShardSet.open(path, verify=True)
+    assert (shards.train.n_contexts, shards.val.n_contexts, shards.train.n_shards) == (225, 25, 9)
+    assert (shards.d_in, shards.d_out, shards.ctx_len) == (24, 24, CTX_LEN)
+    manifest = shards.manifest
+    assert manifest.source.hook_point == "blocks.1.hook_resid_mid"
+    assert manifest.target.hook_point == "blocks.1.hook_mlp_out"
+    assert (manifest.bos_id, manifest.special_ids) == (2, (0, 1, 2, 3))
+    assert (manifest.model["model"], manifest.model["weight_dtype"]) == (str(tiny_gemma2), "float32")
+    assert shards.norm is not None
+    assert shards.norm.kind == "rms"
+    assert "4,000 tokens to harvest: about" in said
+    assert "10 shards written (4,000 tokens" in said
+    assert "bytes per token" in said
+
+
+def test_set_holds_the_text_it_was_given(done: tuple[Path, str], tiny_text: Path, lm: LanguageModel) -> None:
+    shards = ShardSet.open(done[0])
+    texts = [file.read_text().split() for file in sorted(tiny_text.glob("*.txt"))]
+    words = lm.tokenizer.get_vocab()
+    for split in (shards.train, shards.val):
+        for shard in range(split.n_shards):
+            assert bool((split.tokens(shard)[:, 0] == 2).all())
+            keep = split.keep(shard)
+            assert bool((~keep[0]).all())
+            assert bool(keep[1:].all())
+    first = shards.train.tokens(0)[0, 1:].tolist()
+    document = [words[word] for word in texts[int(shards.train.doc_ids(0)[0, 0])]]
+    assert any(document[i : i + len(first)] == first for i in range(len(document)))
+
+
+def test_activations_equal_forward_hooks_on_the_hugging_face_model(
+    harvest: Harvest, tiny_gemma2: Path, tmp_path: Path
+) -> None:
+    """What feeds the pre-MLP norm, and what the post-MLP norm gives, rounded from float32 to bfloat16 once."""
+    from transformers import AutoModelForCausalLM
+
+    assert harvest()[0] == 0
+    shards = ShardSet.open(tmp_path / "out")
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_gemma2, dtype=torch.float32, attn_implementation="eager")
+    block, seen = model.model.layers[LAYER], {}
+    block.pre_feedforward_layernorm.register_forward_pre_hook(lambda _, args: seen.update(source=args[0]))
+    block.post_feedforward_layernorm.register_forward_hook(lambda _, __, output: seen.update(target=output))
+    for split, shard in (("train", 0), ("train", 8), ("val", 0)):
+        part = shards.split(split)
+        tokens = part.tokens(shard).long()
+        wanted: dict[str, list[Tensor]] = {"source": [], "target": []}
+        for first in range(0, len(tokens), BATCH):
+            with torch.no_grad():
+                model(tokens[first : first + BATCH])
+            for side, values in seen.items():
+                wanted[side].append(values.bfloat16())
+        for side, values in wanted.items():
+            assert torch.equal(part.activations(side, shard), torch.cat(values).transpose(0, 1))
+
+
+def test_again_there_is_nothing_left_to_do(done: tuple[Path, str], arguments: list[str], tmp_path: Path) -> None:
+    """Through the console script."""
+    path, _ = done
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in path.rglob("*") if p.is_file()}
+    script = Path(sys.executable).with_name("harvest")
+    again = start([str(script), *arguments, "--out", str(path)], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "nothing left to do (4,000 tokens" in again.stderr
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in path.rglob("*") if p.is_file()} == before
+
+
+def test_killed_and_continued_equals_uninterrupted(
+    done: tuple[Path, str], arguments: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "l1"
+    with subprocess.Popen(command(arguments, path), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + FAR
+        while not list(path.glob("manifest/*.json")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    n_committed = len(list(path.glob("manifest/*.json")))
+    assert 1 <= n_committed < 10
+    with pytest.raises(UserError, match="unfinished"):
+        ShardSet.open(path)
+    continued = start(command(arguments, path), tmp_path)
+    assert continued.returncode == 0, continued.stderr
+    assert f"{10 - n_committed} shards written" in continued.stderr
+    assert files(path) == files(done[0])
+
+
+# The same in this process
+
+
+def test_stopped_by_a_full_disk_and_continued(
+    harvest: Harvest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zarr.storage import _local
+
+    put, left = _local._put, 150
+
+    def full(path: Path, *args: Any, **kwargs: Any) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return put(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_local, "_put", full)
+        message = refused(harvest())
+    assert "No space left on device" in message
+    assert "run the same command again: committed shards are kept" in message
+    n_committed = len(list((tmp_path / "out" / "manifest").glob("*.json")))
+    assert 1 <= n_committed < 10
+    with pytest.raises(UserError, match=f"unfinished: it has {n_committed} of 10"):
+        ShardSet.open(tmp_path / "out")
+    code, said = harvest()
+    assert code == 0
+    assert f"{10 - n_committed} shards written" in said
+    ShardSet.open(tmp_path / "out", verify=True)
+
+
+def test_batch_size_and_place_are_free_to_change(harvest: Harvest, tmp_path: Path) -> None:
+    assert harvest()[0] == 0
+    assert "nothing left to do" in harvest("--batch-size", "5")[1]
+    shutil.move(tmp_path / "out", tmp_path / "moved[1]")
+    code, said = harvest(out=tmp_path / "moved[1]")
+    assert code == 0
+    assert "moved[1]: nothing left to do" in said
+
+
+def test_text_that_ends_early_is_said(harvest: Harvest, tmp_path: Path) -> None:
+    code, said = harvest("--tokens", "40k")
+    assert code == 0
+    shards = ShardSet.open(tmp_path / "out", verify=True)
+    n_tokens = (shards.train.n_contexts + shards.val.n_contexts) * CTX_LEN
+    assert 25_000 < n_tokens < 40_000
+    assert f"the text ended early: {n_tokens:,} of 40,000 tokens" in said
+    before = files(tmp_path / "out")
+    assert "nothing left to do" in harvest("--tokens", "40k")[1]
+    assert files(tmp_path / "out") == before
+    # a shard of the cut set can be made again
+    (tmp_path / "out" / "manifest" / "train-00000.json").unlink()
+    assert harvest("--tokens", "40k")[0] == 0
+    assert files(tmp_path / "out") == before
+
+
+def test_changed_text_is_not_mixed_in(harvest: Harvest, tiny_text: Path, tmp_path: Path) -> None:
+    text = Path(shutil.copytree(tiny_text, tmp_path / "text"))
+    assert harvest("--dataset", str(text))[0] == 0
+    (tmp_path / "out" / "manifest" / "val-00000.json").unlink()
+    for file in text.glob("*.txt"):  # other words, the same sizes
+        file.write_text(file.read_text().replace("w1", "w2"))
+    message = refused(harvest("--dataset", str(text)))
+    assert "is not what it was when shard" in message
+    assert not (tmp_path / "out" / "manifest" / "val-00000.json").exists()
+
+
+# Refusals that need no model
+
+
+def test_other_settings_are_refused_with_the_difference(no_model: Harvest, done: tuple[Path, str]) -> None:
+    before = files(done[0])
+    message = refused(no_model("--seed", "1", "--codec", "raw", out=done[0]))
+    assert 'was harvested with other settings (codec: "compact" -> "raw"; seed: 0 -> 1)' in message
+    assert files(done[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("extra", "what"),
+    [
+        (("--tokens", "abc"), "tokens: expected a number such as 15M, 200k or 15000000, got 'abc'"),
+        (("--set", "harvest.target_site=mlp_middle"), "no site"),
+        (("--set", "harvest.colour=red"), "colour: unknown key; known keys: model, "),
+        (("--dataset", "./nowhere"), "the dataset ./nowhere does not exist"),
+        (("--out", "file/below"), "the folder file/below cannot be made"),
+        (("--out", "photos"), "photos is not empty and not a shard set"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(
+    extra: tuple[str, ...], what: str, no_model: Harvest, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    (tmp_path / "photos" / "train" / "cat.png").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    assert what in refused(no_model(*extra))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unfinished_set_of_other_settings_is_refused(harvest: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("matryoshka.shards.writer.checksum", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
+        assert "I/O error" in refused(harvest())
+    assert "seed: 0 -> 3" in refused(harvest("--seed", "3"))
+    assert harvest()[0] == 0
+
+
+# Refusals that need the model
+
+
+@pytest.mark.parametrize(
+    ("extra", "what"),
+    [
+        (("--layer", "3"), "layer 3 does not exist: "),
+        (("--layer", "3"), "has 3 layers, 0 to 2; choose another --layer"),
+        (("--ctx-len", "65"), "ctx_len = 65 is more than the 64 positions of"),
+        (("--dataset", "short.txt"), "the text of short.txt is shorter than one context of 16 tokens"),
+        (("--dataset", "empty.txt"), "the text of empty.txt is shorter than one context of 16 tokens"),
+        (("--dataset", "bad.jsonl"), "bad.jsonl, line 1 is not JSON"),
+    ],
+)
+def test_refused_with_nothing_made(extra: tuple[str, ...], what: str, harvest: Harvest, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("w1 w2 w3")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.jsonl").write_text("{")
+    assert what in refused(harvest(*extra))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_room_is_refused_before_anything_is_made(
+    harvest: Harvest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 2**20))
+    message = refused(harvest())
+    assert "out has 67 MB free, but this harvest needs about" in message
+    assert "Use fewer --tokens" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_room_is_asked_for_the_rest_only(harvest: Harvest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that fills most of the disk must be able to get its last shard."""
+    assert harvest()[0] == 0
+    (tmp_path / "out" / "manifest" / "train-00003.json").unlink()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 2**20 + 100_000))
+    code, said = harvest()
+    assert code == 0, said
+    assert "1 shards written" in said
+
+
+def test_a_single_document_without_val_part_is_refused(harvest: Harvest, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text(" ".join(f"w{i % 90}" for i in range(40)))
+    message = refused(harvest("--dataset", "one.txt"))
+    assert "no text fell into the" in message
+    with pytest.raises(UserError, match="unfinished"):
+        ShardSet.open(tmp_path / "out")
+
+
+def test_a_set_in_use_is_left_alone(harvest: Harvest, tmp_path: Path) -> None:
+    (tmp_path / "out" / "manifest").mkdir(parents=True)
+    with exclusive(tmp_path / "out" / "manifest"):
+        assert "is being written by another process" in refused(harvest())
+    assert harvest()[0] == 0
+
+
+def test_too_large_a_batch_says_so(harvest: Harvest, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lm, "capture", capture)
+    assert "use a smaller --batch-size" in refused(harvest())
+
+
+def test_nan_activations_are_refused(
+    tiny_gemma2: Path, tmp_path: Path, harvest: Harvest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(tiny_gemma2, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][5, 3] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    model = LanguageModel.load(str(broken), dtype="fp32", device="cpu")
+    monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: model)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    message = refused(harvest("--model", str(broken)))
+    assert "values of target are not finite in shard" in message
+    assert not list((tmp_path / "out" / "manifest").glob("*.json"))
+
+
+def test_unreachable_model(arguments: list[str], tmp_path: Path) -> None:
+    """In a process of its own, because the hub's client reads the variable once."""
+    result = start(
+        command([*arguments, "--model", "nobody/no-such-model"], tmp_path / "out"), tmp_path, HF_HUB_OFFLINE="1"
+    )
+    message = refused((result.returncode, result.stderr))
+    for part in ("nobody/no-such-model", "HF_TOKEN", "local folder"):
+        assert part in message
+    assert result.stderr.count("\n") <= 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_manifest_is_plain_json(done: tuple[Path, str]) -> None:
+    attributes = json.loads((done[0] / "zarr.json").read_text())["attributes"]
+    assert attributes["complete"] is True
+    assert attributes["settings"]["tokens"] == 4000
+    assert attributes["versions"]["git_commit"] is None or attributes["versions"]["versions"]["torch"]

@@ -1,0 +1,185 @@
+"""Documents from files and from the hub, and what is said when there are none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harvest.config import HarvestConfig
+from harvest.text import dataset_facts, documents, local_files
+from matryoshka.errors import UserError
+
+
+def config(dataset: Path | str, **settings: Any) -> HarvestConfig:
+    return HarvestConfig(layer=1, dataset=str(dataset), **settings)
+
+
+def read(dataset: Path | str, **settings: Any) -> list[str]:
+    return list(documents(config(dataset, **settings)))
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, **columns: list[Any]) -> Path:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_txt_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first line\nsecond caf\u00e9\n", encoding="utf-8")
+    assert read(tmp_path / "a.txt") == ["first line\nsecond caf\u00e9\n"]
+
+
+def test_jsonl_has_one_document_a_line(tmp_path: Path) -> None:
+    rows = [
+        {"text": "one"},
+        {"text": ""},
+        {"text": "two\nlines"},
+        {"text": " \n"},
+        {"text": None},
+        {"text": "x", "n": 3},
+    ]
+    assert read(write_jsonl(tmp_path / "a.jsonl", rows)) == ["one", "two\nlines", "x"]
+    other = write_jsonl(tmp_path / "b.jsonl", [{"body": "b", "text": 4}])
+    assert read(other, text_column="body") == ["b"]
+
+
+def test_parquet_has_one_document_a_row(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", text=["one", None, "", "two"] * 200, n=[1, 2, 3, 4] * 200)
+    assert read(path) == ["one", "two"] * 200
+
+
+def test_folders_and_globs_are_read_in_order(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("c.txt", "a.txt", "sub/b.txt", "notes.md", "sub/x.csv"):
+        (tmp_path / name).write_text(name)
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "b0"}, {"text": "b1"}])
+    assert read(tmp_path) == ["a.txt", "b0", "b1", "c.txt", "sub/b.txt"]
+    assert read(tmp_path / "*.txt") == ["a.txt", "c.txt"]
+    assert read(tmp_path / "**" / "*.txt") == ["a.txt", "c.txt", "sub/b.txt"]
+    (tmp_path / "odd[1].txt").write_text("brackets")
+    assert read(tmp_path / "odd[1].txt") == ["brackets"]
+
+
+def test_marks_and_half_pairs_of_real_text(tmp_path: Path) -> None:
+    """A byte order mark is no text, and half a surrogate pair cannot be encoded by any tokenizer."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    assert read(tmp_path / "a.txt") == ["marked"]
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "broken \\ud83d, whole \\ud83d\\ude00"}\n')
+    (text,) = read(tmp_path / "b.jsonl")
+    assert text == "broken \ufffd, whole \U0001f600"
+    text.encode()
+
+
+def refused(dataset: Path | str, **settings: Any) -> str:
+    with pytest.raises(UserError) as error:
+        read(dataset, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_and_empty_places(tmp_path: Path) -> None:
+    assert "does not exist; give a file, a folder, a glob or a hub" in refused(tmp_path / "nowhere")
+    assert "does not exist" in refused("missing.jsonl")
+    assert "does not exist" in refused("./missing")
+    (tmp_path / "README.md").write_text("x")
+    assert "holds no .txt, .jsonl, .parquet file" in refused(tmp_path)
+    assert "holds no .txt, .jsonl, .parquet file" in refused(tmp_path / "*.txt")
+    assert "README.md is none of .txt, .jsonl, .parquet" in refused(tmp_path / "README.md")
+    assert "README.md is none of" in refused(tmp_path / "*")
+
+
+def test_wrong_columns(tmp_path: Path) -> None:
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, {"body": "x", "id": 3}])
+    message = refused(jsonl)
+    assert "a.jsonl, line 2: no text in column 'text', found ['body', 'id']; set harvest.text_column" in message
+    assert "no text in column 'text'" in refused(write_jsonl(tmp_path / "b.jsonl", [{"text": 5}]))
+    assert "found list" in refused(write_jsonl(tmp_path / "c.jsonl", [["text"]]))
+    message = refused(write_parquet(tmp_path / "a.parquet", body=["x"], n=[1]))
+    assert "has no column 'text', only ['body', 'n']; set harvest.text_column" in message
+    assert "no text in column 'n'" in refused(tmp_path / "a.parquet", text_column="n")
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    assert "a.jsonl, line 2 is not JSON" in refused(tmp_path / "a.jsonl")
+    for name in ("latin.txt", "latin.jsonl"):
+        (tmp_path / name).write_bytes('{"text": "caf\xe9 au lait"}'.encode("latin-1"))
+        assert f"{name} cannot be read as UTF-8 text" in refused(tmp_path / name)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    assert "cannot be read as Parquet" in refused(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"")
+    assert "cannot be read as Parquet" in refused(tmp_path / "b.parquet")
+    whole = write_parquet(tmp_path / "c.parquet", text=["word " * 50] * 400).read_bytes()
+    (tmp_path / "c.parquet").write_bytes(whole[:4] + b"\0" * 300 + whole[304:])
+    assert "c.parquet cannot be read" in refused(tmp_path / "c.parquet")
+
+
+def test_what_could_be_a_hub_name_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert local_files("monology/pile-uncopyrighted") is None
+    (tmp_path / "monology" / "pile-uncopyrighted").mkdir(parents=True)
+    (tmp_path / "monology" / "pile-uncopyrighted" / "a.txt").write_text("x")
+    assert local_files("monology/pile-uncopyrighted") == [Path("monology/pile-uncopyrighted/a.txt")]
+
+
+def test_hub_rows_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ({"text": "one"}, {"text": None}, {"text": "two"})
+        raise AssertionError("read further than asked for")
+
+    def load(*args: Any, **settings: Any) -> Iterator[dict[str, Any]]:
+        calls.append((args, settings))
+        return rows()
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    settings = {"dataset_config": "sample", "dataset_split": "test", "dataset_revision": "abc"}
+    found = documents(config("some/name", **settings))
+    assert [next(found), next(found)] == ["one", "two"]
+    assert calls == [(("some/name", "sample"), {"split": "test", "revision": "abc", "streaming": True})]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_unreachable_hub_says_what_was_tried(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Iterator[dict[str, Any]]:
+        yield {"text": "one"}
+        raise ConnectionError("Couldn't reach the Hub\nlots of detail")
+
+    def load(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        if late:
+            return broken()
+        raise ConnectionError("Couldn't reach the Hub\nlots of detail")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    message = refused("some/name")
+    for part in ("'some/name'", "Hugging Face hub", "ConnectionError: Couldn't reach the Hub", "HF_TOKEN", "--dataset"):
+        assert part in message
+
+
+def test_wrong_hub_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: iter([{"content": "x"}]))
+    assert "dataset some/name: no text in column 'text', found ['content']" in refused("some/name")
+
+
+def test_facts_show_a_changed_folder(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    facts = dataset_facts(config(tmp_path))
+    assert facts == dataset_facts(config(tmp_path))
+    assert (facts["n_files"], facts["n_bytes"]) == (2, 10)
+    (tmp_path / "b.txt").rename(tmp_path / "0.txt")  # the same files and sizes in another order
+    assert dataset_facts(config(tmp_path))["files_digest"] != facts["files_digest"]
+    hub = dataset_facts(config("some/name", dataset_revision="abc"))
+    assert (hub["name"], hub["revision"], hub["split"]) == ("some/name", "abc", "train")

@@ -1,0 +1,97 @@
+"""The doors of the commands: whose package it is, and how a failure ends."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from matryoshka import launch
+from matryoshka.errors import UserError
+
+
+def test_our_own_packages_pass() -> None:
+    for name in ("harvest", "train", "evaluate", "matryoshka"):
+        launch.check_package(name)
+
+
+def test_a_foreign_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site" / "evaluate").mkdir(parents=True)
+    (tmp_path / "site" / "evaluate" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    with pytest.raises(UserError, match=r"'evaluate' that Python finds at .*site/evaluate/__init__.*pip uninstall"):
+        launch.check_package("evaluate")
+
+
+def test_an_absent_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="evaluate"):
+        launch.check_package("evaluate")
+
+
+def test_a_package_merged_into_ours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip puts two distributions with a package `evaluate` into one folder, file over file."""
+    for name in ("matryoshka", "evaluate", "evaluate-0.4.6.dist-info"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "evaluate-0.4.6.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: evaluate\nVersion: 0.4.6\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "matryoshka" / "launch.py"))
+    with pytest.raises(UserError, match="another distribution of that name"):
+        launch.check_package("evaluate")
+    (tmp_path / "evaluate-0.4.6.dist-info").rename(tmp_path / "other-1.dist-info")
+    (tmp_path / "other-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    launch.check_package("evaluate")
+
+
+def run(error: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def app(**_: Any) -> None:
+        if error is not None:
+            raise error
+
+    module = ModuleType("harvest.cli")
+    module.app = app  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "harvest.cli", module)
+    launch.harvest()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("no such layer;\n  choose another"), "error: no such layer; choose another\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            "error: No space left on device: a/b; free some space",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), "error: Permission denied: a file; "),
+    ],
+)
+def test_what_a_user_can_mend_is_one_paragraph(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(error, monkeypatch)
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(said)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("our bug"), OSError(errno.EBADF, "our bug"), AssertionError()])
+def test_our_own_bugs_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(type(error)):
+        run(error, monkeypatch)
+
+
+def test_success_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(None, monkeypatch)
+    assert capsys.readouterr() == ("", "")

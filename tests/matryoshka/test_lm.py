@@ -1,0 +1,613 @@
+"""Captured activations against plain torch hooks on a separately loaded Hugging Face model."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from matryoshka.devices import resolve_device, resolve_dtype
+from matryoshka.errors import UserError
+from matryoshka.lm import LanguageModel
+from matryoshka.sites import SITES, Norm, apply_convention, hook_point
+
+MODELS = ("tiny_gemma2", "tiny_llama", "tiny_gpt2")
+# site -> (module of the block, "in" or "out"), written down from transformers' modeling files.
+BLOCK = ("", "in"), ("", "out")
+EDGES = {
+    "tiny_gemma2": {
+        "resid_pre": BLOCK[0],
+        "attn_out": ("post_attention_layernorm", "out"),
+        "resid_mid": ("pre_feedforward_layernorm", "in"),
+        "mlp_out": ("post_feedforward_layernorm", "out"),
+        "resid_post": BLOCK[1],
+        "attn_norm": ("input_layernorm", "out"),
+        "mlp_norm": ("pre_feedforward_layernorm", "out"),
+        "raw_mlp_out": ("mlp", "out"),
+    },
+    "tiny_llama": {
+        "resid_pre": BLOCK[0],
+        "attn_out": ("self_attn", "out"),
+        "resid_mid": ("post_attention_layernorm", "in"),
+        "mlp_out": ("mlp", "out"),
+        "resid_post": BLOCK[1],
+        "attn_norm": ("input_layernorm", "out"),
+        "mlp_norm": ("post_attention_layernorm", "out"),
+    },
+    "tiny_gpt2": {
+        "resid_pre": BLOCK[0],
+        "attn_out": ("attn", "out"),
+        "resid_mid": ("ln_2", "in"),
+        "mlp_out": ("mlp", "out"),
+        "resid_post": BLOCK[1],
+        "attn_norm": ("ln_1", "out"),
+        "mlp_norm": ("ln_2", "out"),
+    },
+}
+LAYERS = (0, 1, 2)
+ALL_POINTS = [hook_point(site, layer) for layer in LAYERS for site in SITES]
+
+
+@pytest.fixture(scope="module")
+def load(request):
+    """LanguageModel of a fixture's folder, loaded once per test module."""
+    loaded = {}
+
+    def load(name, dtype="float32"):
+        if (name, dtype) not in loaded:
+            folder = request.getfixturevalue(name)
+            loaded[name, dtype] = LanguageModel.load(str(folder), dtype=dtype, device="cpu")
+        return loaded[name, dtype]
+
+    return load
+
+
+def plain_model(folder, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def by_plain_hooks(folder, name, tokens, dtype=torch.float32):
+    """(what, layer) -> tensor, and the logits, from one ordinary forward of a plain model."""
+    model = plain_model(folder, dtype)
+    blocks = model.transformer.h if name == "tiny_gpt2" else model.model.layers
+    seen = {}
+    for layer in LAYERS:
+        for what, (path, edge) in EDGES[name].items():
+            module = blocks[layer].get_submodule(path)
+
+            def keep(tensor, key):
+                seen[key] = (tensor[0] if isinstance(tensor, tuple) else tensor).clone()
+
+            if edge == "in":
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, key=(what, layer), keep=keep: keep(
+                        args[0] if args else kwargs["hidden_states"], key
+                    ),
+                    with_kwargs=True,
+                )
+            else:
+                module.register_forward_hook(lambda _m, _a, out, key=(what, layer), keep=keep: keep(out, key))
+    return seen, model(tokens).logits
+
+
+def tokens_of(n_contexts=3, ctx_len=29, n_tokens=94, seed=0):
+    tokens = torch.randint(4, n_tokens, (n_contexts, ctx_len), generator=torch.Generator().manual_seed(seed))
+    tokens[:, 0] = 2
+    return tokens
+
+
+@contextlib.contextmanager
+def counted_modules():
+    """Count the calls of every module, by class name, wherever it lives."""
+    calls = collections.Counter()
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _args: calls.update([type(module).__name__])
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+# --- what is captured -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_site_is_bit_equal_to_hugging_face(name, dtype, load, request):
+    tokens = tokens_of()
+    expected, _ = by_plain_hooks(request.getfixturevalue(name), name, tokens, getattr(torch, dtype))
+    model = load(name, dtype)
+    captured = model.capture(tokens, ALL_POINTS)
+    assert list(captured) == ALL_POINTS
+    for layer in LAYERS:
+        for site in SITES:
+            got = captured[hook_point(site, layer)]
+            assert got.shape == (3, 29, model.d_model)
+            assert got.dtype == getattr(torch, dtype)
+            assert torch.equal(got, expected[site, layer]), (site, layer)
+        mid, post = expected["resid_mid", layer], expected["resid_post", layer]
+        assert torch.equal(mid + captured[hook_point("mlp_out", layer)], post)
+    tensors = list(captured.values())
+    different = [a for i, a in enumerate(tensors) if not any(torch.equal(a, b) for b in tensors[:i])]
+    assert len(different) == len(tensors) - 2  # resid_post is resid_pre of the next layer
+
+
+def test_mlp_out_of_gemma2_is_after_the_post_norm(load, tiny_gemma2):
+    tokens = tokens_of()
+    expected, _ = by_plain_hooks(tiny_gemma2, "tiny_gemma2", tokens)
+    got = load("tiny_gemma2").capture(tokens, [hook_point("mlp_out", 1)])[hook_point("mlp_out", 1)]
+    assert torch.equal(got, expected["mlp_out", 1])
+    assert (got - expected["raw_mlp_out", 1]).norm() > 0.1 * got.norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_site_alone_equals_the_same_site_among_all(name, load):
+    model, tokens = load(name), tokens_of()
+    together = model.capture(tokens, ALL_POINTS)
+    for point in ALL_POINTS:
+        assert torch.equal(model.capture(tokens, [point])[point], together[point])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_split_batch_gives_the_same(name, load):
+    model, tokens = load(name), tokens_of(5)
+    whole = model.capture(tokens, ALL_POINTS)
+    parts = [model.capture(part, ALL_POINTS) for part in (tokens[:2], tokens[2:])]
+    for point in ALL_POINTS:
+        torch.testing.assert_close(whole[point], torch.cat([p[point] for p in parts]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("tiny_gemma2", "Gemma2DecoderLayer"), ("tiny_llama", "LlamaDecoderLayer"), ("tiny_gpt2", "GPT2Block")],
+)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_forward_stops_after_the_deepest_layer(name, block, layer, load):
+    model, tokens = load(name), tokens_of()
+    points = [hook_point("resid_mid", 0), hook_point("mlp_out", layer)]
+    model.capture(tokens, points)  # the first time, the taps are checked
+    with counted_modules() as calls:
+        model.capture(tokens, points)
+    assert calls[block] == layer + 1
+    final_norms = {"tiny_gemma2": 4, "tiny_llama": 2, "tiny_gpt2": 2}[name] * (layer + 1)
+    assert calls["Gemma2RMSNorm"] + calls["LlamaRMSNorm"] + calls["LayerNorm"] == final_norms
+    with counted_modules() as calls:
+        model.logits(tokens)
+    assert calls[block] == model.n_layers
+
+
+def test_capture_changes_nothing_and_its_tensors_are_free(load):
+    model, tokens = load("tiny_gemma2"), tokens_of()
+    points = [hook_point("resid_post", 0), hook_point("resid_pre", 1), hook_point("resid_mid", 1)]
+    first = model.capture(tokens, points)
+    assert torch.equal(tokens, tokens_of())
+    before = {point: tensor.clone() for point, tensor in first.items()}
+    assert torch.equal(first[points[0]], first[points[1]])
+    assert not any(t.is_inference() or t.requires_grad for t in first.values())
+    first[points[0]].zero_()
+    assert torch.equal(first[points[1]], before[points[1]])
+    again = model.capture(tokens, points)
+    assert all(torch.equal(again[point], before[point]) for point in points)
+    weight = torch.ones(model.d_model, requires_grad=True)
+    (again[points[2]] @ weight).sum().backward()
+    assert weight.grad is not None
+
+
+# --- the norm and the conventions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", ["resid_mid", "resid_pre"])
+@pytest.mark.parametrize("name", MODELS)
+def test_conventions_equal_what_the_norm_module_gives(name, site, load, request):
+    tokens = tokens_of()
+    expected, _ = by_plain_hooks(request.getfixturevalue(name), name, tokens)
+    model = load(name)
+    sublayer = {"resid_mid": "mlp", "resid_pre": "attn"}[site]
+    for layer in LAYERS:
+        norm = model.norm_before(site, layer)
+        assert isinstance(norm, Norm)
+        assert (norm.kind, norm.bias is None) == {"tiny_gpt2": ("layer", False)}.get(name, ("rms", True))
+        assert norm.gain.dtype == torch.float32
+        r = model.capture(tokens, [hook_point(site, layer)])[hook_point(site, layer)]
+        u = apply_convention(r, f"{sublayer}_in", source_site=site, norm=norm)
+        torch.testing.assert_close(u, expected[f"{sublayer}_norm", layer], atol=1e-6, rtol=1e-6)
+        n = apply_convention(r, "normalized", source_site=site, norm=norm)
+        centred = r - r.mean(-1, keepdim=True) if name == "tiny_gpt2" else r
+        by_hand = centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+        torch.testing.assert_close(n, by_hand, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tiny_gemma2", "tiny_llama"])
+def test_normalized_equals_transformer_lens(name, load):
+    model, tokens = load(name), tokens_of()
+    for layer in LAYERS:
+        residual, normalized = hook_point("resid_mid", layer), f"blocks.{layer}.ln2.hook_normalized"
+        captured = model.capture(tokens, [residual, normalized])
+        n = apply_convention(
+            captured[residual], "normalized", source_site="resid_mid", norm=model.norm_before("resid_mid", layer)
+        )
+        torch.testing.assert_close(n, captured[normalized], atol=1e-6, rtol=1e-6)
+
+
+def test_gain_is_one_plus_the_weight_only_for_gemma(load, tiny_gemma2, tiny_llama):
+    gemma = load_file(tiny_gemma2 / "model.safetensors")["model.layers.1.pre_feedforward_layernorm.weight"]
+    llama = load_file(tiny_llama / "model.safetensors")["model.layers.1.post_attention_layernorm.weight"]
+    assert torch.equal(load("tiny_gemma2").norm_before("resid_mid", 1).gain, 1 + gemma)
+    assert torch.equal(load("tiny_llama").norm_before("resid_mid", 1).gain, llama)
+    assert torch.equal(load("tiny_gemma2", "bfloat16").norm_before("resid_mid", 1).gain, 1 + gemma.bfloat16().float())
+
+
+def test_eps_is_the_modules_own(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.03125}))
+    assert LanguageModel.load(str(folder), dtype="float32").norm_before("resid_mid", 1).eps == 0.03125
+
+
+def test_other_sites_have_no_norm(load):
+    model = load("tiny_gemma2")
+    assert [model.norm_before(site, 1) for site in ("attn_out", "mlp_out", "resid_post")] == [None] * 3
+    with pytest.raises(UserError, match="3 layers"):
+        model.norm_before("resid_mid", 3)
+
+
+# --- logits and replacement -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_hugging_faces(name, load, request):
+    tokens = tokens_of()
+    _, expected = by_plain_hooks(request.getfixturevalue(name), name, tokens)
+    assert torch.equal(load(name).logits(tokens), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_replaced_activations_are_used(name, load):
+    model, tokens = load(name), tokens_of()
+    clean = model.logits(tokens)
+    other = model.capture(tokens_of(seed=1), ALL_POINTS)
+    for site in ("resid_pre", "attn_out", "mlp_out", "resid_post"):
+        point = hook_point(site, 1)
+        assert torch.equal(model.logits(tokens, {point: lambda t: t.clone()}), clean), site
+        changed = model.logits(tokens, {point: lambda _t, new=other[point]: new})
+        assert not torch.allclose(changed, clean), site
+        if site.startswith("resid"):
+            assert torch.equal(changed, model.logits(tokens_of(seed=1))), site
+    assert torch.equal(model.logits(tokens), clean)  # nothing stays attached
+
+
+def test_replacing_both_outputs_of_a_block_by_zero_skips_it(load):
+    model, tokens = load("tiny_gemma2"), tokens_of()
+    skip = {hook_point(site, 1): torch.zeros_like for site in ("attn_out", "mlp_out")}
+    block_input = {}
+    model.logits(tokens, {hook_point("resid_pre", 1): lambda t: block_input.update(t=t.clone()) or t})
+    model.logits(tokens, skip | {hook_point("resid_pre", 2): lambda t: block_input.update(after=t.clone()) or t})
+    assert torch.equal(block_input["t"], block_input["after"])
+
+
+def test_a_replacement_may_have_another_dtype(load):
+    model, tokens = load("tiny_gemma2", "bfloat16"), tokens_of()
+    replaced = model.logits(tokens, {hook_point("mlp_out", 1): lambda t: t.float()})
+    assert torch.equal(replaced, model.logits(tokens))
+
+
+def test_resid_mid_is_not_replaced(load):
+    with pytest.raises(UserError, match="resid_mid cannot be replaced"):
+        load("tiny_gemma2").logits(tokens_of(), {hook_point("resid_mid", 1): lambda t: t})
+
+
+# --- through the bridge -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_a_trace_the_bridge_gives_the_same(name, load, request, monkeypatch):
+    tokens, expected = tokens_of(), load(name).capture(tokens_of(), ALL_POINTS)
+    model = LanguageModel.load(str(request.getfixturevalue(name)), dtype="float32", device="cpu")
+    monkeypatch.setattr("matryoshka.hook_points.HookPoints.trace", lambda _self, _name: None)
+    got = model.capture(tokens, ALL_POINTS)
+    for point in ALL_POINTS:
+        torch.testing.assert_close(got[point], expected[point], atol=1e-3, rtol=1e-3)
+    ablated = model.logits(tokens, {hook_point("mlp_out", 1): torch.zeros_like})
+    same = load(name).logits(tokens, {hook_point("mlp_out", 1): torch.zeros_like})
+    torch.testing.assert_close(ablated, same, atol=1e-3, rtol=1e-3)
+    with counted_modules() as calls:
+        model.capture(tokens, [hook_point("mlp_out", 1)])
+    assert calls["BlockBridge"] == 2
+    assert calls["UnembeddingBridge"] == 0
+
+
+def test_a_wrong_trace_is_caught(tiny_llama, monkeypatch, caplog):
+    from matryoshka.hook_points import HookPoints
+
+    model = LanguageModel.load(str(tiny_llama), dtype="float32", device="cpu")
+    right = HookPoints.trace
+    monkeypatch.setattr(
+        HookPoints, "trace", lambda self, name: right(self, name.replace(".1.hook_mlp", ".1.hook_attn"))
+    )
+    tokens, points = tokens_of(), [hook_point("mlp_out", 1), hook_point("mlp_out", 2)]
+    with caplog.at_level(logging.WARNING, "matryoshka.lm"):
+        got = model.capture(tokens, points)
+    assert [points[0] in caplog.text, points[1] in caplog.text] == [True, False]
+    expected, _ = by_plain_hooks(tiny_llama, "tiny_llama", tokens)
+    for layer, point in enumerate(points, start=1):
+        torch.testing.assert_close(got[point], expected["mlp_out", layer], atol=1e-3, rtol=1e-3)
+
+
+def test_bridge_only_hook_points_are_captured_too(load):
+    model, tokens = load("tiny_llama"), tokens_of()
+    pattern = model.capture(tokens, ["blocks.1.attn.hook_pattern"])["blocks.1.attn.hook_pattern"]
+    torch.testing.assert_close(pattern.sum(-1), torch.ones(3, 3, 29))
+
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def test_scaled_contributions_are_read_through_the_bridge(save_tiny_model):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    # Granite multiplies what a sublayer returns, so no module's output is what is added to the residual stream.
+    folder = save_tiny_model(GraniteForCausalLM, GraniteConfig(**SMALL, residual_multiplier=0.25))
+    model = LanguageModel.load(str(folder), dtype="float32", device="cpu")
+    points = [hook_point(site, 1) for site in SITES]
+    pre, attn, mid, mlp, post = model.capture(tokens_of(), points).values()
+    torch.testing.assert_close(pre + attn, mid)
+    torch.testing.assert_close(mid + mlp, post)
+    clean = model.logits(tokens_of())
+    ablated = model.logits(tokens_of(), {points[3]: torch.zeros_like})
+    assert (ablated - clean).norm() > 0.01 * clean.norm()
+
+
+def test_parallel_blocks_have_no_resid_mid(save_tiny_model):
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(
+        vocab_size=97, n_embd=24, n_layer=2, n_head=3, rotary_dim=4, n_positions=64, bos_token_id=2, eos_token_id=1
+    )
+    model = LanguageModel.load(str(save_tiny_model(GPTJForCausalLM, config)), dtype="float32", device="cpu")
+    with pytest.raises(UserError, match="attention and its MLP read the same input"):
+        model.capture(tokens_of(), [hook_point("resid_mid", 1)])
+    with pytest.raises(UserError, match="parallel"):
+        model.norm_before("resid_mid", 0)
+    others = [hook_point(site, 1) for site in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    pre, attn, mlp, post = model.capture(tokens_of(), others).values()
+    torch.testing.assert_close(pre + attn + mlp, post)
+    assert model.norm_before("resid_pre", 1).kind == "layer"
+
+
+def test_a_post_norm_is_not_taken_for_a_norm_before(save_tiny_model):
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    model = LanguageModel.load(str(save_tiny_model(Olmo2ForCausalLM, Olmo2Config(**SMALL))), dtype="float32")
+    assert model.norm_before("resid_mid", 1) is None
+    assert model.norm_before("resid_pre", 1) is None
+    pre, attn, mid = model.capture(tokens_of(), [hook_point(s, 1) for s in SITES[:3]]).values()
+    torch.testing.assert_close(pre + attn, mid)
+
+
+# --- facts ------------------------------------------------------------------------------------------------------
+
+
+def test_facts_of_the_model(load, tiny_gemma2):
+    model = load("tiny_gemma2", "bfloat16")
+    plain = plain_model(tiny_gemma2)
+    n_params = sum(p.numel() for p in plain.parameters())
+    assert (model.name, model.revision, model.dtype) == (str(tiny_gemma2), None, torch.bfloat16)
+    assert (model.d_model, model.n_layers, model.n_ctx, model.device.type) == (24, 3, 64, "cpu")
+    assert (model.bos_id, model.special_ids) == (2, (0, 1, 2, 3))
+    assert (model.n_params, model.weight_bytes) == (n_params, 2 * n_params)
+    facts = json.loads(json.dumps(model.describe()))
+    assert facts["architecture"] == "Gemma2ForCausalLM"
+    assert facts["weight_dtype"] == "bfloat16"
+    assert facts["attention"] == "eager"  # sdpa has no soft cap
+    assert facts["tokenizer"]["vocab_size"] == 97
+    assert load("tiny_llama").describe()["attention"] == "sdpa"
+
+
+def test_the_weights_are_held_once(load):
+    model = load("tiny_gemma2")
+    bridged = {id(p) for p in model._bridge.original_model.parameters()}
+    assert {id(p) for p in model._plain.parameters()} <= bridged  # the bridge adds a bias of zeros to the unembedding
+    assert not {id(m) for m in model._plain.modules()} & {id(m) for m in model._bridge.original_model.modules()}
+
+
+def test_the_tokenizer_stays_as_it_was_loaded(load):
+    model = load("tiny_gpt2")
+    assert (model.bos_id, model.special_ids, model.tokenizer.pad_token) == (0, (0,), None)
+    assert model.tokenizer("w0 w3")["input_ids"] == [1, 4]
+    assert load("tiny_gemma2").tokenizer("w0 w3")["input_ids"] == [4, 7]
+
+
+def test_auto_device_and_dtype(monkeypatch):
+    assert resolve_dtype("bf16") == resolve_dtype("bfloat16") == torch.bfloat16
+    assert [resolve_dtype(d) for d in ("float16", "fp16", "float32")] == [torch.float16, torch.float16, torch.float32]
+    assert resolve_dtype("auto", "mps") == torch.float32
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, c=capability: c)
+        assert resolve_dtype("auto", "cuda") == dtype
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native, raising=False)
+        assert resolve_dtype("auto", "cpu") == dtype
+    for cuda, mps, device in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert resolve_device("auto").type == device
+    with pytest.raises(UserError, match="float8"):
+        resolve_dtype("float8")
+    with pytest.raises(UserError, match="nonsense"):
+        resolve_device("nonsense")
+
+
+def test_import_is_cheap():
+    code = (
+        "import sys, matryoshka.lm; "
+        "sys.exit(str([m for m in ('transformers', 'transformer_lens', 'datasets') if m in sys.modules] or ''))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+
+
+def test_loading_leaves_nothing_behind_and_prints_nothing(tiny_llama, capfd):
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.enable_progress_bar()
+    before = list(warnings.filters), list(logging.root.handlers), transformers_logging.get_verbosity()
+    grad_enabled = torch.is_grad_enabled()
+    model = LanguageModel.load(str(tiny_llama), dtype="float32", device="cpu")
+    model.capture(tokens_of(), ALL_POINTS)
+    assert before == (list(warnings.filters), list(logging.root.handlers), transformers_logging.get_verbosity())
+    assert transformers_logging.is_progress_bar_enabled()
+    assert torch.is_grad_enabled() == grad_enabled
+    assert capfd.readouterr() == ("", "")
+
+
+# --- what a user can get wrong ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ("blocks.3.hook_resid_mid", "no layer 3: .* has 3 layers, 0 to 2"),
+        ("blocks.1.hook_resid_middle", "resid_pre, attn_out, resid_mid, mlp_out, resid_post"),
+        ("resid_mid", "each layer from 0 to 2"),
+        ("blocks.x.hook_resid_mid", "each layer from 0 to 2"),
+    ],
+)
+def test_unknown_hook_points_are_answered_with_what_exists(point, message, load):
+    with pytest.raises(UserError, match=message):
+        load("tiny_gemma2").capture(tokens_of(), [hook_point("resid_mid", 0), point])
+    with pytest.raises(UserError, match=message):
+        load("tiny_gemma2").logits(tokens_of(), {point: lambda t: t})
+
+
+def test_unusable_tokens_are_refused(load):
+    model, points = load("tiny_gemma2"), [hook_point("resid_mid", 0)]
+    for tokens, message in (
+        (tokens_of(1, 65), "65 tokens, and .* at most 64"),
+        (tokens_of()[0], r"\[29\] in int64"),
+        (tokens_of().int(), "in int32"),
+        (tokens_of()[:0], r"\[0, 29\]"),
+        (tokens_of() + 97, "0 to 96"),
+        (tokens_of() - 9, "-7 to"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.capture(tokens, points)
+        with pytest.raises(UserError, match=message):
+            model.logits(tokens)
+
+
+def broken(folder, tmp_path, remove=(), config=None):
+    copy = shutil.copytree(folder, tmp_path / "broken")
+    for pattern in remove:
+        for path in copy.glob(pattern):
+            path.unlink()
+    if config:
+        facts = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(facts | config))
+    return copy
+
+
+def test_a_folder_without_a_part_says_which(tiny_llama, tmp_path):
+    for number, (pattern, part) in enumerate(
+        (("tokenizer*", "tokenizer"), ("*.safetensors", "weights"), ("config.json", "configuration"))
+    ):
+        folder = broken(tiny_llama, tmp_path / str(number), [pattern])
+        with pytest.raises(UserError, match=f"The {part} of the model in the folder .* could not be loaded"):
+            LanguageModel.load(str(folder), dtype="float32")
+
+
+def test_missing_weights_are_never_random(tiny_llama, tmp_path):
+    folder = broken(tiny_llama, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="1 tensors are missing .*layers.1.mlp.up_proj.weight"):
+        LanguageModel.load(str(folder), dtype="float32")
+
+
+def test_weights_of_another_shape_are_refused(tiny_llama, tmp_path):
+    folder = broken(tiny_llama, tmp_path, config={"intermediate_size": 50})
+    with pytest.raises(UserError, match="The weight"):
+        LanguageModel.load(str(folder), dtype="float32")
+
+
+def test_the_models_own_code_is_never_run(tiny_llama, tmp_path):
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}}
+    folder = broken(tiny_llama, tmp_path, config=own)
+    (folder / "own.py").write_text("raise SystemExit('the code of the model ran')")
+    with pytest.raises(UserError, match="configuration"):
+        LanguageModel.load(str(folder), dtype="float32")
+
+
+def test_an_architecture_that_transformer_lens_does_not_know_is_refused(save_tiny_model):
+    from transformers import CTRLConfig, CTRLLMHeadModel
+
+    config = CTRLConfig(vocab_size=97, n_embd=24, n_layer=2, n_head=3, dff=40, n_positions=64)
+    with pytest.raises(UserError, match="TransformerLens cannot wrap .* a CTRLLMHeadModel"):
+        LanguageModel.load(str(save_tiny_model(CTRLLMHeadModel, config)), dtype="float32")
+
+
+def test_an_unreachable_model_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as caught:
+        LanguageModel.load("google/gemma-2-2b-of-nobody", revision="abc", dtype="float32")
+    message = str(caught.value)
+    for part in ("google/gemma-2-2b-of-nobody", "revision abc", "HF_TOKEN", "licence", "folder", "HF_HUB_OFFLINE"):
+        assert part in message
+
+
+def test_a_gated_model_says_what_to_do(monkeypatch):
+    import transformers
+
+    def refuse(*_args, **_kwargs):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(UserError, match="gated repo. Make sure .* accept its licence .* HF_TOKEN"):
+        LanguageModel.load("google/gemma-2-2b", dtype="float32")
+
+
+def test_the_commit_is_resolved_once_for_all_parts(tiny_llama, monkeypatch):
+    import transformers
+
+    asked = {}
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        original = getattr(transformers, name).from_pretrained
+
+        def from_pretrained(path, *, original=original, name=name, **options):
+            asked.setdefault(name, options.get("revision"))
+            loaded = original(path, **options)
+            if name == "AutoConfig":
+                loaded._commit_hash = "c0ffee"
+            return loaded
+
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", from_pretrained)
+    model = LanguageModel.load(str(tiny_llama), revision="main", dtype="float32")
+    assert asked == {"AutoConfig": "main", "AutoTokenizer": "c0ffee", "AutoModelForCausalLM": "c0ffee"}
+    assert model.revision == model.describe()["revision"] == "c0ffee"

@@ -1,0 +1,78 @@
+"""`pipeline run`: which commands it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harvest.config import HarvestConfig
+from matryoshka.config import load_config
+from matryoshka.errors import UserError
+from matryoshka.pipeline import stage_commands
+from train.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_folders_follow_from_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text("harvest: {layer: 17}\ntrain: {k: 96}\n")
+    harvest, train, evaluate = stage_commands(file)
+    assert harvest == ["harvest", "run", "--config", str(file), "--out", "data/l17"]
+    assert train[-4:] == ["--shards", "data/l17", "--out", "data/runs/l17-k96"]
+    assert evaluate == ["evaluate", "run", "data/runs/l17-k96", "--config", str(file), "--shards", "data/l17"]
+
+
+def test_named_folders_win(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text("harvest: {out: a/b}\ntrain: {out: c}\n")
+    assert [command[-1] for command in stage_commands(file)] == ["a/b", "c", "a/b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {k: 4}", "harvest.layer is missing"),
+        ("harvest: {layer: 3}", "train.k is missing"),
+        ("harvest: {layer: three}\ntrain: {k: 4}", "harvest.layer: expected a number"),
+        ("harvst: {}", "unknown section harvst"),
+    ],
+)
+def test_a_file_that_does_not_say_enough_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        stage_commands(file)
+
+
+@pytest.mark.parametrize("file", sorted([ROOT / "pipeline.yaml", *ROOT.glob("examples/*.yaml")]), ids=lambda f: f.name)
+def test_every_shipped_file_is_valid(file: Path) -> None:
+    assert len(stage_commands(file)) == 3
+    harvest = load_config(HarvestConfig, "harvest", file=file)
+    train = load_config(TrainConfig, "train", file=file)
+    assert harvest.tokens >= 200_000
+    assert train.group_sizes is not None
+
+
+def test_the_shipped_recipes_are_the_owners() -> None:
+    wanted = {
+        "pipeline.yaml": (17, 15_000_000, (1152, 2304, 4608, 10368), 18432, 96),
+        "examples/gemma2-layer12.yaml": (12, 20_000_000, (2304, 4608, 9216, 20736), 36864, 96),
+        "examples/gemma2-layer8.yaml": (8, 1_000_000, (2304, 4608, 9216, 2304), 18432, 48),
+    }
+    for name, recipe in wanted.items():
+        harvest = load_config(HarvestConfig, "harvest", file=ROOT / name)
+        train = load_config(TrainConfig, "train", file=ROOT / name)
+        assert (harvest.layer, harvest.tokens, train.group_sizes, train.d_sae, train.k) == recipe
+        assert harvest.model == "google/gemma-2-2b"
+        assert train.lr == 4e-4
+
+
+def test_pipeline_yaml_lists_every_key() -> None:
+    """The recipe is also the reference of the settings: nothing missing, and defaults as in the code."""
+    from matryoshka.config import read_yaml
+
+    sections = read_yaml(ROOT / "pipeline.yaml")
+    assert set(sections["harvest"]) == set(HarvestConfig.model_fields)
+    assert set(sections["train"]) == set(TrainConfig.model_fields)

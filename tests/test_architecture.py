@@ -1,0 +1,186 @@
+"""Who may import whom, and what may happen at import. Read from the source, so that no run has to reach a line."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("harvest", "train", "evaluate")
+PACKAGES = ("matryoshka", *STAGES)
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+OWNERS = {
+    "zarr": ("matryoshka/shards/",),
+    "numcodecs": ("matryoshka/shards/",),
+    "google_crc32c": ("matryoshka/shards/",),
+    "transformer_lens": ("matryoshka/lm.py",),
+    "transformers": ("matryoshka/lm.py",),
+    "datasets": ("harvest/text.py",),
+    "pyarrow": ("harvest/text.py", "evaluate/"),
+    "safetensors": ("matryoshka/transcoder.py", "train/checkpoint.py"),
+    "wandb": ("train/sinks.py",),
+    "yaml": ("matryoshka/config.py", "matryoshka/pipeline.py"),
+    "sae_lens": (),
+    "pickle": (),
+}
+"""Third-party package -> the only files (or folders) that may import it."""
+
+names = [path.relative_to(ROOT).as_posix() for path in SOURCES]
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of all modules a file imports, wherever in it the import stands; relative ones made absolute."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            yield ".".join([*start, *([node.module] if node.module else [])])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
+
+
+def tops(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(SOURCES) > 30
+    assert {name.partition("/")[0] for name in names} == set(PACKAGES)
+    # the reader of imports sees those inside functions and relative ones
+    assert "torch" in tops(ROOT / "harvest" / "run.py")
+    assert "zarr" in tops(ROOT / "matryoshka" / "shards" / "layout.py")
+    assert "harvest.config" in set(imports(ROOT / "harvest" / "cli.py"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_import_only_themselves_and_matryoshka(stage: str) -> None:
+    for path in (ROOT / stage).rglob("*.py"):
+        assert tops(path) & set(PACKAGES) <= {stage, "matryoshka"}, path
+
+
+def test_matryoshka_imports_no_stage() -> None:
+    for path in (ROOT / "matryoshka").rglob("*.py"):
+        assert not tops(path) & set(STAGES), path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_inside_a_stage_imports_are_relative(stage: str) -> None:
+    """Hugging Face has a package `evaluate`: the bare name of a stage stands in matryoshka/launch.py alone."""
+    for path in (ROOT / stage).rglob("*.py"):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert (node.module or "").partition(".")[0] != stage, path
+            if isinstance(node, ast.Import):
+                assert stage not in {alias.name.partition(".")[0] for alias in node.names}, path
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_each_format_has_one_owner(package: str) -> None:
+    users = [name for path, name in zip(SOURCES, names, strict=True) if package in tops(path)]
+    assert [name for name in users if not name.startswith(OWNERS[package])] == []
+
+
+def test_only_the_shards_package_is_behind_its_door() -> None:
+    """Outside matryoshka/shards nobody needs its layout (chunks, codecs), which may change with the format."""
+    allowed = {"harvest/estimate.py"}
+    users = {
+        name for path, name in zip(SOURCES, names, strict=True) if "matryoshka.shards.layout" in set(imports(path))
+    }
+    assert {name for name in users if not name.startswith("matryoshka/shards/")} <= allowed
+
+
+def test_training_and_its_tests_never_need_the_language_model() -> None:
+    paths = [*(ROOT / "train").rglob("*.py"), *(ROOT / "tests" / "train").rglob("*.py")]
+    assert len(paths) > 10
+    for path in paths:
+        assert not tops(path) & {"transformer_lens", "datasets", "transformers"}, path
+        assert "matryoshka.lm" not in set(imports(path)), path
+
+
+def test_files_are_named_by_what_they_are_about() -> None:
+    banned = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler", "base"}
+    for path in SOURCES:
+        assert not banned & set(path.stem.split("_")), path
+        assert not banned & set(path.relative_to(ROOT).parts), path
+
+
+def test_files_are_one_idea_long() -> None:
+    assert {
+        path.relative_to(ROOT).as_posix(): n for path in SOURCES if (n := len(path.read_text().splitlines())) > 400
+    } == {}
+
+
+def test_source_is_ascii() -> None:
+    for path in [*SOURCES, *TESTS]:
+        assert path.read_bytes().isascii(), path
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_nothing_unsafe_or_global_is_called() -> None:
+    banned = {"eval", "exec", "torch.load", "torch.save", "pickle.load", "pickle.loads", "yaml.unsafe_load", "np.load"}
+    banned |= {"torch.manual_seed", "torch.seed", "np.random.seed", "random.seed", "torch.set_default_dtype"}
+    for path in SOURCES:
+        for name, call in calls(path):
+            assert name not in banned, (path, name)
+            for keyword in call.keywords:
+                trusted = keyword.arg == "trust_remote_code" and not (
+                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                )
+                assert not trusted, path
+
+
+def test_modules_do_no_work_at_import() -> None:
+    """At the top level: imports, definitions, constants, and the two guards."""
+    for path in SOURCES:
+        for node in tree(path).body:
+            if isinstance(node, ast.If):
+                assert ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"), (path, node.lineno)
+            elif isinstance(node, ast.Expr):
+                assert isinstance(node.value, ast.Constant), (path, node.lineno)
+            else:
+                allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+                allowed += (ast.Assign, ast.AnnAssign)
+                assert isinstance(node, allowed), (path, node.lineno)
+
+
+def test_the_doors_import_nothing_heavy() -> None:
+    """`--help` has to answer in under a second, and importing torch alone takes longer."""
+    doors = ["matryoshka", "matryoshka.launch", "matryoshka.pipeline", *(f"{stage}.cli" for stage in STAGES)]
+    code = (
+        f"import sys, {', '.join(doors)}\n"
+        "heavy = {'torch', 'zarr', 'numpy', 'transformers', 'transformer_lens', 'datasets', 'wandb', 'pyarrow'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+
+
+def test_public_names_come_from_the_top() -> None:
+    import matryoshka
+
+    for name in matryoshka.__all__:
+        assert getattr(matryoshka, name).__name__ == name
+    assert {"ShardSet", "Transcoder"} <= set(matryoshka.__all__)
+    with pytest.raises(AttributeError, match="NoSuchThing"):
+        _ = matryoshka.NoSuchThing

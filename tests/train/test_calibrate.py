@@ -1,0 +1,39 @@
+"""The calibrated threshold keeps exactly k latents a row on average."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from matryoshka.shards import ShardSet
+from train.calibrate import calibrate_threshold
+from train.conditioning import Conditioning
+from train.step import StepState
+
+
+def make_state(b_enc: float = 0.0) -> StepState:
+    g = torch.Generator().manual_seed(0)
+    return StepState.create(
+        W_enc=torch.randn(40, 12, generator=g) / 12**0.5,
+        b_enc=torch.full((40,), b_enc),
+        W_dec=torch.nn.functional.normalize(torch.randn(40, 10, generator=g), dim=1),
+        b_dec=torch.zeros(10),
+    )
+
+
+@pytest.mark.parametrize("max_rows", [100, 333, 10_000])
+@pytest.mark.parametrize("k", [1, 5])
+def test_mean_l0_is_k(random_shards: ShardSet, k: int, max_rows: int) -> None:
+    conditioning = Conditioning.from_shards(random_shards, "normalized", "centre", torch.device("cpu"))
+    state = make_state()
+    threshold = calibrate_threshold(state, conditioning, random_shards, k=k, max_rows=max_rows)
+    rows = torch.cat([block.rows()[0] for block in random_shards.val.blocks()])[:max_rows]
+    pre_acts = conditioning.input(rows) @ state.W_enc.T + state.b_enc
+    naive = pre_acts.flatten().sort(descending=True).values[k * len(rows)]
+    assert threshold == pytest.approx(float(naive), abs=1e-6)
+    assert int((pre_acts > threshold).sum()) == pytest.approx(k * len(rows), abs=1)
+
+
+def test_never_below_zero(random_shards: ShardSet) -> None:
+    conditioning = Conditioning.from_shards(random_shards, "normalized", "centre", torch.device("cpu"))
+    assert calibrate_threshold(make_state(b_enc=-50.0), conditioning, random_shards, k=3, max_rows=200) == 0.0

@@ -1,0 +1,189 @@
+"""Whole runs on small sets: exact resume, refusals, planted structure recovered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import train.run as module
+from matryoshka.errors import UserError
+from matryoshka.metrics import FvuSums
+from matryoshka.shards import ShardSet
+from matryoshka.sites import apply_convention
+from matryoshka.transcoder import Transcoder
+from train.config import TrainConfig
+from train.run import TrainResult, train
+from train.step import StepReport
+
+
+def config_of(shards: ShardSet, out: Path, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "shards": shards.path,
+        "out": out,
+        "group_sizes": (8, 16, 24),
+        "k": 4,
+        "steps": 24,
+        "batch_tokens": 128,
+        "buffer_tokens": 1024,
+        "lr": 3e-3,
+        "checkpoint_every": 7,
+        "log_every": 3,
+        "device": "cpu",
+    }
+    return TrainConfig.model_validate(settings | changes)
+
+
+def final(result: TrainResult) -> Transcoder:
+    return Transcoder.load(result.checkpoint)
+
+
+def val_fvu(transcoder: Transcoder, shards: ShardSet) -> list[float]:
+    sums = FvuSums()
+    for block in shards.val.blocks():
+        source, target = block.rows()
+        x = apply_convention(source, transcoder.config.input, source_site="resid_mid", norm=shards.norm)
+        nested = transcoder.nested(transcoder.encode(x), x=x)
+        sums.add(target.float(), torch.stack([(y_hat - target.float()).square().sum(1) for y_hat in nested]))
+    return sums.value()
+
+
+class StopAfter:
+    """A kill at a given step, as far as the files can tell."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def started(self, plan: object, first_step: int) -> None:
+        pass
+
+    def advanced(self, step: int, report: StepReport | None) -> None:  # noqa: ARG002
+        if step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("killed_after", [1, 7, 13, 23])
+def test_resumed_equals_uninterrupted(random_shards: ShardSet, tmp_path: Path, killed_after: int) -> None:
+    whole = train(config_of(random_shards, tmp_path / "whole"))
+    config = config_of(random_shards, tmp_path / "resumed")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, StopAfter(killed_after))
+    resumed = train(config)
+    for name in ("transcoder.safetensors", "optimizer.safetensors", "config.json", "state.json"):
+        assert (whole.checkpoint / name).read_bytes() == (resumed.checkpoint / name).read_bytes(), name
+    metrics = [(path / "metrics.jsonl").read_bytes() for path in (whole.path, resumed.path)]
+    assert metrics[0] == metrics[1]
+    assert [json.loads(line)["step"] for line in metrics[0].splitlines()] == [3, 6, 9, 12, 15, 18, 21, 24]
+
+
+def test_a_finished_run_is_left_alone_and_other_settings_refused(random_shards: ShardSet, tmp_path: Path) -> None:
+    config = config_of(random_shards, tmp_path / "run", steps=5)
+    first = train(config)
+    before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
+    assert train(config).n_steps_taken == 0
+    with pytest.raises(UserError, match=r"config\.lr: 0\.003 -> 0\.1"):
+        train(config_of(random_shards, tmp_path / "run", steps=5, lr=0.1))
+    assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_something_else_is_refused(random_shards: ShardSet, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="not empty and not a run"):
+        train(config_of(random_shards, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
+    random_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poisoned(module.TrainStep):
+        def __call__(self, x: Tensor, y: Tensor, *, lr: float, log: bool = False) -> StepReport | None:
+            if int(self.state.step) == 10:
+                x = x.clone()
+                x[3, 2] = float("nan")
+            return super().__call__(x, y, lr=lr, log=log)
+
+    monkeypatch.setattr(module, "TrainStep", Poisoned)
+    with pytest.raises(UserError, match=r"stopped before step 11.*smaller --lr"):
+        train(config_of(random_shards, tmp_path / "run"))
+    assert [c.step for c in module.list_checkpoints(tmp_path / "run")] == [7]
+
+
+def test_missing_and_unfinished_shards_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pass --shards"):
+        train(TrainConfig())
+    with pytest.raises(UserError, match="not a shard set"):
+        train(TrainConfig(shards=tmp_path))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_checkpoint_is_usable_as_it_stands(random_shards: ShardSet, tmp_path: Path, skip: bool) -> None:
+    result = train(config_of(random_shards, tmp_path / "run", steps=60, skip=skip, checkpoint_every=60))
+    transcoder = final(result)
+    fvu = val_fvu(transcoder, random_shards)
+    assert fvu == sorted(fvu, reverse=True), "FVU must fall from prefix to prefix"
+    assert fvu[-1] < 0.5
+    rows = torch.cat([block.rows()[0] for block in random_shards.val.blocks()])
+    x = apply_convention(rows, "normalized", source_site="resid_mid", norm=random_shards.norm)
+    assert float((transcoder.encode(x) > 0).sum(1).double().mean()) == pytest.approx(4, abs=0.02)
+
+
+def test_group_sizes_change_what_is_learned(random_shards: ShardSet, tmp_path: Path) -> None:
+    # The project this one replaces logged an FVU per group and trained the last prefix only.
+    by_sizes = {}
+    for sizes in ((8, 16, 24), (16, 8, 24), (48,)):
+        name = "-".join(map(str, sizes))
+        result = train(config_of(random_shards, tmp_path / name, group_sizes=sizes, steps=40, seed=1))
+        lines = (result.path / "metrics.jsonl").read_text().splitlines()
+        by_sizes[sizes] = (json.loads(lines[0])["loss"], val_fvu(final(result), random_shards))
+    assert len({loss for loss, _ in by_sizes.values()}) == 3
+    nested = by_sizes[8, 16, 24][1]
+    # A plain one has no good short prefix: its first 8 latents, cut out, are worth less.
+    cut = final(TrainResult(tmp_path / "48", tmp_path / "48/checkpoints/step-000040", 40, 40))
+    sums = FvuSums()
+    for block in random_shards.val.blocks():
+        source, target = block.rows()
+        x = apply_convention(source, "normalized", source_site="resid_mid", norm=random_shards.norm)
+        y_hat = cut.encode(x)[:, :8] @ cut.W_dec[:8] + cut.b_dec
+        sums.add(target.float(), (y_hat - target.float()).square().sum(1)[None])
+    assert nested[0] < 0.9 * sums.value()[0]
+
+
+def test_a_planted_nested_dictionary_is_recovered(make_shards: Callable[..., ShardSet], tmp_path: Path) -> None:
+    """x = sum_j c_j a_j and y = sum_j c_j b_j with sparse c >= 0: every b_j is a decoder row, cosine > 0.9.
+
+    Five features fire often, fifteen seldom: a nest puts frequent ones into its first group.
+    """
+    g = torch.Generator().manual_seed(5)
+    n_rows, n_frequent, n_rare, d_in, d_out = 15 * 1400, 5, 15, 80, 64
+    a = normalize(torch.randn(n_frequent + n_rare, d_in, generator=g), dim=1)
+    b = normalize(torch.randn(n_frequent + n_rare, d_out, generator=g), dim=1)
+    frequent = torch.rand(n_rows, n_frequent, generator=g) < 0.25
+    rare = torch.rand(n_rows, n_rare, generator=g) < 0.06
+    c = torch.cat([frequent, rare], dim=1) * (1 + torch.rand(n_rows, n_frequent + n_rare, generator=g))
+    shards = make_shards(c @ a, c @ b)
+    # 2.15 features fire in a row on average; a k above that makes latents that stand for pairs of features.
+    config = config_of(
+        shards,
+        tmp_path / "run",
+        group_sizes=(8, 12, 20),
+        k=2,
+        steps=500,
+        batch_tokens=512,
+        buffer_tokens=8192,
+        lr=1e-2,
+        checkpoint_every=500,
+        log_every=100,
+        input="resid_mid",
+    )
+    transcoder = final(train(config))
+    cosines = b @ transcoder.W_dec.T
+    assert float(cosines.max(1).values.min()) > 0.9
+    in_first_group = cosines[:, :8].max(1).values > 0.9
+    assert in_first_group[:n_frequent].double().mean() > in_first_group[n_frequent:].double().mean()

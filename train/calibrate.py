@@ -1,0 +1,50 @@
+"""The inference threshold: set after training so that the mean L0 over val rows is k."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from matryoshka.shards import ShardSet
+
+from .conditioning import Conditioning
+from .step import StepState
+
+_ROWS = 2048
+
+
+def calibrate_threshold(
+    state: StepState, conditioning: Conditioning, shards: ShardSet, *, k: int, max_rows: int
+) -> float:
+    """The k * n-th largest pre-activation among the first n <= max_rows val rows, in the units of the training step.
+
+    `acts = relu(pre) where pre > threshold` then keeps k latents a row on average. Never below 0: when fewer than
+    k * n pre-activations are positive, all of them are kept.
+    """
+    n_rows = min(max_rows, sum(int(shards.val.keep(shard).sum()) for shard in range(shards.val.n_shards)))
+    n_wanted = k * n_rows
+    # One more than is kept: the threshold itself is not (pre > threshold is strict).
+    pool = torch.zeros(0)
+    bound = 0.0
+    for source in _val_rows(shards, n_rows):
+        pre_acts = torch.addmm(state.b_enc, conditioning.input(source.to(state.W_enc.device)), state.W_enc.T)
+        pool = torch.cat([pool, pre_acts[pre_acts > bound].cpu()])
+        if len(pool) > 2 * n_wanted + 1:
+            pool = pool.topk(n_wanted + 1).values
+            bound = float(pool.min())
+    if len(pool) <= n_wanted:
+        return 0.0
+    return float(pool.topk(n_wanted + 1).values.min())
+
+
+def _val_rows(shards: ShardSet, n_rows: int) -> Iterator[Tensor]:
+    """The first `n_rows` source rows of val in the order of the disk, a batch at a time."""
+    left = n_rows
+    for block in shards.val.blocks():
+        source, _ = block.rows()
+        yield from source[:left].split(_ROWS)
+        left -= min(left, len(source))
+        if left == 0:
+            return

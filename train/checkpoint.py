@@ -1,0 +1,94 @@
+"""Checkpoints: checkpoints/step-NNNNNN/{transcoder.safetensors, config.json, optimizer.safetensors, state.json}.
+
+The transcoder in it is folded and usable as it stands; optimizer.safetensors holds the exact state of the training
+step, from which a run goes on bit for bit. A folder without the suffix .partial is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from matryoshka.errors import UserError
+from matryoshka.runs import CHECKPOINTS, FORMAT_VERSION, fsync_path, publish_json, read_json
+from matryoshka.transcoder import Transcoder
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One checkpoint on disk."""
+
+    folder: Path
+    step: int
+    finished: bool
+    """Whether the run was over: all steps done and the threshold calibrated."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state of the training step, for StepState.load_tensors."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self.folder / OPTIMIZER_FILE)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the checkpoint {self.folder} cannot be read ({error}); delete that folder to go on "
+                "from the one before"
+            ) from error
+
+
+def save_checkpoint(
+    run: Path, step: int, tensors: dict[str, Tensor], transcoder: Transcoder, *, finished: bool
+) -> None:
+    """Write a checkpoint aside and publish it by renaming; one of the same step is replaced."""
+    from safetensors.torch import save_file
+
+    folder = run / CHECKPOINTS / f"step-{step:06d}"
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    transcoder.save(partial)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / OPTIMIZER_FILE)
+    fsync_path(partial / OPTIMIZER_FILE)
+    publish_json(partial / STATE_FILE, {"format_version": FORMAT_VERSION, "step": step, "finished": finished})
+    if folder.exists():
+        _discard(folder)
+    os.replace(partial, folder)
+    fsync_path(folder.parent)
+
+
+def list_checkpoints(run: Path) -> list[Checkpoint]:
+    """The whole checkpoints of a run, oldest first."""
+    found = []
+    for folder in (run / CHECKPOINTS).glob("step-*"):
+        match = _NAME.fullmatch(folder.name)
+        if match is None:
+            continue
+        state = read_json(folder / STATE_FILE, what="checkpoint")
+        found.append(Checkpoint(folder, int(match[1]), bool(state["finished"])))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what a kill left half-written."""
+    for checkpoint in list_checkpoints(run)[:-keep]:
+        _discard(checkpoint.folder)
+    for partial in (run / CHECKPOINTS).glob("*.partial"):
+        shutil.rmtree(partial)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint. Renamed first: a kill in the middle must not leave a folder that looks whole."""
+    doomed = folder.with_name(folder.name + ".old.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,83 @@
+"""The command `train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Train Matryoshka transcoders on a shard set, without the language model.",
+)
+
+
+@app.callback()
+def _train() -> None:
+    # With a callback, typer keeps the name of a single command: `train run`.
+    pass
+
+
+@app.command()
+def run(
+    shards: Annotated[Path | None, typer.Option(help="Folder of the shard set, such as data/l17.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. [data/runs/<shard set>-k<k>]")] = None,
+    group_sizes: Annotated[
+        str | None, typer.Option(help="Latents of each nested group, not cumulative: 1152,2304,4608. [8 x d_in in 4]")
+    ] = None,
+    d_sae: Annotated[str | None, typer.Option(help="Total latents; must equal the sum of --group-sizes.")] = None,
+    k: Annotated[str | None, typer.Option("--k", help="Mean active latents in a row. [96]")] = None,
+    steps: Annotated[str | None, typer.Option(help="Optimizer steps. [every train row once]")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Rows to train on, instead of --steps, such as 15M.")] = None,
+    batch_tokens: Annotated[str | None, typer.Option(help="Rows in one step. [4096]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [4e-4]")] = None,
+    input_: Annotated[
+        str | None, typer.Option("--input", help="resid_mid, normalized or mlp_in. [normalized where there is a norm]")
+    ] = None,
+    condition: Annotated[str | None, typer.Option(help="none, centre or standardise. [centre]")] = None,
+    precision: Annotated[str | None, typer.Option(help="Encoder product: auto, fp32 or bf16. [auto]")] = None,
+    checkpoint_every: Annotated[
+        str | None, typer.Option(help="Steps between checkpoints. [a tenth of the run]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and row order. [0]")] = None,
+    wandb: Annotated[str | None, typer.Option(help="off, online or offline. [off]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [auto]")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with a train section. [./pipeline.yaml if there]")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="train.key=value, any setting; repeatable.")] = None,
+) -> None:
+    """Train one transcoder: `train run --shards data/l17`. Run again to continue from the last checkpoint."""
+    from matryoshka.config import find_file, load_config
+
+    from .config import TrainConfig
+    from .progress import Screen
+    from .run import train
+
+    flags = {
+        "shards": shards,
+        "out": out,
+        "group_sizes": group_sizes,
+        "d_sae": d_sae,
+        "k": k,
+        "batch_tokens": batch_tokens,
+        "lr": lr,
+        "input": input_,
+        "condition": condition,
+        "precision": precision,
+        "checkpoint_every": checkpoint_every,
+        "seed": seed,
+        "wandb": wandb,
+        "device": device,
+    }
+    overrides = list(set_ or ())
+    if steps is not None or tokens is not None:
+        # One of the two on the command line takes the place of the other in the file.
+        overrides += [f"train.steps={steps or 'null'}", f"train.tokens={tokens or 'null'}"]
+    settings = load_config(TrainConfig, "train", file=find_file(config), overrides=overrides, flags=flags)
+    with Screen() as screen:
+        result = train(settings, screen)
+    screen.report(result)

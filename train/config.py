@@ -1,0 +1,143 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from matryoshka.config import Config, Count, Sizes
+
+_OPERATIONAL = frozenset({"out", "device", "shards", "checkpoint_every", "keep_checkpoints", "wandb", "log_every"})
+"""Settings that change how a run is carried out, not what it computes; a resumed run may change them."""
+
+DEFAULT_EXPANSION = 8
+DEFAULT_FRACTIONS = (16, 8, 4)
+"""The first groups are d_sae/16, d_sae/8 and d_sae/4; the last has the rest. At d_in = 2304 this is the layer-17
+recipe: 1152, 2304, 4608, 10368."""
+
+
+class TrainConfig(Config):
+    """What to learn from a shard set. The facts (widths, sites, model) come from the set itself."""
+
+    shards: Path | None = None
+    """Folder of the shard set."""
+    out: Path | None = None
+    """Folder of the run; data/runs/<shard set>-k<k> by default."""
+    group_sizes: Sizes | None = None
+    """Latents of each nested group (not cumulative); by default 8 x d_in latents in 4 groups: 1/16, 1/8, 1/4, rest."""
+    d_sae: Count | None = None
+    """Total number of latents; only checked against the sum of group_sizes."""
+    group_weights: tuple[float, ...] | None = None
+    """Weight of each prefix in the loss; 1/G each by default."""
+    k: Count = 96
+    """Mean number of active latents in a row (BatchTopK keeps k x batch_tokens in a batch)."""
+    steps: Count | None = None
+    """Optimizer steps; give this or tokens."""
+    tokens: Count | None = None
+    """Rows to train on (several epochs if more than there are); by default every train row once."""
+    batch_tokens: Count = 4096
+    """Rows in one optimizer step."""
+    buffer_tokens: Count = 131_072
+    """Rows held in memory to be shuffled; more mixes documents better."""
+    lr: Annotated[float, Field(gt=0)] = 4e-4
+    """Peak learning rate of Adam."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps from 0 to lr, linear; by default 1000, but at most a twentieth of the run."""
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Last share of the run in which lr falls."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """Shape of that fall, to lr_floor x lr."""
+    lr_floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end, as a share of lr."""
+    input: str | None = None
+    """What the transcoder reads: the raw source site (resid_mid), normalized, or mlp_in. By default normalized where
+    the set stores a norm, else raw."""
+    condition: Literal["none", "centre", "standardise"] = "centre"
+    """Fixed affine map of the input, folded into the weights on save."""
+    init: Literal["pairs", "tied"] = "pairs"
+    """pairs: latent i starts from a random training pair. tied: random unit decoder rows, encoder their transpose."""
+    init_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the encoder's initial norm."""
+    skip: bool = False
+    """Add an affine path from input to output (skip transcoder)."""
+    auxk_coef: Annotated[float, Field(ge=0)] = 1 / 32
+    """Weight of the loss that revives dead latents; 0 turns it off."""
+    k_aux: Count | None = None
+    """Dead latents that rebuild the residual of a row; d_in / 2 by default."""
+    dead_after_tokens: Count | None = None
+    """Rows without firing after which a latent is dead; 10M, but at most a twentieth of the run, by default."""
+    max_norm: Annotated[float, Field(gt=0)] | None = None
+    """Leave out rows whose source norm is more than this many times the median (attention sinks); off by default."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    threshold_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the moving average of the smallest kept activation."""
+    calibration_tokens: Count = 65_536
+    """Val rows on which the threshold is set after training, so that mean L0 is k."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the encoder product; the weights are always fp32."""
+    backend: Literal["auto", "sparse", "dense"] = "auto"
+    """How a step is computed; the result is the same."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; a tenth of the run, at least 100, by default."""
+    keep_checkpoints: Count = 2
+    """How many of the newest checkpoints stay."""
+    log_every: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the rows."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases as a second place for the metrics."""
+    wandb_project: str = "matryoshka-transcoders"
+    """W&B project."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: object) -> object:
+        # YAML 1.1 reads an unquoted off as false.
+        return "off" if value is False else value
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("give steps or tokens, not both")
+        if self.d_sae is not None and self.group_sizes is None:
+            raise ValueError("d_sae alone says nothing of the groups; give group_sizes too")
+        if self.group_sizes is not None:
+            check_group_sizes(self.group_sizes, self.d_sae, self.k)
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """The settings that decide the result."""
+        return self.model_dump(mode="json", exclude=set(_OPERATIONAL))
+
+
+def check_group_sizes(group_sizes: tuple[int, ...], d_sae: int | None, k: int) -> None:
+    """Raise ValueError when the groups do not make up d_sae, look cumulative, or the first cannot hold k latents."""
+    total = sum(group_sizes)
+    if d_sae is not None and total != d_sae:
+        hint = ""
+        if group_sizes[-1] == d_sae:
+            disjoint = [b - a for a, b in zip((0, *group_sizes), group_sizes, strict=False)]
+            hint = (
+                f": this looks like a cumulative list of prefix ends; the sizes would be {','.join(map(str, disjoint))}"
+            )
+        else:
+            hint = ", the size of each group alone; a cumulative list of prefix ends is the likely cause"
+        raise ValueError(f"group_sizes {','.join(map(str, group_sizes))} sum to {total}, not to d_sae = {d_sae}{hint}")
+    if k > group_sizes[0]:
+        raise ValueError(
+            f"k = {k} is larger than the first prefix of {group_sizes[0]} latents allows: a row cannot have more "
+            "active latents than there are. Use a smaller k or a larger first group"
+        )
+
+
+def default_group_sizes(d_in: int) -> tuple[int, ...]:
+    """8 x d_in latents in 4 groups: 1/16, 1/8, 1/4 and the rest."""
+    d_sae = DEFAULT_EXPANSION * d_in
+    first = tuple(d_sae // fraction for fraction in DEFAULT_FRACTIONS)
+    return (*first, d_sae - sum(first))

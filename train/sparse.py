@@ -1,0 +1,78 @@
+"""The sparse backend: everything behind the encoder touches only the k * batch entries that survived BatchTopK."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .entries import Kept, bag_starts, row_dots
+from .gradients import Gradients
+from .nested import nested_loss_
+
+
+def sparse_gradients(
+    x: Tensor,
+    y: Tensor,
+    weights: dict[str, Tensor],
+    kept: Kept,
+    dead: Kept | None,
+    *,
+    prefix_ends: Tensor,
+    group_weights: tuple[float, ...],
+    target_variance: float,
+    aux_coef: Tensor | float,
+) -> Gradients:
+    """Loss and gradients from the entries alone; x [batch, d_in], y [batch, d_out], prefix_ends int32 [n_groups].
+
+    A bag is one (group, row) pair; the dead latents' entries form one more plane of bags. The three products are
+    an embedding_bag over bags (decode), a sampled dense-dense product (d_acts), and embedding_bags over latents
+    (dW_dec, dW_enc).
+    """
+    (batch, d_out), n_groups = y.shape, len(group_weights)
+    W_enc, W_dec, W_skip = weights["W_enc"], weights["W_dec"], weights.get("W_skip")
+    d_sae = W_enc.shape[0]
+    bag = torch.bucketize(kept.latents, prefix_ends, right=True, out_int32=True) * batch + kept.rows
+    bag, order = bag.sort(stable=True)
+    rows, latents, acts = kept.rows[order], kept.latents[order], kept.acts[order]
+    selected = None if kept.selected is None else kept.selected[order]
+    n_planes = n_groups
+    if dead is not None:
+        n_planes += 1
+        bag = torch.cat([bag, dead.rows + n_groups * batch])
+        rows, latents = torch.cat([rows, dead.rows]), torch.cat([latents, dead.latents])
+        acts = torch.cat([acts, dead.acts])
+        selected = None if selected is None or dead.selected is None else torch.cat([selected, dead.selected])
+    starts = bag_starts(bag, n_planes * batch)
+    decoded = F.embedding_bag(latents, W_dec, starts, per_sample_weights=acts, mode="sum", include_last_offset=True)
+    base = weights["b_dec"] - y if W_skip is None else torch.addmm(weights["b_dec"] - y, x, W_skip)
+    nested = nested_loss_(
+        decoded.view(n_planes, batch, d_out),
+        base,
+        weights=group_weights,
+        target_variance=target_variance,
+        aux_coef=None if dead is None else aux_coef,
+    )
+    d_acts = row_dots(starts, latents, decoded, W_dec)
+    if selected is not None:
+        d_acts = torch.where(selected, d_acts, 0.0)
+
+    def per_latent(values: Tensor) -> Tensor:
+        return torch.zeros(d_sae, device=x.device).index_add_(0, latents, values)
+
+    small = {"b_enc": per_latent(d_acts), "b_dec": decoded[:batch].sum(0)}
+    if W_skip is not None:
+        small["W_skip"] = x.t() @ decoded[:batch]
+    decoder_dot = per_latent(acts * d_acts)
+    by_latent, order = latents.sort(stable=True)
+    latent_starts = bag_starts(by_latent, d_sae)
+    sides = {"W_enc": (rows[order], d_acts[order], x), "W_dec": (bag[order], acts[order], decoded)}
+
+    def gradient_rows(name: str, start: int, end: int) -> Tensor:
+        index, values, table = sides[name]
+        offsets = latent_starts
+        if (start, end) != (0, d_sae):
+            first, last = int(latent_starts[start]), int(latent_starts[end])
+            index, values = index[first:last], values[first:last]
+            offsets = latent_starts[start : end + 1] - first
+        return F.embedding_bag(index, table, offsets, per_sample_weights=values, mode="sum", include_last_offset=True)
+
+    return Gradients(nested, small, decoder_dot, gradient_rows, stored=False)

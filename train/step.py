@@ -1,0 +1,263 @@
+"""One training step: encode, BatchTopK, nested loss and aux loss, gradients, clip, Adam, unit decoder rows, counters.
+
+The equations are in `nested.py`; the work is in `selection.py` (encoder and BatchTopK), `sparse.py` or `dense.py`
+(everything behind it), `dead.py` (aux entries) and `update.py` (weights). Everything that is carried to the next step
+lies in `StepState`, so a run that saves and loads it goes on as if never interrupted (bit for bit on the CPU).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from matryoshka.errors import UserError
+
+from .backend import choose_backend, has_fast_bf16
+from .dead import select_dead, select_dead_fixed_shape
+from .dense import dense_gradients
+from .entries import Kept
+from .gradients import Gradients
+from .selection import TileEncoder, select_fixed_shape
+from .sparse import sparse_gradients
+from .state import StepState
+from .update import apply, measure
+
+__all__ = ["NonFiniteLoss", "StepReport", "StepSettings", "StepState", "TrainStep"]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A batch gave a loss, a gradient norm or an input that is not finite. Nothing was changed by that batch."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(
+            f"step {step}: the loss is {loss} (or its gradient or input is not finite); weights, optimizer, threshold "
+            "and counters are as they were before it"
+        )
+        self.step = step
+        self.loss = loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSettings:
+    """What a step needs to know besides its state. Raises UserError on values that cannot work."""
+
+    group_sizes: tuple[int, ...]
+    """Sizes of the disjoint groups; their sum is d_sae."""
+    k: int
+    """Mean latents per row: BatchTopK keeps the k * batch largest of the whole batch."""
+    group_weights: tuple[float, ...] | None = None
+    """w_i of each prefix's term; None is 1 / n_groups each."""
+    auxk_coef: float = 1 / 32
+    k_aux: int
+    """Pre-activations of dead latents per row that rebuild the residual."""
+    dead_after_tokens: int
+    """Rows without firing after which a latent counts as dead, judged at the start of a step."""
+    target_variance: float
+    """V_y: the total variance (summed over dimensions) of the targets as given to the step."""
+    clip_norm: float = 1.0
+    """Bound of the gradient's global norm, taken after the projection of the decoder's."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+    threshold_decay: float = 0.999
+    threshold_start_step: int = 0
+    """First step whose smallest kept activation enters the threshold's average."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the encoder GEMM; auto is bf16 where the hardware has it."""
+    backend: Literal["auto", "sparse", "dense"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.group_sizes or min(self.group_sizes) < 1:
+            raise UserError(f"group_sizes is {self.group_sizes}; give at least one group, each of at least one latent.")
+        if self.group_weights is not None and len(self.group_weights) != len(self.group_sizes):
+            raise UserError(
+                f"group_weights has {len(self.group_weights)} values for {len(self.group_sizes)} groups; give one each."
+            )
+        if not 1 <= self.k <= sum(self.group_sizes):
+            raise UserError(f"k is {self.k}, expected 1 to d_sae = {sum(self.group_sizes)}.")
+        if self.k_aux < 1 or self.dead_after_tokens < 1:
+            raise UserError(
+                f"k_aux is {self.k_aux} and dead_after_tokens is {self.dead_after_tokens}; both must be at least 1 "
+                "(auxk_coef 0 turns the aux loss off)."
+            )
+        if not (math.isfinite(self.target_variance) and self.target_variance > 0):
+            raise UserError(f"target_variance is {self.target_variance}; the targets must vary.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """Numbers of one batch, before its update, as Python floats."""
+
+    loss: float
+    """What is optimised: sum_i w_i mean ||err_i||^2 / V_y, plus the aux term with its coefficient."""
+    aux_loss: float
+    """L_aux without its coefficient; 0 when nothing is dead."""
+    fvu: tuple[float, ...]
+    """Per prefix: sum ||err_i||^2 / sum ||y - mean(y)||^2 over this batch; an estimate of the split's."""
+    l0: float
+    dead_share: float
+    """Share of latents dead after this batch."""
+    threshold: float
+    grad_norm: float
+    """Global norm after the projection, before clipping."""
+    lr: float
+    l2_loss: float
+    """mean ||err||^2 of the full width."""
+
+
+class TrainStep:
+    """Callable: one optimizer step on a batch. Owns `state`, which it moves to `device`.
+
+    On the CPU a batch whose loss, gradient norm or input is not finite raises NonFiniteLoss at once. On CUDA no step
+    waits for the device: such a batch changes nothing (every update is masked on the device) and the next step with
+    log=True raises.
+    """
+
+    def __init__(self, settings: StepSettings, state: StepState, device: torch.device | str) -> None:
+        self.settings, self.state, self.device = settings, state, torch.device(device)
+        state.to(self.device)
+        d_sae = state.W_enc.shape[0]
+        if sum(settings.group_sizes) != d_sae:
+            raise UserError(
+                f"group_sizes {settings.group_sizes} sum to {sum(settings.group_sizes)}, but the weights have {d_sae} "
+                "latents; group_sizes are disjoint sizes, not prefix ends."
+            )
+        fast = has_fast_bf16(self.device)
+        self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and fast)
+        n_groups = len(settings.group_sizes)
+        self._group_weights = settings.group_weights or (1 / n_groups,) * n_groups
+        self._prefix_ends = torch.tensor(settings.group_sizes, device=self.device).cumsum(0).int()
+        # CUDA: shapes that never depend on data, so no step waits for the device
+        self._fixed_shapes = self.device.type == "cuda"
+        self._encoder = TileEncoder(self.bf16)
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._bad_loss = torch.zeros((), device=self.device)
+
+    def backend_for(self, batch: int) -> Literal["sparse", "dense"]:
+        """The backend a batch of this many rows is trained with."""
+        if self.settings.backend != "auto":
+            return self.settings.backend
+        (d_sae, d_in), d_out = self.state.W_enc.shape, self.state.W_dec.shape[1]
+        return choose_backend(self.device, d_in=d_in, d_out=d_out, d_sae=d_sae, k=self.settings.k, batch=batch)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, y: Tensor, *, lr: float, log: bool = False) -> StepReport | None:
+        """Train on x [batch, d_in] (conditioned input) and y [batch, d_out] (scaled target), both fp32."""
+        settings, state = self.settings, self.state
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        if x.dtype != torch.float32 or y.dtype != torch.float32:
+            raise UserError(f"The batch is {x.dtype} and {y.dtype}; a training step takes float32 rows.")
+        wanted = (x.shape[0], state.W_enc.shape[1]), (x.shape[0], state.W_dec.shape[1])
+        if (tuple(x.shape), tuple(y.shape)) != wanted:
+            raise UserError(f"The batch has shapes {tuple(x.shape)} and {tuple(y.shape)}, expected {wanted}.")
+        kept, dead, aux_coef = self._select(x)
+        gradients = self._gradients(x, y, kept, dead, aux_coef)
+        measured = measure(gradients, state)
+        loss = gradients.nested.loss
+        # a NaN input can hide from the loss, as no comparison selects it; finite weights and inputs cannot make one
+        finite = torch.isfinite(loss) & torch.isfinite(measured.norm) & torch.isfinite(x.sum())
+        skip = None
+        if self._fixed_shapes:
+            skip = (~finite).float()
+            self._note_bad(finite, loss)
+        elif not bool(finite):
+            raise NonFiniteLoss(int(state.step), float(loss))
+        l0_sum = self._count(kept, x.shape[0], finite)
+        apply(
+            gradients,
+            measured,
+            state,
+            lr=lr,
+            clip_norm=settings.clip_norm,
+            betas=settings.betas,
+            eps=settings.adam_eps,
+            skip=skip,
+        )
+        return self._report(gradients, measured.norm, l0_sum, y, lr) if log else None
+
+    def _select(self, x: Tensor) -> tuple[Kept, Kept | None, Tensor | float]:
+        """BatchTopK's entries, the dead latents' entries, and the aux term's coefficient."""
+        settings, state = self.settings, self.state
+        n = settings.k * x.shape[0]
+        is_dead = state.tokens_since_fired >= settings.dead_after_tokens
+        if self._fixed_shapes:
+            kept = select_fixed_shape(x, state.W_enc, state.b_enc, n, bf16=self.bf16)
+            if settings.auxk_coef == 0:
+                return kept, None, 0.0
+            dead = select_dead_fixed_shape(x, state.W_enc, state.b_enc, is_dead, settings.k_aux)
+            return kept, dead, settings.auxk_coef * (is_dead.sum() / settings.k_aux).clamp_max(1.0)
+        kept = self._encoder.select(x, state.W_enc, state.b_enc, n)
+        dead_latents = is_dead.nonzero().squeeze(1)
+        n_dead = dead_latents.shape[0]
+        if n_dead == 0 or settings.auxk_coef == 0:
+            return kept, None, 0.0
+        dead = select_dead(x, state.W_enc, state.b_enc, dead_latents, settings.k_aux)
+        return kept, dead, settings.auxk_coef * min(n_dead / settings.k_aux, 1.0)
+
+    def _gradients(self, x: Tensor, y: Tensor, kept: Kept, dead: Kept | None, aux_coef: Tensor | float) -> Gradients:
+        settings, weights = self.settings, self.state.weights()
+        if self.backend_for(x.shape[0]) == "dense":
+            return dense_gradients(
+                x,
+                y,
+                weights,
+                kept,
+                dead,
+                group_sizes=settings.group_sizes,
+                group_weights=self._group_weights,
+                target_variance=settings.target_variance,
+                aux_coef=aux_coef,
+                bf16=self.bf16 and self.device.type == "cuda",
+            )
+        return sparse_gradients(
+            x,
+            y,
+            weights,
+            kept,
+            dead,
+            prefix_ends=self._prefix_ends,
+            group_weights=self._group_weights,
+            target_variance=settings.target_variance,
+            aux_coef=aux_coef,
+        )
+
+    def _note_bad(self, finite: Tensor, loss: Tensor) -> None:
+        """Remember the first bad batch on the device, for the next log step to raise."""
+        first = ~finite & (self._bad_step < 0)
+        self._bad_loss = torch.where(first, loss, self._bad_loss)
+        self._bad_step = torch.where(first, self.state.step, self._bad_step)
+
+    def _count(self, kept: Kept, batch: int, finite: Tensor) -> Tensor:
+        """Dead counters and threshold: the only place that changes them. Returns the number of kept entries."""
+        settings, state = self.settings, self.state
+        positive = kept.acts > 0
+        fired = torch.zeros(state.W_enc.shape[0], device=self.device).index_add_(0, kept.latents, positive.float()) > 0
+        since = torch.where(fired, 0, state.tokens_since_fired + batch)
+        state.tokens_since_fired.copy_(torch.where(finite, since, state.tokens_since_fired))
+        if kept.acts.numel():
+            smallest = kept.acts.masked_fill(~positive, torch.inf).min()
+            decay = settings.threshold_decay
+            average = torch.where(state.threshold > 0, decay * state.threshold + (1 - decay) * smallest, smallest)
+            moves = finite & torch.isfinite(smallest) & (state.step >= settings.threshold_start_step)
+            state.threshold.copy_(torch.where(moves, average, state.threshold))
+        return positive.sum()
+
+    def _report(self, gradients: Gradients, norm: Tensor, n_kept: Tensor, y: Tensor, lr: float) -> StepReport:
+        settings, state, batch = self.settings, self.state, y.shape[0]
+        if int(self._bad_step) >= 0:
+            raise NonFiniteLoss(int(self._bad_step), float(self._bad_loss))
+        sq_err = gradients.nested.sq_err.double()
+        variance = y.double().var(0, correction=0).sum() * batch
+        dead = state.tokens_since_fired >= settings.dead_after_tokens
+        return StepReport(
+            loss=float(gradients.nested.loss),
+            aux_loss=float(gradients.nested.aux_loss),
+            fvu=tuple((sq_err / variance).tolist()),
+            l0=float(n_kept) / batch,
+            dead_share=float(dead.double().mean()),
+            threshold=float(state.threshold),
+            grad_norm=float(norm),
+            lr=lr,
+            l2_loss=float(sq_err[-1]) / batch,
+        )

@@ -1,0 +1,262 @@
+"""Shuffled batches of activation pairs: a pure function of (seed, step) over the position-major shards.
+
+An epoch permutes all chunks of all shards. The permuted rows are dealt to `n_streams` virtual streams in equal parts;
+each stream reads its part in blocks of whole chunks and permutes the rows inside a block; a batch takes the same
+number of rows from every stream. A chunk already holds a few positions of EVERY context of its shard, so a batch mixes
+documents well with a small buffer. Epochs follow each other without a gap and every row comes once in each, so the
+cursor of a run is its step. Nothing here depends on timing, threads or read-ahead.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from matryoshka.errors import UserError
+from matryoshka.shards import ShardSet
+
+MAX_STREAMS = 8
+_READ_AHEAD_BATCHES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one optimizer step, bfloat16 on the CPU."""
+
+    source: Tensor
+    """[batch_rows, d_in]"""
+    target: Tensor
+    """[batch_rows, d_out]"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Kept rows [start, stop) of one chunk."""
+
+    shard: int
+    position: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """What one virtual stream reads in one epoch: its blocks, and where each begins in the lane's row sequence."""
+
+    blocks: tuple[tuple[_Piece, ...], ...]
+    starts: tuple[int, ...]
+
+
+class Stream:
+    """The training rows of a shard set in shuffled order; special positions are left out."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        batch_rows: int,
+        buffer_rows: int,
+        seed: int,
+        max_norm: float | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        """`max_norm` leaves out rows whose source norm exceeds that multiple of the median."""
+        self._shards = shards
+        self._split = shards.train
+        self._seed = seed
+        self._pin = pin_memory
+        self.batch_rows = batch_rows
+        self.n_streams = next(n for n in range(min(MAX_STREAMS, batch_rows), 0, -1) if batch_rows % n == 0)
+        self._block_rows = max(1, buffer_rows // self.n_streams)
+        self._norm_bound = None if max_norm is None else max_norm * shards.norm_quantiles("source")[0.5]
+        self._chunks = self._count_chunks()
+        self.n_rows = sum(piece.stop for piece in self._chunks)
+        if self.n_rows < batch_rows:
+            raise UserError(
+                f"{shards.path} has {self.n_rows} training rows, fewer than one batch of {batch_rows}; use a smaller "
+                "--batch-tokens or harvest more"
+            )
+        self._lane = lru_cache(maxsize=4 * self.n_streams)(self._make_lane)
+        self._order = lru_cache(maxsize=2)(self._epoch_order)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of the steps [start, stop). Reading goes on in the background; close the iterator to end it."""
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_READ_AHEAD_BATCHES)
+        ended = threading.Event()
+        producer = threading.Thread(target=self._produce, args=(start, stop, ready, ended), name="batches", daemon=True)
+        producer.start()
+        try:
+            for _ in range(start, stop):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            ended.set()
+            producer.join()
+
+    def _produce(
+        self, start: int, stop: int, ready: queue.Queue[Batch | BaseException], ended: threading.Event
+    ) -> None:
+        try:
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunks") as executor:
+                cursors = [_LaneCursor(self, stream, executor) for stream in range(self.n_streams)]
+                for step in range(start, stop):
+                    batch = self._assemble(step, cursors)
+                    while not ended.is_set():
+                        try:
+                            ready.put(batch, timeout=0.1)
+                            break
+                        except queue.Full:
+                            continue
+                    if ended.is_set():
+                        executor.shutdown(cancel_futures=True)
+                        return
+        except BaseException as error:  # handed to the consumer, which raises it
+            while not ended.is_set():
+                try:
+                    ready.put(error, timeout=0.1)
+                    return
+                except queue.Full:
+                    continue
+
+    def _assemble(self, step: int, cursors: list[_LaneCursor]) -> Batch:
+        n = self.batch_rows // self.n_streams
+        source = torch.empty(self.batch_rows, self._shards.d_in, dtype=torch.bfloat16, pin_memory=self._pin)
+        target = torch.empty(self.batch_rows, self._shards.d_out, dtype=torch.bfloat16, pin_memory=self._pin)
+        for stream, cursor in enumerate(cursors):
+            here = slice(stream * n, (stream + 1) * n)
+            cursor.copy(step * n, source[here], target[here])
+        return Batch(source, target)
+
+    def lane_rows(self, stream: int) -> int:
+        """Rows of one virtual stream in an epoch; the parts differ by one row at most."""
+        return (stream + 1) * self.n_rows // self.n_streams - stream * self.n_rows // self.n_streams
+
+    def lane(self, epoch: int, stream: int) -> _Lane:
+        """The blocks of one virtual stream in one epoch."""
+        return self._lane(epoch, stream)
+
+    def permutation(self, epoch: int, stream: int, block: int, n_rows: int) -> Tensor:
+        """Order of the rows inside one block."""
+        return torch.from_numpy(self._generator(1, epoch, stream, block).permutation(n_rows))
+
+    def load(self, pieces: tuple[_Piece, ...]) -> tuple[Tensor, Tensor]:
+        """Read the rows of a block: source and target, bfloat16."""
+        n_rows = sum(piece.stop - piece.start for piece in pieces)
+        sides = []
+        for side, width in (("source", self._shards.d_in), ("target", self._shards.d_out)):
+            rows = torch.empty(n_rows, width, dtype=torch.bfloat16)
+            filled = 0
+            for piece in pieces:
+                end = piece.position + self._split.chunk_positions
+                acts = self._split.activations(side, piece.shard, piece.position, end).flatten(0, 1)
+                kept = self._kept(piece.shard)[piece.position : end].flatten().nonzero().squeeze(1)
+                chosen = kept[piece.start : piece.stop]
+                torch.index_select(acts, 0, chosen, out=rows[filled : filled + len(chosen)])
+                filled += len(chosen)
+            sides.append(rows)
+        return sides[0], sides[1]
+
+    def _kept(self, shard: int) -> Tensor:
+        """Rows of a shard that are trained on, bool [ctx_len, n_contexts]."""
+        keep = self._split.keep(shard)
+        if self._norm_bound is not None:
+            keep &= self._shards.row_norms("source", shard) <= self._norm_bound
+        return keep
+
+    def _count_chunks(self) -> list[_Piece]:
+        step = self._split.chunk_positions
+        chunks = []
+        for shard in range(self._split.n_shards):
+            counts = self._kept(shard).sum(1).unflatten(0, (-1, step)).sum(1).tolist()
+            chunks += [_Piece(shard, number * step, 0, count) for number, count in enumerate(counts) if count]
+        return chunks
+
+    def _epoch_order(self, epoch: int) -> tuple[list[_Piece], list[int]]:
+        """The chunks of an epoch in their order, and the number of rows up to the end of each."""
+        order = [self._chunks[i] for i in self._generator(0, epoch).permutation(len(self._chunks))]
+        return order, list(accumulate(piece.stop for piece in order))
+
+    def _make_lane(self, epoch: int, stream: int) -> _Lane:
+        order, ends = self._order(epoch)
+        first, last = stream * self.n_rows // self.n_streams, (stream + 1) * self.n_rows // self.n_streams
+        blocks: list[tuple[_Piece, ...]] = []
+        starts = [0]
+        pieces: list[_Piece] = []
+        # Blocks of different length at the start keep the streams from all needing a new block at once.
+        wanted = self._block_rows * (stream + 1) // self.n_streams
+        held = 0
+        for i in range(bisect_right(ends, first), len(order)):
+            piece, begin = order[i], ends[i] - order[i].stop
+            cut = _Piece(piece.shard, piece.position, max(first - begin, 0), min(last - begin, piece.stop))
+            if cut.stop <= cut.start:
+                break
+            pieces.append(cut)
+            held += cut.stop - cut.start
+            if held >= wanted:
+                blocks.append(tuple(pieces))
+                starts.append(starts[-1] + held)
+                pieces, held, wanted = [], 0, self._block_rows
+        if pieces:
+            blocks.append(tuple(pieces))
+        else:
+            starts.pop()
+        return _Lane(tuple(blocks), tuple(starts))
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed & (2**64 - 1), *key])))
+
+
+class _LaneCursor:
+    """Walks one virtual stream forwards; the next block is read while this one is used."""
+
+    def __init__(self, stream: Stream, number: int, executor: ThreadPoolExecutor) -> None:
+        self._stream = stream
+        self._number = number
+        self._executor = executor
+        self._loading: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
+        self._key: tuple[int, int] | None = None
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def copy(self, position: int, source: Tensor, target: Tensor) -> None:
+        """Fill `source` and `target` with the lane's rows from `position` on, counted over all epochs."""
+        filled = 0
+        while filled < len(source):
+            epoch, offset = divmod(position + filled, self._stream.lane_rows(self._number))
+            lane = self._stream.lane(epoch, self._number)
+            block = bisect_right(lane.starts, offset) - 1
+            rows = self._block(epoch, block)
+            chosen = self._order[offset - lane.starts[block] :][: len(source) - filled]
+            for side, out in zip(rows, (source, target), strict=True):
+                torch.index_select(side, 0, chosen, out=out[filled : filled + len(chosen)])
+            filled += len(chosen)
+
+    def _block(self, epoch: int, block: int) -> tuple[Tensor, Tensor]:
+        if self._key != (epoch, block) or self._rows is None:
+            self._rows = None  # freed before the next one arrives
+            self._rows = self._read(epoch, block).result()
+            self._key = (epoch, block)
+            self._order = self._stream.permutation(epoch, self._number, block, len(self._rows[0]))
+            self._loading.clear()
+            last = block + 1 == len(self._stream.lane(epoch, self._number).blocks)
+            self._read(*((epoch + 1, 0) if last else (epoch, block + 1)))
+        return self._rows
+
+    def _read(self, epoch: int, block: int) -> Future[tuple[Tensor, Tensor]]:
+        key = (epoch, block)
+        if key not in self._loading:
+            pieces = self._stream.lane(epoch, self._number).blocks[block]
+            self._loading[key] = self._executor.submit(self._stream.load, pieces)
+        return self._loading[key]
