@@ -20,25 +20,25 @@ CANDIDATE_SCALE = 0.8
 """Activations above this share of the last batch's smallest choice are candidates; batches cut at about the same."""
 
 
-def batch_topk(
-    transcoder: Transcoder, x: Float[Tensor, "rows d_in"], candidates: Active, floor: Float[Tensor, " d_sae"]
-) -> Active:
-    """The k * rows largest positive activations of the batch, in the order of `Active`.
+def topk_among(candidates: Active, n: int, floor: Float[Tensor, " d_sae"]) -> Tensor | None:
+    """[n_active] bool: the n largest of `candidates`, which are the activations above `floor`.
 
-    `candidates` are the activations above `floor`. When the smallest one chosen lies below the highest floor, one that
-    was never a candidate could be larger; then the batch is encoded again without a floor.
+    None when they may not be the n largest of the batch: there are too few, or the smallest one chosen lies below the
+    highest floor, so that one that was never a candidate could be larger.
     """
-    n = transcoder.config.k * len(x)
-    if len(candidates.value) >= n:
-        chosen = candidates.value.topk(n, sorted=False).indices.sort().values
-        top = Active(candidates.n_rows, candidates.row[chosen], candidates.latent[chosen], candidates.value[chosen])
-        if float(top.value.min()) >= float(floor.max()):
-            return top
-    return _search_all(transcoder, x, n)
+    if len(candidates.value) < n:
+        return None
+    top = candidates.value.topk(n, sorted=False)
+    if float(top.values.min()) < float(floor.max()):
+        return None
+    return torch.zeros_like(candidates.value, dtype=torch.bool).index_fill_(0, top.indices, True)
 
 
-def _search_all(transcoder: Transcoder, x: Tensor, n: int) -> Active:
-    """The n largest among all pre-activations; the best so far and the best of each tile of rows meet in a final."""
+def topk_of_all(transcoder: Transcoder, x: Float[Tensor, "rows d_in"], n: int) -> Active:
+    """The n largest positive activations of the batch, encoded for that alone.
+
+    The best so far and the best of each tile of rows meet in a final.
+    """
     d_sae = transcoder.config.d_sae
     values, places = x.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=x.device)
     for start, pre_acts in row_tiles(transcoder, x):
@@ -54,11 +54,8 @@ def _search_all(transcoder: Transcoder, x: Tensor, n: int) -> Active:
     return Active(len(x), places // d_sae, places % d_sae, values[order])
 
 
-def exclusive_parts(one: Active, other: Active, d_sae: int) -> Active:
-    """The activations of only one of the two, those of only `one` with the opposite sign: other - one."""
-    keys, other_keys = one.row * d_sae + one.latent, other.row * d_sae + other.latent
-    lost, won = one.where(~torch.isin(keys, other_keys)), other.where(~torch.isin(other_keys, keys))
-    row = torch.cat([lost.row, won.row])
-    latent = torch.cat([lost.latent, won.latent])
-    order = (row * d_sae + latent).argsort()
-    return Active(one.n_rows, row[order], latent[order], torch.cat([-lost.value, won.value])[order])
+def swapped(candidates: Active, one: Tensor, other: Tensor) -> Active:
+    """other - one, where both are chosen among `candidates` by a mask: what only `one` has, with the sign turned."""
+    changed = candidates.where(one != other)
+    leaves = one[one != other]
+    return Active(changed.n_rows, changed.row, changed.latent, torch.where(leaves, -changed.value, changed.value))

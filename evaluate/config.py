@@ -31,7 +31,7 @@ class EvaluateConfig(Config):
         0.5,
     )
     """Factors on the thresholds for the L0-FVU curve."""
-    curve_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=0)] = 65_536
+    curve_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=0)] = 32_768
     """Rows the curve is drawn from (low thresholds cost more than all the rest); 0 for no curve."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     """Draws of contexts behind the confidence intervals; 0 for none."""

@@ -9,13 +9,13 @@ from matryoshka.shards import ShardSet
 from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
-from .active import active_latents, base_output, group_counts, group_sums
-from .batch_topk import CANDIDATE_SCALE, batch_topk, exclusive_parts
+from .active import Active, active_latents, base_output, group_counts, group_sums
+from .batch_topk import CANDIDATE_SCALE, swapped, topk_among, topk_of_all
 from .breakdown import Breakdown
 from .config import EvaluateConfig
 from .curve import CurveSums
 from .latents import LatentSums
-from .reconstruction import ReconstructionSums, row_errors
+from .reconstruction import ReconstructionSums, RowErrors, row_errors
 from .rows import RowBatch
 
 
@@ -54,7 +54,8 @@ class Measurement:
         self.n_rows += len(batch)
         floor = self._floor(draw_curve)
         candidates = active_latents(transcoder, x, floor)
-        active = candidates.where(candidates.value > transcoder.threshold.clamp_min(0)[candidates.latent])
+        passes = candidates.value > transcoder.threshold.clamp_min(0)[candidates.latent]
+        active = candidates.where(passes)
         base, counts = base_output(transcoder, x), group_counts(transcoder, active)
         per_group = group_sums(transcoder, active, counts)
         errors = row_errors(base, per_group, counts, y)
@@ -63,14 +64,34 @@ class Measurement:
         self.latents.add(active)
         self._count_l0(errors.l0)
         if self.batch_topk is not None:
-            top = batch_topk(transcoder, x, candidates, floor)
-            self._smallest_choice = float(top.value.min()) if len(top.value) > 0 else 0.0
-            # Most activations are chosen by both modes: only those of one are decoded.
-            changes = exclusive_parts(active, top, transcoder.config.d_sae)
-            per_group += group_sums(transcoder, changes, group_counts(transcoder, changes))
-            self.batch_topk.add(y, row_errors(base, per_group, group_counts(transcoder, top), y))
+            self.batch_topk.add(y, self._topk_errors(x, y, base, per_group, candidates, passes, floor))
         if draw_curve:
             self.curve.add(transcoder, candidates, base, y)
+
+    def _topk_errors(
+        self,
+        x: Tensor,
+        y: Tensor,
+        base: Tensor,
+        per_group: Tensor,
+        candidates: Active,
+        passes: Tensor,
+        floor: Tensor,
+    ) -> RowErrors:
+        """BatchTopK mode of one batch, from what the threshold mode has decoded; `per_group` is overwritten."""
+        transcoder = self._transcoder
+        n = transcoder.config.k * len(x)
+        chosen = topk_among(candidates, n, floor)
+        if chosen is None:
+            top = topk_of_all(transcoder, x, n)
+            per_group = group_sums(transcoder, top, group_counts(transcoder, top))
+        else:
+            top = candidates.where(chosen)
+            # Most activations are in both modes: only those of one are decoded again.
+            changes = swapped(candidates, passes, chosen)
+            per_group += group_sums(transcoder, changes, group_counts(transcoder, changes))
+        self._smallest_choice = float(top.value.min()) if len(top.value) > 0 else 0.0
+        return row_errors(base, per_group, group_counts(transcoder, top), y)
 
     def _floor(self, draw_curve: bool) -> Tensor:
         """[d_sae]: how far below the threshold activations are wanted."""

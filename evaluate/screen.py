@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -73,22 +74,24 @@ def prefix_table(report: Report) -> Table:
     step = "" if report.transcoder.step is None else f", step {report.transcoder.step:,}"
     table = Table(
         title=f"{report.transcoder.run}{step}, on {report.n_rows:,} held-out rows of {report.shard_set.name}",
-        caption="BatchTopK: the FVU with the k largest activations a row, chosen over a batch as in training",
+        caption="+-: half the 95% interval of FVU. top-k: FVU with BatchTopK as in training. dead, dense: of the group",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
         show_footer=True,
     )
-    total, interval, top = report.total, report.spread.fvu_interval, report.batch_topk
+    total, prefixes, groups = report.total, report.threshold, report.groups
     columns = {
-        "group": ("", [str(i + 1) for i in range(len(report.groups))]),
-        "latents": (f"{total.n_latents:,}", [f"{group.n_latents:,}" for group in report.groups]),
-        "prefix": ("", [f"{prefix.prefix_end:,}" for prefix in report.threshold]),
-        "FVU": ("", [_number(prefix.fvu, 4) for prefix in report.threshold]),
-        "95% interval": ("", [f"{low:.4f}-{high:.4f}" for low, high in interval or ()]),
-        "L0": ("", [_number(prefix.l0, 1) for prefix in report.threshold]),
-        "BatchTopK": ("", [_number(prefix.fvu, 4) for prefix in top or ()]),
-        "cosine": ("", [_number(prefix.cosine, 4) for prefix in report.threshold]),
-        "norm": ("", [_number(prefix.norm_ratio, 3) for prefix in report.threshold]),
-        "dead": (f"{total.dead_share:.1%}", [f"{group.dead_share:.1%}" for group in report.groups]),
-        "dense": (f"{total.dense_share:.1%}", [f"{group.dense_share:.1%}" for group in report.groups]),
+        "group": (f"{total.n_latents:,}", [f"{group.n_latents:,}" for group in groups]),
+        "prefix": ("", [f"{prefix.prefix_end:,}" for prefix in prefixes]),
+        "FVU": ("", [_number(prefix.fvu, 4) for prefix in prefixes]),
+        "+-": ("", [f"{(high - low) / 2:.4f}" for low, high in report.spread.fvu_interval or ()]),
+        "L0": ("", [_number(prefix.l0, 1) for prefix in prefixes]),
+        "top-k": ("", [_number(prefix.fvu, 4) for prefix in report.batch_topk or ()]),
+        "cosine": ("", [_number(prefix.cosine, 4) for prefix in prefixes]),
+        "norm": ("", [_number(prefix.norm_ratio, 3) for prefix in prefixes]),
+        "dead": (f"{total.dead_share:.1%}", [f"{group.dead_share:.1%}" for group in groups]),
+        "dense": (f"{total.dense_share:.1%}", [f"{group.dense_share:.1%}" for group in groups]),
     }
     shown = {name: column for name, column in columns.items() if column[1]}
     for name, (footer, _) in shown.items():

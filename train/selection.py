@@ -55,6 +55,16 @@ class _Candidates:
         return _Candidates(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(_Candidates)))
 
 
+def flat_nonzero(mask: np.ndarray) -> np.ndarray:
+    """np.flatnonzero of a sparse bool array, eight bytes at a time where its size allows: nearly every word is 0."""
+    if mask.size % 8:
+        return np.flatnonzero(mask)
+    words = mask.reshape(-1).view(np.uint64)
+    hit = np.flatnonzero(words != 0)
+    inside = np.flatnonzero(words[hit].view(np.bool_))
+    return (hit[inside >> 3] << 3) + (inside & 7)
+
+
 class TileEncoder:
     """`pre = x @ W_enc.T + b_enc` and the n largest strictly positive entries of it, on the CPU.
 
@@ -143,7 +153,7 @@ class TileEncoder:
 
     def _above(self, pre: Tensor, bound: float) -> np.ndarray:
         """Flat indices of entries above a bound >= 0. NumPy's comparison is vectorised over bytes where torch's is not,
-        and its search of a mask is seven times as fast as torch.nonzero."""
+        and its search of a mask is several times as fast as torch.nonzero."""
         mask = self._buffer("mask", (pre.shape[0], pre.shape[1]), torch.bool).numpy()
         if self.bf16:
             # non-negative bf16 numbers are ordered as their bits; every negative one is a negative int16
@@ -151,7 +161,7 @@ class TileEncoder:
             np.greater(pre.view(torch.int16).numpy(), np.int16(bits), out=mask)
         else:
             np.greater(pre.numpy(), np.float32(bound), out=mask)
-        return np.flatnonzero(mask)
+        return flat_nonzero(mask)
 
 
 def select_fixed_shape(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int, *, bf16: bool) -> Kept:

@@ -8,9 +8,16 @@ import pytest
 import torch
 
 from evaluate import active as active_module
-from evaluate.active import active_latents
-from evaluate.batch_topk import batch_topk, exclusive_parts
+from evaluate.active import Active, active_latents
+from evaluate.batch_topk import swapped, topk_among, topk_of_all
 from matryoshka.transcoder import Transcoder
+
+
+def chosen(transcoder: Transcoder, x: torch.Tensor, floors: torch.Tensor) -> tuple[Active, bool]:
+    """As a measurement does it: among the candidates, or when that is not certain among all."""
+    candidates, n = active_latents(transcoder, x, floors), transcoder.config.k * len(x)
+    mask = topk_among(candidates, n, floors)
+    return (topk_of_all(transcoder, x, n), False) if mask is None else (candidates.where(mask), True)
 
 
 def naive(transcoder: Transcoder, x: torch.Tensor) -> torch.Tensor:
@@ -30,14 +37,15 @@ def test_against_sorting(made: Any, monkeypatch: pytest.MonkeyPatch, floor: floa
     monkeypatch.setattr(active_module, "TILE_BYTES", tile_bytes)
     transcoder = made.transcoder(k=k)
     x = torch.randn(13, made.d_in, generator=torch.Generator().manual_seed(1))
-    floors = torch.full((48,), floor)
-    top = batch_topk(transcoder, x, active_latents(transcoder, x, floors), floors)
+    top, among_candidates = chosen(transcoder, x, torch.full((48,), floor))
     dense = torch.zeros(13, 48)
     dense[top.row, top.latent] = top.value
     torch.testing.assert_close(dense, naive(transcoder, x))
     key = top.row * 48 + top.latent
     assert bool((key[1:] > key[:-1]).all())
     # 40 per row are more than there are positive ones: those with a value of zero are not active
+    smallest = transcoder.pre_acts(x).flatten().sort(descending=True).values[k * 13 - 1]
+    assert among_candidates == (float(smallest) > floor)
     assert len(top.value) == min(k * 13, int((transcoder.pre_acts(x) > 0).sum()))
 
 
@@ -46,21 +54,22 @@ def test_a_high_floor_of_one_latent_hides_nothing(made: Any) -> None:
     x = torch.randn(13, made.d_in, generator=torch.Generator().manual_seed(2))
     floors = torch.zeros(48)
     floors[int(transcoder.pre_acts(x).max(0).values.argmax())] = 1e9  # the very strongest is no candidate
-    top = batch_topk(transcoder, x, active_latents(transcoder, x, floors), floors)
+    top, among_candidates = chosen(transcoder, x, floors)
+    assert not among_candidates
     dense = torch.zeros(13, 48)
     dense[top.row, top.latent] = top.value
     torch.testing.assert_close(dense, naive(transcoder, x))
 
 
-def test_exclusive_parts_are_the_difference(made: Any) -> None:
+def test_swapped_is_the_difference(made: Any) -> None:
     transcoder = made.transcoder()
     x = torch.randn(11, made.d_in, generator=torch.Generator().manual_seed(3))
-    all_active = active_latents(transcoder, x, torch.zeros(48))
-    one, other = all_active.where(all_active.latent % 3 > 0), all_active.where(all_active.value > 0.6)
-    change = exclusive_parts(one, other, 48)
+    candidates = active_latents(transcoder, x, torch.zeros(48))
+    one, other = candidates.latent % 3 > 0, candidates.value > 0.6
     dense = torch.zeros(3, 11, 48)
-    for place, part in enumerate((one, other, change)):
+    change = swapped(candidates, one, other)
+    for place, part in enumerate((candidates.where(one), candidates.where(other), change)):
         dense[place, part.row, part.latent] = part.value
     assert torch.equal(dense[2], dense[1] - dense[0])
     assert len(change.value) == int((dense[2] != 0).sum())
-    assert len(exclusive_parts(one, one, 48).value) == 0
+    assert len(swapped(candidates, one, one).value) == 0

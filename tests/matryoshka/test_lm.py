@@ -331,14 +331,18 @@ def test_without_a_trace_the_bridge_gives_the_same(name, load, request, monkeypa
     assert calls["UnembeddingBridge"] == 0
 
 
-def test_a_wrong_trace_is_caught(tiny_llama, monkeypatch, caplog):
+@pytest.mark.parametrize("wrong_in", ["both trees", "the plain tree"])
+def test_a_wrong_trace_is_caught(wrong_in, tiny_llama, monkeypatch, caplog):
     from matryoshka.hook_points import HookPoints
 
-    model = LanguageModel.load(str(tiny_llama), dtype="float32", device="cpu")
     right = HookPoints.trace
-    monkeypatch.setattr(
-        HookPoints, "trace", lambda self, name: right(self, name.replace(".1.hook_mlp", ".1.hook_attn"))
-    )
+
+    def trace(self, name):
+        wrong = right(self, name.replace(".1.hook_mlp", ".1.hook_attn"))
+        return wrong if wrong_in == "both trees" else (wrong[0], right(self, name)[1])
+
+    monkeypatch.setattr(HookPoints, "trace", trace)
+    model = LanguageModel.load(str(tiny_llama), dtype="float32", device="cpu")
     tokens, points = tokens_of(), [hook_point("mlp_out", 1), hook_point("mlp_out", 2)]
     with caplog.at_level(logging.WARNING, "matryoshka.lm"):
         got = model.capture(tokens, points)
