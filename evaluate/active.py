@@ -34,7 +34,10 @@ class Active:
 
     def where(self, chosen: Tensor) -> Active:
         """Those that `chosen` [n_active] bool marks."""
-        return Active(self.n_rows, self.row[chosen], self.latent[chosen], self.value[chosen])
+        # Looked up once: indexing with the mask would look it up for each tensor.
+        places = chosen.nonzero().squeeze(1)
+        row, latent, value = (tensor.index_select(0, places) for tensor in (self.row, self.latent, self.value))
+        return Active(self.n_rows, row, latent, value)
 
 
 def active_latents(

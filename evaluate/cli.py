@@ -51,3 +51,44 @@ def run(
     with Screen() as screen:
         evaluations = evaluate(runs, settings, screen)
     screen.report(evaluations)
+
+
+@app.command()
+def compare(
+    transcoders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B",
+            help="Two or more of: RUN, RUN@PREFIX, gemma-scope:PATH, a Gemma Scope 2 folder, a SAELens folder.",
+        ),
+    ],
+    shards: Annotated[
+        Path | None, typer.Option(help="Shard set whose val split is used. Required here or in the file.")
+    ] = None,
+    l0: Annotated[
+        list[float] | None, typer.Option(help="L0 to compare at; repeatable. (that of the first at its threshold)")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Val rows to use, such as 200k. (all of them)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for comparison.json. (it is only printed)")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with an evaluate section. (./pipeline.yaml if there)")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="evaluate.key=value, any setting; repeatable.")
+    ] = None,
+) -> None:
+    """FVU of transcoders of any origin at equal L0 on identical held-out rows, with 95% intervals."""
+    from matryoshka.config import find_file, load_config
+
+    from .compare import compare, comparison_path
+    from .compare_screen import comparison_table
+    from .config import EvaluateConfig
+    from .screen import Screen
+
+    overrides = [*(set_ or ()), *([f"evaluate.compare.l0={l0}"] if l0 else ())]
+    flags = {"shards": shards, "tokens": tokens, "device": device, "out": out}
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    with Screen() as screen:
+        result = compare(transcoders, settings, screen)
+    screen.table(comparison_table(result), comparison_path(settings))

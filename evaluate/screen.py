@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 
 from rich import box
@@ -68,6 +69,12 @@ class Screen:
             state = "written" if evaluation.is_new else "nothing left to do, this report was there already"
             self._console.print(f"{evaluation.path}: {state}", markup=False)
 
+    def table(self, table: Table, path: Path | None) -> None:
+        """Print a table, and where its numbers lie."""
+        self._output.print(table)
+        if path is not None:
+            self._console.print(f"{path}: written", markup=False)
+
 
 def prefix_table(report: Report) -> Table:
     """One line a nested prefix, then the latents of all groups together."""
@@ -78,6 +85,8 @@ def prefix_table(report: Report) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
         pad_edge=False,
+        collapse_padding=True,
+        show_edge=False,
         show_footer=True,
     )
     total, prefixes, groups = report.total, report.threshold, report.groups

@@ -38,7 +38,8 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     def started(self, estimate: Estimate, n_tokens_total: int) -> None:
         """Print the estimate and show the bar."""

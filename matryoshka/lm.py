@@ -167,6 +167,26 @@ class LanguageModel:
                 stack.callback(tap.attach(lambda t, f=functions[name]: f(t).to(t.dtype)).remove)
             return self._plain(tokens, **self._forward_options).logits
 
+    @contextlib.contextmanager
+    def tapped(self, functions: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+        """While the context lasts, call each function on its hook point's activation in every forward of this model.
+
+        What a function returns, unless None, goes on in the activation's place. It sees [B, T, d_model].
+
+        Raises:
+            UserError: a hook point the model does not have, or that is not simply an edge of one of its modules.
+        """
+        taps = self._checked_taps(list(functions))
+        with contextlib.ExitStack() as stack:
+            for name, function in functions.items():
+                # Both trees, since a forward may run in either.
+                traced = None if taps[name] is None else self._points.trace(name)
+                if traced is None:
+                    raise UserError(f"{name} of {self.name} cannot be tapped: no module reads or gives just this tensor.")
+                for tap in traced:
+                    stack.callback(tap.attach(function).remove)
+            yield
+
     def describe(self) -> dict[str, Any]:
         """JSON-able facts for a manifest."""
         return {

@@ -6,8 +6,10 @@ stage's memory is gone before the next begins.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,11 +38,15 @@ def run(
     file: Annotated[Path, typer.Argument(help="Configuration file with all three sections.")] = DEFAULT_FILE,
 ) -> None:
     """Harvest, train and evaluate what FILE describes. What is done already is not done again."""
+    costs = []
     for command in stage_commands(file):
         typer.echo(f"$ {' '.join(command)}", err=True)
-        finished = subprocess.run([sys.executable, "-m", *command], check=False)
-        if finished.returncode != 0:
-            raise typer.Exit(finished.returncode)
+        started = time.perf_counter()
+        code, peak_bytes = _run([sys.executable, "-m", *command])
+        if code != 0:
+            raise typer.Exit(code)
+        costs.append(f"{command[0]} {time.perf_counter() - started:.0f} s, {peak_bytes / 1e9:.1f} GB")
+    typer.echo(f"done: time and peak memory of each stage: {'; '.join(costs)}", err=True)
 
 
 def stage_commands(file: Path) -> list[list[str]]:
@@ -60,6 +66,20 @@ def stage_commands(file: Path) -> list[list[str]]:
         ["train", "run", *configuration, "--shards", str(shards), "--out", str(run)],
         ["evaluate", "run", str(run), *configuration, "--shards", str(shards)],
     ]
+
+
+def _run(command: list[str]) -> tuple[int, int]:
+    """Exit code and peak resident memory in bytes of one process."""
+    process = subprocess.Popen(command)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        # Ctrl-C reaches the stage too; it is left the time to end in order.
+        process.wait()
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return process.returncode, usage.ru_maxrss * kilo
 
 
 def _number(file: Path, section: dict[str, Any], name: str, key: str) -> int:

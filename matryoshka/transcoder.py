@@ -7,11 +7,12 @@ into the weights, so the input is the activation itself, in the convention that 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
@@ -144,6 +145,16 @@ class Transcoder(nn.Module):
         """decode(encode(x)) with the first `n_groups` groups."""
         return self.decode(self.encode(x, n_groups), n_groups, x=x)
 
+    def active_groups(self, x: Float[Tensor, "rows d_in"]) -> Int[Tensor, "rows"]:
+        """How many groups each row needs: 1 + the last group with an active latent, 0 without any. int64.
+
+        Decoding a row with that many groups gives its full reconstruction.
+        """
+        firing = (self.encode(x) > 0).split(list(self.config.group_sizes), dim=1)
+        fires = torch.stack([group.any(dim=1) for group in firing], dim=1)
+        numbers = torch.arange(1, fires.shape[1] + 1, device=fires.device)
+        return (fires * numbers).amax(dim=1)
+
     def save(self, folder: Path) -> None:
         """Write the two files into `folder`, weights first: a folder without config.json is not a transcoder."""
         from safetensors.torch import save_file
@@ -171,6 +182,44 @@ class Transcoder(nn.Module):
         transcoder = cls(config)
         transcoder.set_weights(_read_weights(folder / WEIGHTS_FILE))
         return transcoder.to(device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        *,
+        layer: int | None = None,
+        norm_kind: Literal["rms", "layer"] | None = None,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Transcoder:
+        """Read a transcoder of ours, SAELens, Gemma Scope 1 or 2, or circuit-tracer: a folder, a run, or a hub repo.
+
+        See `matryoshka.interop.pretrained.from_pretrained` for the arguments and errors.
+        """
+        from matryoshka.interop.pretrained import from_pretrained
+
+        return from_pretrained(path_or_repo, layer=layer, norm_kind=norm_kind, revision=revision).to(device)
+
+    def prefix(self, n_groups: int) -> Transcoder:
+        """The first `n_groups` groups as a smaller transcoder of its own: a copy, with the same b_dec and W_skip."""
+        end = self._end(n_groups)
+        sizes = self.config.group_sizes[:n_groups]
+        shorter = Transcoder(self.config.model_copy(update={"group_sizes": sizes, "k": min(self.config.k, end)}))
+        weights = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        cut = {"W_enc": weights["W_enc"][:, :end], "W_dec": weights["W_dec"][:end]}
+        cut |= {name: weights[name][:end] for name in ("b_enc", "threshold")}
+        shorter.set_weights({**weights, **cut})
+        return shorter.to(self.device)
+
+    def spliced_into(self, model: Any, n_groups: int | None = None) -> AbstractContextManager[None]:
+        """While the context lasts, forwards of `model` compute this transcoder in place of what it predicts.
+
+        `model` is a `matryoshka.LanguageModel` or a TransformerBridge. See `matryoshka.splice.spliced_into`.
+        """
+        from matryoshka.splice import spliced_into
+
+        return spliced_into(self, model, n_groups)
 
     def set_weights(self, tensors: dict[str, Tensor]) -> None:
         """Copy in all weights by name; raises UserError unless names and shapes are exactly those of the config."""

@@ -116,7 +116,7 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 40 text files of random words w0..w92, 5 to 2500 words each, about 30k words in all."""
+    """A folder of 40 text files of random words w0..w92, 8 to 4431 words each, 29978 words in all."""
     folder = tmp_path_factory.mktemp("text")
     rng = np.random.default_rng(0)
     lengths = np.geomspace(5, 2500, 40).astype(int)

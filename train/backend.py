@@ -17,9 +17,10 @@ class Machine:
 
 
 # CPU: measured by benchmarks/train_step.py on two Zen 4 cores; only the ratio of the two matters.
-# CUDA: half the data-sheet bf16 peak of an A100 and 60 % of its memory bandwidth; an assumption, never run.
+# CUDA: about half the data-sheet peaks of an A100, with bf16 matrix units and without; assumptions, never run on a GPU.
 CPU = Machine(gemm_flops=190e9, gather_bytes=70e9)
-CUDA = Machine(gemm_flops=150e12, gather_bytes=0.9e12)
+CUDA_BF16 = Machine(gemm_flops=150e12, gather_bytes=0.9e12)
+CUDA_FP32 = Machine(gemm_flops=10e12, gather_bytes=0.9e12)
 
 DENSE_GEMMS = 4  # decode, d_acts, dW_dec, dW_enc; the encoder's own is paid by both
 GATHERS = 4  # the same four, each reading one row of d_in or d_out floats per kept entry
@@ -38,9 +39,11 @@ def costs(machine: Machine, *, d_in: int, d_out: int, d_sae: int, k: int, batch:
     }
 
 
-def choose_backend(device: torch.device, *, d_in: int, d_out: int, d_sae: int, k: int, batch: int) -> Backend:
-    """The cheaper backend by `costs`."""
-    machine = CUDA if device.type == "cuda" else CPU
+def choose_backend(
+    device: torch.device, *, bf16: bool, d_in: int, d_out: int, d_sae: int, k: int, batch: int
+) -> Backend:
+    """The cheaper backend by `costs`; `bf16`: how GEMMs run on CUDA (on a CPU only the encoder's, which both pay)."""
+    machine = CPU if device.type != "cuda" else CUDA_BF16 if bf16 else CUDA_FP32
     both = costs(machine, d_in=d_in, d_out=d_out, d_sae=d_sae, k=k, batch=batch)
     return "sparse" if both["sparse"] <= both["dense"] else "dense"
 

@@ -78,10 +78,14 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a kill left half-written."""
+def prune_checkpoints(run: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every` steps.
+
+    What a kill left half-written goes too.
+    """
     for checkpoint in list_checkpoints(run)[:-keep]:
-        _discard(checkpoint.folder)
+        if keep_every is None or checkpoint.step % keep_every:
+            _discard(checkpoint.folder)
     for partial in (run / CHECKPOINTS).glob("*.partial"):
         shutil.rmtree(partial)
 

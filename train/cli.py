@@ -24,7 +24,9 @@ def _train() -> None:
 @app.command()
 def run(
     shards: Annotated[Path | None, typer.Option(help="Folder of the shard set, such as data/l17.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. [data/runs/<shard set>-k<k>]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run or fleet. [data/runs/<shard set>-k<k>, ...-fleet]")
+    ] = None,
     group_sizes: Annotated[
         str | None, typer.Option(help="Latents of each nested group, not cumulative: 1152,2304,4608. [8 x d_in in 4]")
     ] = None,
@@ -42,20 +44,27 @@ def run(
     checkpoint_every: Annotated[
         str | None, typer.Option(help="Steps between checkpoints. [a tenth of the run]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights and row order. [0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the initial weights. [0]")] = None,
     wandb: Annotated[str | None, typer.Option(help="off, online or offline. [off]")] = None,
+    parallel: Annotated[
+        str | None, typer.Option(help="Under torchrun, spread over the ranks: configs, the runs of a fleet. [configs]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [auto]")] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with a train section. [./pipeline.yaml if there]")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="train.key=value, any setting; repeatable.")] = None,
 ) -> None:
-    """Train one transcoder: `train run --shards data/l17`. Run again to continue from the last checkpoint."""
+    """Train one transcoder: `train run --shards data/l17`, or those of train.fleet and train.grid in --config.
+
+    Run again to continue from the last checkpoints. SIGTERM and Ctrl-C write checkpoints before they end it.
+    """
     from matryoshka.config import find_file, load_config
 
     from .config import TrainConfig
     from .progress import Screen
-    from .run import train
+    from .ranks import Rank
+    from .run import Silent, train_fleet
 
     flags = {
         "shards": shards,
@@ -71,6 +80,7 @@ def run(
         "checkpoint_every": checkpoint_every,
         "seed": seed,
         "wandb": wandb,
+        "parallel": parallel,
         "device": device,
     }
     overrides = list(set_ or ())
@@ -78,6 +88,12 @@ def run(
         # One of the two on the command line takes the place of the other in the file.
         overrides += [f"train.steps={steps or 'null'}", f"train.tokens={tokens or 'null'}"]
     settings = load_config(TrainConfig, "train", file=find_file(config), overrides=overrides, flags=flags)
+    rank = Rank.from_environment()
     with Screen() as screen:
-        result = train(settings, screen)
+        result = train_fleet(settings, screen if rank.index == 0 else Silent(), rank)
     screen.report(result)
+    if result.stopped_by is not None:
+        # What a shell reports of a process that a signal ended: whoever waits for us must not take it for finished.
+        raise typer.Exit(128 + result.stopped_by)
+    if any(one.outcome == "parked" for one in result.runs):
+        raise typer.Exit(1)

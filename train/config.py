@@ -9,7 +9,23 @@ from pydantic import Field, field_validator, model_validator
 
 from matryoshka.config import Config, Count, Sizes
 
-_OPERATIONAL = frozenset({"out", "device", "shards", "checkpoint_every", "keep_checkpoints", "wandb", "log_every"})
+_OPERATIONAL = frozenset(
+    {
+        "shards",
+        "out",
+        "fleet",
+        "grid",
+        "parallel",
+        "readers",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_every",
+        "log_every",
+        "wandb",
+        "wandb_project",
+        "device",
+    }
+)
 """Settings that change how a run is carried out, not what it computes; a resumed run may change them."""
 
 DEFAULT_EXPANSION = 8
@@ -24,7 +40,13 @@ class TrainConfig(Config):
     shards: Path | None = None
     """Folder of the shard set."""
     out: Path | None = None
-    """Folder of the run; data/runs/<shard set>-k<k> by default."""
+    """Folder of the run, data/runs/<shard set>-k<k> by default; of a fleet, data/runs/<shard set>-fleet by default."""
+    fleet: tuple[dict[str, Any], ...] | None = None
+    """Several runs from one stream: for each the settings in which it differs from the rest, and maybe a name."""
+    grid: dict[str, list[Any]] | None = None
+    """Several runs from one stream: setting -> values, every combination of them (for each entry of fleet)."""
+    parallel: Literal["configs"] = "configs"
+    """Under torchrun, what is spread over the ranks: the runs of the fleet."""
     group_sizes: Sizes | None = None
     """Latents of each nested group (not cumulative); by default 8 x d_in latents in 4 groups: 1/16, 1/8, 1/4, rest."""
     d_sae: Count | None = None
@@ -33,6 +55,10 @@ class TrainConfig(Config):
     """Weight of each prefix in the loss; 1/G each by default."""
     k: Count = 96
     """Mean number of active latents in a row (BatchTopK keeps k x batch_tokens in a batch)."""
+    k_start: Count | None = None
+    """k of the first step, from which it goes to k in equal steps over k_steps; k itself by default."""
+    k_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which k goes from k_start to k; a fifth of the run by default."""
     steps: Count | None = None
     """Optimizer steps; give this or tokens."""
     tokens: Count | None = None
@@ -41,8 +67,13 @@ class TrainConfig(Config):
     """Rows in one optimizer step."""
     buffer_tokens: Count = 131_072
     """Rows held in memory to be shuffled; more mixes documents better."""
+    readers: Count = 1
+    """Threads that read ahead; the batches do not depend on it."""
     lr: Annotated[float, Field(gt=0)] = 4e-4
     """Peak learning rate of Adam."""
+    lr_d_sae: Count | None = None
+    """lr is meant for this many latents, and a run with d_sae of them takes lr x sqrt(lr_d_sae / d_sae); off by
+    default."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps from 0 to lr, linear; by default 1000, but at most a twentieth of the run."""
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
@@ -84,10 +115,14 @@ class TrainConfig(Config):
     """Steps between checkpoints; a tenth of the run, at least 100, by default."""
     keep_checkpoints: Count = 2
     """How many of the newest checkpoints stay."""
+    keep_every: Count | None = None
+    """Checkpoints whose step is a multiple of this stay for good; none by default."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the rows."""
+    """Seed of the initial weights."""
+    order_seed: int = 0
+    """Seed of the order of the rows, which all runs of a fleet share."""
     wandb: Literal["off", "online", "offline"] = "off"
     """Weights & Biases as a second place for the metrics."""
     wandb_project: str = "matryoshka-transcoders"
@@ -109,6 +144,8 @@ class TrainConfig(Config):
             raise ValueError("d_sae alone says nothing of the groups; give group_sizes too")
         if self.group_sizes is not None:
             check_group_sizes(self.group_sizes, self.d_sae, self.k)
+        if self.k_steps is not None and self.k_start is None:
+            raise ValueError("k_steps says how long k changes; give k_start too, the k of the first step")
         return self
 
     def content(self) -> dict[str, Any]:

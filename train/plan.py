@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from matryoshka.shards import ShardSet
 from matryoshka.sites import input_conventions
 
 from .config import TrainConfig, check_group_sizes, default_group_sizes
-from .schedule import Schedule
+from .schedule import KSchedule, Schedule
 
 _MAX_WARMUP = 1000
 _SHARE = 20
 """Warm-up and the dead window are at most 1/20 of a run when they are not given."""
+_K_SHARE = 5
 _DEAD_WINDOW = 10_000_000
 _MIN_CHECKPOINT_STEPS = 100
 
@@ -30,6 +32,9 @@ class Plan:
     input: str
     k_aux: int
     dead_after_tokens: int
+    lr: float
+    k_start: int
+    k_steps: int
     checkpoint_every: int
 
     @property
@@ -46,13 +51,17 @@ class Plan:
     def schedule(self, config: TrainConfig) -> Schedule:
         """The learning rate over the run."""
         return Schedule(
-            lr=config.lr,
+            lr=self.lr,
             n_steps=self.n_steps,
             warmup_steps=self.warmup_steps,
             decay_steps=self.decay_steps,
             decay=config.decay,
             floor=config.lr_floor,
         )
+
+    def k_schedule(self, config: TrainConfig) -> KSchedule:
+        """k over the run."""
+        return KSchedule(start=self.k_start, end=config.k, n_steps=self.k_steps)
 
 
 def make_plan(config: TrainConfig, shards: ShardSet, n_rows: int) -> Plan:
@@ -72,6 +81,13 @@ def make_plan(config: TrainConfig, shards: ShardSet, n_rows: int) -> Plan:
     conventions = input_conventions(shards.manifest.source.site)
     raw, *derived = conventions
     default_input = "normalized" if derived and shards.norm is not None else raw
+    d_sae = sum(group_sizes)
+    k_start = config.k_start or config.k
+    if k_start > d_sae:
+        raise UserError(f"k_start = {k_start} is more than the {d_sae} latents there are; use a smaller one")
+    k_steps = 0 if config.k_start is None else n_steps // _K_SHARE if config.k_steps is None else config.k_steps
+    if k_steps >= n_steps:
+        raise UserError(f"k_steps = {k_steps} leaves no step at k = {config.k}: the run has {n_steps} steps")
     n_trained = n_steps * config.batch_tokens
     warmup = config.warmup_steps
     return Plan(
@@ -80,7 +96,11 @@ def make_plan(config: TrainConfig, shards: ShardSet, n_rows: int) -> Plan:
         warmup_steps=min(_MAX_WARMUP, n_steps // _SHARE) if warmup is None else warmup,
         decay_steps=int(config.decay_fraction * n_steps),
         input=config.input or default_input,
-        k_aux=min(config.k_aux or max(1, shards.d_in // 2), sum(group_sizes)),
+        k_aux=min(config.k_aux or max(1, shards.d_in // 2), d_sae),
         dead_after_tokens=config.dead_after_tokens or max(1, min(_DEAD_WINDOW, n_trained // _SHARE)),
+        # What TopK trainers use over widths: 2e-4 / sqrt(d_sae / 2^14).
+        lr=config.lr if config.lr_d_sae is None else config.lr * math.sqrt(config.lr_d_sae / d_sae),
+        k_start=k_start,
+        k_steps=k_steps,
         checkpoint_every=config.checkpoint_every or max(_MIN_CHECKPOINT_STEPS, n_steps // 10),
     )

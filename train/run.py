@@ -1,46 +1,41 @@
-"""One training run: shuffled rows of a shard set -> nested steps -> checkpoints -> a calibrated transcoder.
+"""Training: one stream of shuffled rows -> every unfinished run in turn -> checkpoints -> calibrated transcoders.
 
-The run directory holds run.json (settings, shard-set identity, provenance), metrics.jsonl and checkpoints/. Killed at
-any moment and started again with the same settings, it goes on from the last checkpoint.
+A plain run is a fleet of one. A run directory holds run.json (settings, shard-set identity, provenance), metrics.jsonl
+and checkpoints/. Killed at any moment and started again with the same settings, every run goes on from its last
+checkpoint; what a member learns does not depend on the other members.
 """
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
-from matryoshka.runs import (
-    FORMAT_VERSION,
-    RUN_FILE,
-    changed_fields,
-    default_run_path,
-    exclusive,
-    make_directory,
-    provenance,
-    publish_json,
-    read_json,
-    refuse_changes,
-)
+from matryoshka.runs import RUN_FILE, exclusive, make_directory, publish_json
 from matryoshka.shards import ShardSet
-from matryoshka.transcoder import Transcoder, TranscoderConfig
 
-from .calibrate import calibrate_threshold
-from .checkpoint import Checkpoint, list_checkpoints, prune_checkpoints, save_checkpoint
+from .checkpoint import list_checkpoints
 from .conditioning import Conditioning
 from .config import TrainConfig
-from .initial import initial_state
-from .plan import Plan, make_plan
-from .sinks import JsonlSink, MetricSink, WandbSink
-from .step import NonFiniteLoss, StepReport, StepSettings, StepState, TrainStep
+from .fleet import MemberConfig, fleet_folder, is_fleet, members
+from .interrupt import StopRequest
+from .member import Entry, Member, Outcome, Waiting
+from .memory import check_memory, member_need, stream_need
+from .plan import make_plan
+from .ranks import Rank
+from .record import parked_reason, publish_fleet, refuse_other_fleet, refuse_other_run, run_record, stream_record
+from .rows import Rows
+from .saving import BackgroundWriter
+from .step import StepReport
 from .stream import Stream
 
 _INIT_SEED = 0x1A17
@@ -48,24 +43,31 @@ _INIT_SEED = 0x1A17
 
 
 class Progress(Protocol):
-    """What a run tells of itself while it works."""
+    """What training tells of itself while it works."""
 
-    def started(self, plan: Plan, first_step: int) -> None:
-        """The first step is about to be taken."""
+    def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
+        """The first step of the runs that are not finished is about to be taken."""
         ...
 
-    def advanced(self, step: int, report: StepReport | None) -> None:
-        """`step` steps are finished; a report comes with every logged one."""
+    def advanced(self, name: str, step: int, report: StepReport | None) -> None:
+        """A run has finished `step` steps; a report comes with every logged one."""
+        ...
+
+    def ended(self, name: str, outcome: Outcome) -> None:
+        """A run takes no more steps."""
         ...
 
 
 class Silent:
     """Progress for nobody."""
 
-    def started(self, plan: Plan, first_step: int) -> None:
+    def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
         """Say nothing."""
 
-    def advanced(self, step: int, report: StepReport | None) -> None:
+    def advanced(self, name: str, step: int, report: StepReport | None) -> None:
+        """Say nothing."""
+
+    def ended(self, name: str, outcome: Outcome) -> None:
         """Say nothing."""
 
 
@@ -74,235 +76,205 @@ class TrainResult:
     """What a run leaves behind."""
 
     path: Path
-    checkpoint: Path
+    checkpoint: Path | None
+    """The last one; None when the run was parked before its first."""
     n_steps: int
     n_steps_taken: int
     """0 when an earlier command had finished the run."""
+    outcome: Outcome = "finished"
+    reason: str = ""
+    """Why a run was parked or stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetResult:
+    """What a command leaves behind."""
+
+    runs: tuple[TrainResult, ...]
+    stopped_by: signal.Signals | None
+    """The signal that ended the command early, if one did."""
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
-    """Train what `config` describes, or the rest of it.
+    """Train the one run that `config` describes, or the rest of it.
 
     Raises UserError for anything that the user can mend, a loss that is not finite among it.
     """
-    progress = progress or Silent()
+    if is_fleet(config):
+        raise UserError("these settings describe a fleet; use train_fleet, or leave out train.fleet and train.grid")
+    (result,) = train_fleet(config, progress, Rank()).runs
+    if result.outcome == "parked":
+        raise UserError(result.reason)
+    return result
+
+
+def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Rank | None = None) -> FleetResult:
+    """Train every run that `config` describes from one stream, or what is left of them; of a rank, its share.
+
+    A run whose loss is not finite is parked and the others go on. Raises UserError, before anything is written, for
+    settings that cannot work or that differ from those of the runs that are there.
+    """
+    rank = rank if rank is not None else Rank()
     if config.shards is None:
         raise UserError("no shard set: pass --shards with the folder that harvest wrote, such as data/l17")
     shards = ShardSet.open(config.shards)
-    device = resolve_device(config.device)
-    stream = Stream(
+    device = resolve_device(rank.device(config.device))
+    stream = _stream(config, shards, config.order_seed, pin_memory=device.type == "cuda")
+    every = [_entry(member, shards, stream.n_rows) for member in members(config)]
+    group: str | None = None
+    if is_fleet(config):
+        folder, facts = fleet_folder(config), stream_record(config, shards)
+        refuse_other_fleet(folder, facts)
+        group = folder.name
+    entries = rank.share(every)
+    for entry in entries:
+        refuse_other_run(entry.folder, entry.record)
+    left = [entry for entry in entries if not _is_over(entry)]
+    needs = {
+        entry.name: member_need(entry.settings.config, entry.plan, d_in=shards.d_in, d_out=shards.d_out, device=device)
+        for entry in left
+    }
+    check_memory(needs, stream_need(config, d_in=shards.d_in, d_out=shards.d_out), device)
+    if group is not None and rank.index == 0:
+        make_directory(fleet_folder(config))
+        publish_fleet(fleet_folder(config), stream_record(config, shards), [entry.name for entry in every])
+    with ExitStack() as held:
+        for entry in left:
+            make_directory(entry.folder)
+            held.enter_context(exclusive(entry.folder))
+            if not (entry.folder / RUN_FILE).exists():
+                publish_json(entry.folder / RUN_FILE, entry.record)
+        fleet = _Fleet(config, shards, stream, device)
+        taken = fleet.go(left, progress or Silent(), group)
+    return FleetResult(tuple(_result(entry, taken.get(entry.name, 0)) for entry in entries), fleet.stopped_by)
+
+
+class _Fleet:
+    """The runs that are left, and what they share."""
+
+    def __init__(self, config: TrainConfig, shards: ShardSet, stream: Stream, device: torch.device) -> None:
+        self._config = config
+        self._shards = shards
+        self._stream = stream
+        self._device = device
+        self.stopped_by: signal.Signals | None = None
+
+    def go(self, entries: Sequence[Entry], progress: Progress, group: str | None) -> dict[str, int]:
+        """Take the steps that are left. Returns how many each run took."""
+        if not entries:
+            return {}
+        runs: list[Member] = []
+        with StopRequest() as stop, ExitStack() as open_runs:
+            # Left in the reverse order: the writer ends before the sinks close.
+            closing = open_runs.enter_context(ExitStack())
+            writer = open_runs.enter_context(BackgroundWriter())
+            conditionings = self._conditionings(entries)
+            first_rows = _FirstRows(self._config, self._shards)
+            for entry in entries:
+                conditioning = conditionings[entry.plan.input, entry.settings.config.condition]
+                run = Member(entry, self._shards, conditioning, self._device, writer, first_rows, group=group)
+                runs.append(run)
+                closing.callback(run.close)
+            first_rows.clear()
+            progress.started(entries, [run.first for run in runs])
+            self._steps(runs, stop, progress)
+            if stop.signal is not None:
+                self.stopped_by = stop.signal
+                for run in runs:
+                    if run.outcome == "training":
+                        run.stop()
+                        progress.ended(run.entry.name, run.outcome)
+        return {run.entry.name: run.done - run.first for run in runs}
+
+    def _steps(self, runs: Sequence[Member], stop: StopRequest, progress: Progress) -> None:
+        """One pass over the stream: each batch goes through every run whose step it is."""
+        waiting = Waiting()
+        active = list(runs)
+        while active and stop.signal is None:
+            # Runs that were at different steps are trained up in one pass; a pass ends early only when nobody needs
+            # its next batch.
+            first, last = min(run.done for run in active), max(run.entry.plan.n_steps for run in active)
+            batches = self._stream.batches(first, last)
+            try:
+                for step in range(first, last):
+                    taking = [run for run in active if run.done == step]
+                    if not taking or stop.signal is not None:
+                        break
+                    asked = time.perf_counter()
+                    rows = Rows(next(batches), self._device)
+                    waiting.seconds += time.perf_counter() - asked
+                    for run in taking:
+                        report = run.take(rows, waiting)
+                        progress.advanced(run.entry.name, run.done, report)
+                        if run.outcome != "training":
+                            active.remove(run)
+                            progress.ended(run.entry.name, run.outcome)
+            finally:
+                with suppress(AttributeError):
+                    batches.close()  # pyright: ignore[reportAttributeAccessIssue] -- a generator
+
+    def _conditionings(self, entries: Sequence[Entry]) -> dict[tuple[str, str], Conditioning]:
+        wanted = {(entry.plan.input, entry.settings.config.condition) for entry in entries}
+        return {pair: Conditioning.from_shards(self._shards, *pair, self._device) for pair in sorted(wanted)}
+
+
+class _FirstRows:
+    """Random train rows for latents to start from: read once for each seed, however many runs start from them."""
+
+    def __init__(self, config: TrainConfig, shards: ShardSet) -> None:
+        self._config = config
+        self._shards = shards
+        self._read: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, seed: int, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Up to `n_rows` rows; those of a smaller `n_rows` are the first of a larger one."""
+        stream = _stream(self._config, self._shards, seed ^ _INIT_SEED, pin_memory=False)
+        n_batches = max(1, min(-(-n_rows // stream.batch_rows), stream.n_rows // stream.batch_rows))
+        held = self._read.get(seed)
+        if held is None or len(held[0]) < n_batches * stream.batch_rows:
+            batches = list(stream.batches(0, n_batches))
+            held = torch.cat([batch.source for batch in batches]), torch.cat([batch.target for batch in batches])
+            self._read[seed] = held
+        n_rows = min(n_rows, n_batches * stream.batch_rows)
+        return held[0][:n_rows], held[1][:n_rows]
+
+    def clear(self) -> None:
+        """Free what was read."""
+        self._read.clear()
+
+
+def _stream(config: TrainConfig, shards: ShardSet, seed: int, *, pin_memory: bool) -> Stream:
+    return Stream(
         shards,
         batch_rows=config.batch_tokens,
         buffer_rows=config.buffer_tokens,
-        seed=config.seed,
+        seed=seed,
         max_norm=config.max_norm,
-        pin_memory=device.type == "cuda",
+        n_readers=config.readers,
+        pin_memory=pin_memory,
     )
-    plan = make_plan(config, shards, stream.n_rows)
-    conditioning = Conditioning.from_shards(shards, plan.input, config.condition, device)
-    folder = config.out if config.out is not None else default_run_path(config.shards, config.k)
-    record = _run_record(config, plan, shards)
-    _refuse_other_run(folder, record)
-    make_directory(folder)
-    with exclusive(folder):
-        if not (folder / RUN_FILE).exists():
-            publish_json(folder / RUN_FILE, record)
-        return _Run(config, plan, shards, stream, conditioning, folder, device).go(progress, record)
 
 
-class _Run:
-    """The parts of one run, put together."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        plan: Plan,
-        shards: ShardSet,
-        stream: Stream,
-        conditioning: Conditioning,
-        folder: Path,
-        device: torch.device,
-    ) -> None:
-        self.config = config
-        self.plan = plan
-        self.shards = shards
-        self.stream = stream
-        self.conditioning = conditioning
-        self.folder = folder
-        self.device = device
-
-    def go(self, progress: Progress, record: Mapping[str, Any]) -> TrainResult:
-        """Take the steps that are left, calibrate, and save."""
-        last = max(list_checkpoints(self.folder), key=lambda checkpoint: checkpoint.step, default=None)
-        if last is not None and last.finished:
-            return TrainResult(self.folder, last.folder, self.plan.n_steps, 0)
-        state = self._state(last)
-        step = TrainStep(self._step_settings(), state, self.device)
-        first = int(state.step)
-        jsonl = JsonlSink(self.folder, first)
-        sinks: list[MetricSink] = [jsonl]
-        try:
-            if self.config.wandb != "off":
-                sinks.append(
-                    WandbSink(
-                        self.folder, mode=self.config.wandb, project=self.config.wandb_project, config=record["config"]
-                    )
-                )
-            progress.started(self.plan, first)
-            self._steps(step, first, jsonl, sinks, progress)
-        except NonFiniteLoss as error:
-            raise UserError(
-                f"training stopped before step {error.step + 1}: the loss is {error.loss}. The checkpoints in "
-                f"{self.folder} are from before it. Try a smaller --lr or a longer train.warmup_steps, in a new --out"
-            ) from error
-        finally:
-            for sink in sinks:
-                sink.close()
-        threshold = calibrate_threshold(
-            state, self.conditioning, self.shards, k=self.config.k, max_rows=self.config.calibration_tokens
-        )
-        self._save(state, self.plan.n_steps, torch.tensor(threshold), finished=True)
-        return TrainResult(
-            self.folder, list_checkpoints(self.folder)[-1].folder, self.plan.n_steps, self.plan.n_steps - first
-        )
-
-    def _steps(
-        self, take_step: TrainStep, first: int, jsonl: JsonlSink, sinks: list[MetricSink], progress: Progress
-    ) -> None:
-        schedule = self.plan.schedule(self.config)
-        n_steps = self.plan.n_steps
-        batches = self.stream.batches(first, n_steps)
-        waited, logged_at, logged_step = 0.0, time.perf_counter(), first
-        try:
-            for done in range(first + 1, n_steps + 1):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
-                x = self.conditioning.input(batch.source.to(self.device, non_blocking=True))
-                y = self.conditioning.target(batch.target.to(self.device, non_blocking=True))
-                log = done % self.config.log_every == 0 or done == n_steps
-                report = take_step(x, y, lr=schedule.at(done - 1), log=log)
-                if report is not None:
-                    now = time.perf_counter()
-                    seconds = now - logged_at
-                    timing = {
-                        "tokens_per_second": (done - logged_step) * self.config.batch_tokens / seconds,
-                        "data_wait": waited / seconds,
-                    }
-                    for sink in sinks:
-                        sink.log(done, self._metrics(report), timing)
-                    waited, logged_at, logged_step = 0.0, now, done
-                progress.advanced(done, report)
-                if done % self.plan.checkpoint_every == 0 and done != n_steps:
-                    jsonl.sync()
-                    self._save(take_step.state, done, take_step.state.threshold, finished=False)
-        finally:
-            batches.close()  # pyright: ignore[reportAttributeAccessIssue] -- a generator
-        jsonl.sync()
-
-    def _metrics(self, report: StepReport) -> dict[str, float]:
-        ends = accumulate(self.plan.group_sizes)
-        return {
-            "loss": report.loss,
-            "aux_loss": report.aux_loss,
-            "l2_loss": report.l2_loss,
-            "fvu": report.fvu[-1],
-            **{f"fvu/prefix_{end}": fvu for end, fvu in zip(ends, report.fvu, strict=True)},
-            "l0": report.l0,
-            "dead_share": report.dead_share,
-            "threshold": report.threshold,
-            "grad_norm": report.grad_norm,
-            "lr": report.lr,
-        }
-
-    def _state(self, last: Checkpoint | None) -> StepState:
-        """The state to go on from: the last checkpoint's, or a fresh one."""
-        config, plan = self.config, self.plan
-        rows = self._first_rows(plan.d_sae)
-        state = initial_state(
-            d_sae=plan.d_sae,
-            source=rows[0],
-            target=rows[1],
-            conditioning=self.conditioning,
-            init=config.init,
-            init_scale=config.init_scale,
-            skip=config.skip,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
-        if last is not None:
-            state.load_tensors(last.tensors())
-        return state
-
-    def _first_rows(self, n_rows: int) -> tuple[Tensor, Tensor]:
-        """Up to `n_rows` random train rows, on the device."""
-        stream = Stream(
-            self.shards,
-            batch_rows=min(self.config.batch_tokens, self.stream.n_rows),
-            buffer_rows=self.config.buffer_tokens,
-            seed=self.config.seed ^ _INIT_SEED,
-            max_norm=self.config.max_norm,
-        )
-        n_batches = max(1, min(-(-n_rows // stream.batch_rows), stream.n_rows // stream.batch_rows))
-        batches = list(stream.batches(0, n_batches))
-        source = torch.cat([batch.source for batch in batches])[:n_rows]
-        target = torch.cat([batch.target for batch in batches])[:n_rows]
-        return source.to(self.device), target.to(self.device)
-
-    def _step_settings(self) -> StepSettings:
-        config, plan = self.config, self.plan
-        return StepSettings(
-            group_sizes=plan.group_sizes,
-            k=config.k,
-            group_weights=config.group_weights,
-            auxk_coef=config.auxk_coef,
-            k_aux=plan.k_aux,
-            dead_after_tokens=plan.dead_after_tokens,
-            target_variance=self.conditioning.target_variance,
-            clip_norm=config.clip_norm,
-            threshold_decay=config.threshold_decay,
-            precision=config.precision,
-            backend=config.backend,
-        )
-
-    def _save(self, state: StepState, step: int, threshold: Tensor, *, finished: bool) -> None:
-        manifest = self.shards.manifest
-        transcoder = Transcoder(
-            TranscoderConfig(
-                d_in=self.shards.d_in,
-                d_out=self.shards.d_out,
-                group_sizes=self.plan.group_sizes,
-                k=self.config.k,
-                skip=self.config.skip,
-                input=self.plan.input,
-                source_site=manifest.source.site,
-                source_hook=manifest.source.hook_point,
-                target_hook=manifest.target.hook_point,
-                model=str(manifest.model.get("model", "")),
-                model_revision=manifest.model.get("revision"),
-            )
-        )
-        transcoder.set_weights(self.conditioning.fold(state.weights(), threshold))
-        save_checkpoint(self.folder, step, state.tensors(), transcoder, finished=finished)
-        prune_checkpoints(self.folder, self.config.keep_checkpoints)
+def _entry(member: MemberConfig, shards: ShardSet, n_rows: int) -> Entry:
+    plan = make_plan(member.config, shards, n_rows)
+    return Entry(settings=member, plan=plan, record=run_record(member.config, plan, shards))
 
 
-def _run_record(config: TrainConfig, plan: Plan, shards: ShardSet) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "config": config.model_dump(mode="json"),
-        "identity": {
-            "config": config.content(),
-            "plan": plan.content(),
-            "shard_set": {"name": shards.name, "digest": shards.digest},
-        },
-        "provenance": provenance(),
-    }
+def _is_over(entry: Entry) -> bool:
+    """Whether there is nothing left to do: all steps taken, or parked."""
+    if (entry.folder / "checkpoints").is_dir() and any(last.finished for last in list_checkpoints(entry.folder)):
+        return True
+    return parked_reason(entry.folder) is not None
 
 
-def _refuse_other_run(folder: Path, record: Mapping[str, Any]) -> None:
-    """Raise UserError when `folder` holds another run, or something that is not a run."""
-    if (folder / RUN_FILE).exists():
-        saved = read_json(folder / RUN_FILE, what="run")
-        refuse_changes(folder, "trained", changed_fields(saved.get("identity", {}), record["identity"]))
-    elif folder.is_dir() and any(entry.name not in (".lock", RUN_FILE + ".partial") for entry in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and not a run; choose another --out")
+def _result(entry: Entry, n_taken: int) -> TrainResult:
+    last = max(list_checkpoints(entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
+    checkpoint = None if last is None else last.folder
+    n_steps = entry.plan.n_steps
+    if last is not None and last.finished:
+        return TrainResult(entry.folder, checkpoint, n_steps, n_taken)
+    reason = parked_reason(entry.folder)
+    if reason is not None:
+        return TrainResult(entry.folder, checkpoint, n_steps, n_taken, "parked", f"{entry.folder}: {reason}")
+    done = 0 if last is None else last.step
+    return TrainResult(entry.folder, checkpoint, n_steps, n_taken, "stopped", f"stopped after step {done} of {n_steps}")

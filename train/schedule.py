@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step."""
+"""The learning rate and k as functions of the step."""
 
 from __future__ import annotations
 
@@ -26,3 +26,18 @@ class Schedule:
         if self.decay == "cosine":
             fall = (1 - math.cos(math.pi * fall)) / 2
         return self.lr * warmup * (self.floor + (1 - self.floor) * fall)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KSchedule:
+    """k goes from `start` to `end` in equal steps over the first `n_steps`, and stays there."""
+
+    start: int
+    end: int
+    n_steps: int
+
+    def at(self, step: int) -> int:
+        """k of step `step`, counted from 0."""
+        if step >= self.n_steps:
+            return self.end
+        return round(self.start + (self.end - self.start) * step / self.n_steps)

@@ -71,7 +71,8 @@ class TileEncoder:
     The bound carried from step to step only saves work: results are those of an exact top-n over the whole batch,
     ties going to the smallest flat index row * d_sae + latent. With `bf16` the GEMM runs in bf16 and only finds
     candidates; every candidate's value is computed again in fp32 before the selection, so that the step differs from
-    an fp32 one only where bf16 underrates an entry by more than BF16_SLACK of the n-th value.
+    an fp32 one only where bf16 underrates an entry by more than BF16_SLACK of the n-th value (in practice: when the
+    n-th value is near zero, or a row's products are far larger than their sum).
     """
 
     def __init__(self, bf16: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from matryoshka.runs import METRICS_FILE, publish_bytes
 
 TIMING_FILE = "timing.jsonl"
 """Seconds and rates. Apart from the metrics, which are the same bytes however often a run was interrupted."""
+
+WANDB_ID_FILE = "wandb-id.txt"
 
 
 class MetricSink(Protocol):
@@ -58,15 +61,24 @@ class JsonlSink:
 class WandbSink:
     """A Weights & Biases run with the name of the run directory; offline files lie in that directory."""
 
-    def __init__(self, folder: Path, *, mode: str, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, *, mode: str, project: str, config: Mapping[str, Any], group: str | None = None
+    ) -> None:
+        """`group` shows the runs of a fleet together. A run that goes on keeps its id, and so its curves online."""
         import wandb
 
+        online = mode == "online"
         try:
             self._run = wandb.init(
                 project=project,
                 name=folder.name,
+                group=group,
                 dir=str(folder),
-                mode="online" if mode == "online" else "offline",
+                id=_wandb_id(folder),
+                mode="online" if online else "offline",
+                resume="allow" if online else None,
+                # Members of a fleet are open at the same time.
+                reinit="create_new",
                 config=dict(config),
                 settings=wandb.Settings(silent=True, console="off"),
             )
@@ -77,11 +89,36 @@ class WandbSink:
 
     def log(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
         """Log one step."""
-        self._run.log({**metrics, **timing}, step=step)
+        self._run.log({**wandb_metrics(metrics), **timing}, step=step)
 
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+def wandb_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A line of metrics.jsonl under the names that dashboards of sparse dictionaries have, with its own beside them."""
+    groups = [value for name, value in metrics.items() if name.startswith("fvu/prefix_")]
+    named = dict(metrics)
+    for name, value in (
+        ("l0_norm", metrics.get("l0")),
+        ("learning_rate", metrics.get("lr")),
+        ("dead_features_percentage", 100 * metrics["dead_share"] if "dead_share" in metrics else None),
+        ("group_fvu_min", min(groups, default=None)),
+        ("group_fvu_mean", sum(groups) / len(groups) if groups else None),
+        ("group_fvu_max", max(groups, default=None)),
+    ):
+        if value is not None:
+            named[name] = value
+    return named
+
+
+def _wandb_id(folder: Path) -> str:
+    """The id that the run in `folder` has had from its first start on."""
+    path = folder / WANDB_ID_FILE
+    if not path.exists():
+        publish_bytes(path, uuid.uuid4().hex[:12].encode())
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -115,6 +115,9 @@ class StepState:
                     f"The saved {name} is {saved.dtype} {tuple(saved.shape)}, expected {tensor.dtype} "
                     f"{tuple(tensor.shape)}; resume with the configuration the checkpoint was written with."
                 )
+        for name in self.weights():
+            if not bool(torch.isfinite(tensors[name]).all()):
+                raise UserError(f"The saved {name} holds NaN or infinite values; resume from an earlier checkpoint.")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 

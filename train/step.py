@@ -139,7 +139,9 @@ class TrainStep:
         if self.settings.backend != "auto":
             return self.settings.backend
         (d_sae, d_in), d_out = self.state.W_enc.shape, self.state.W_dec.shape[1]
-        return choose_backend(self.device, d_in=d_in, d_out=d_out, d_sae=d_sae, k=self.settings.k, batch=batch)
+        return choose_backend(
+            self.device, bf16=self.bf16, d_in=d_in, d_out=d_out, d_sae=d_sae, k=self.settings.k, batch=batch
+        )
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor, *, lr: float, log: bool = False) -> StepReport | None:

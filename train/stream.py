@@ -68,13 +68,18 @@ class Stream:
         buffer_rows: int,
         seed: int,
         max_norm: float | None = None,
+        n_readers: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        """`max_norm` leaves out rows whose source norm exceeds that multiple of the median."""
+        """`max_norm` leaves out rows whose source norm exceeds that multiple of the median.
+
+        `n_readers` threads read and decode blocks ahead; the batches do not depend on it.
+        """
         self._shards = shards
         self._split = shards.train
         self._seed = seed
         self._pin = pin_memory
+        self._n_readers = n_readers
         self.batch_rows = batch_rows
         self.n_streams = next(n for n in range(min(MAX_STREAMS, batch_rows), 0, -1) if batch_rows % n == 0)
         self._block_rows = max(1, buffer_rows // self.n_streams)
@@ -109,7 +114,7 @@ class Stream:
         self, start: int, stop: int, ready: queue.Queue[Batch | BaseException], ended: threading.Event
     ) -> None:
         try:
-            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunks") as executor:
+            with ThreadPoolExecutor(max_workers=self._n_readers, thread_name_prefix="chunks") as executor:
                 cursors = [_LaneCursor(self, stream, executor) for stream in range(self.n_streams)]
                 for step in range(start, stop):
                     batch = self._assemble(step, cursors)

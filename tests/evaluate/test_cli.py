@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from matryoshka import launch
 from matryoshka.shards import ShardSet
 
 ROOT = Path(__file__).parents[2]
@@ -38,14 +41,51 @@ def test_run_prints_a_table_and_then_has_nothing_left_to_do(val_set: ShardSet, m
     assert "nothing left to do" in again.stderr
 
 
-def test_a_mistake_is_one_paragraph_and_exit_code_2(val_set: ShardSet, tmp_path: Path) -> None:
-    failed = command("run", "nothing", "--shards", val_set.path, cwd=tmp_path)
-    assert failed.returncode == 2
-    assert failed.stderr.startswith("error: nothing is not a folder")
-    assert "Traceback" not in failed.stderr
-    failed = command("run", "nothing", "--shards", val_set.path, "--tokens", "many", cwd=tmp_path)
-    assert failed.returncode == 2
-    assert "expected a number such as 15M" in failed.stderr
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "nothing"], "error: nothing is not a folder"),
+        (["run", "nothing", "--tokens", "many"], "error: bad evaluate settings: tokens: expected a number such as 15M"),
+        (["compare", "nothing"], "error: a comparison needs two transcoders"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_exit_code_2(
+    val_set: ShardSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate", *words, "--shards", str(val_set.path)])
+    with pytest.raises(SystemExit) as ended:
+        launch.evaluate()
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(message)
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+
+
+def test_compare_prints_a_table(
+    val_set: ShardSet,
+    made: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    runs = [str(made.run(tmp_path / name, made.transcoder(seed=seed))) for seed, name in enumerate(("one", "two"))]
+    words = ["compare", *runs, "--shards", str(val_set.path), "--device", "cpu", "--l0", "15", "--l0", "16.5"]
+    monkeypatch.setattr("sys.argv", ["evaluate", *words, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        launch.evaluate()
+    assert ended.value.code == 0
+    shown = capsys.readouterr()
+    for text in ("one", "two", "16.5", "minus first"):
+        assert text in shown.out
+    assert (tmp_path / "out" / "comparison.json").is_file()
 
 
 def test_help_needs_no_torch() -> None:

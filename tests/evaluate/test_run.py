@@ -211,3 +211,7 @@ def test_refusals(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
         evaluate([run], EvaluateConfig(shards=tmp_path / "none"))
     with pytest.raises(UserError, match="unknown key"):
         load_config(EvaluateConfig, "evaluate", overrides=["evaluate.token=5"])
+    with pytest.raises(UserError, match="largest to the smallest"):
+        load_config(EvaluateConfig, "evaluate", overrides=["evaluate.curve_scales=[0.5, 1.0]"])
+    with pytest.raises(UserError, match="own threshold"):
+        load_config(EvaluateConfig, "evaluate", overrides=["evaluate.compare.scales=[2.0, 0.5]"])

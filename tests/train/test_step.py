@@ -256,6 +256,7 @@ def test_load_tensors_refuses_what_does_not_fit_and_changes_nothing():
         {**good, "W_skip": torch.zeros(D_IN, D_OUT)},
         {**good, "W_dec": good["W_dec"].T.contiguous()},
         {**good, "step": good["step"].float()},
+        {**good, "b_enc": good["b_enc"] * math.nan},
     ):
         with pytest.raises(UserError, match="Resume|resume"):
             state.load_tensors(bad)

@@ -1,0 +1,168 @@
+"""`evaluate compare`: transcoders of any origin on identical rows, at equal L0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from matryoshka.config import Config
+from matryoshka.devices import resolve_device
+from matryoshka.errors import UserError
+from matryoshka.runs import make_directory, publish_json
+from matryoshka.shards import ShardSet
+
+from .bootstrap import central, resample
+from .config import EvaluateConfig
+from .contenders import load_contender
+from .matched import ContextCurve, fvu_at
+from .report_file import CurvePoint, finite
+from .rows import count_rows, row_batches
+from .run import Progress, Silent
+
+COMPARISON_FILE = "comparison.json"
+
+
+class Matched(Config):
+    """One transcoder at one L0; null where its curve does not reach that L0."""
+
+    l0: float
+    fvu: float | None
+    fvu_interval: tuple[float, float] | None
+    """95%, by drawing contexts with replacement; null too when some draw's curve does not reach that L0"""
+    difference: float | None
+    """FVU minus that of the first transcoder"""
+    difference_interval: tuple[float, float] | None
+    """of the difference in the same draws"""
+
+
+class Entry(Config):
+    """One transcoder of the comparison."""
+
+    name: str
+    weights_sha256: str
+    input: str
+    """the input convention it was fed"""
+    d_sae: int
+    l0: float
+    """at its own threshold"""
+    fvu: float | None
+    curve: tuple[CurvePoint, ...]
+    matched: tuple[Matched, ...]
+
+
+class Comparison(Config):
+    """The content of comparison.json."""
+
+    format_version: Literal[1] = 1
+    shard_set: str
+    shard_set_digest: str
+    settings: dict[str, Any]
+    n_rows: int
+    entries: tuple[Entry, ...]
+
+
+def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None = None) -> Comparison:
+    """Measure the transcoders that `texts` name (see `load_contender`) on the val rows of `config.shards`.
+
+    With `config.out` the result is published there too. Raises UserError for whatever the user can mend.
+    """
+    progress = progress or Silent()
+    if config.shards is None:
+        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
+    if len(texts) < 2:
+        raise UserError("a comparison needs two transcoders or more; for one there is `evaluate run`")
+    shards, scales = ShardSet.open(config.shards), config.compare.scales
+    contenders = [load_contender(text, shards) for text in texts]
+    names = [contender.name for contender in contenders]
+    if len(set(names)) < len(names):
+        raise UserError(f"two of the transcoders have the same name ({', '.join(names)}); rename a folder")
+    curves, device = [], resolve_device(config.device)
+    for contender in contenders:
+        progress.started(contender.name, count_rows(shards, "val", config.tokens))
+        curve = ContextCurve.empty(contender.transcoder.to(device), scales, shards)
+        for batch in row_batches(shards.val, config.batch_rows, config.tokens):
+            curve.add(batch, shards)
+            progress.advanced(len(batch))
+        # One transcoder at a time on the device.
+        contender.transcoder.to("cpu")
+        curves.append(curve)
+    first_l0 = float(curves[0].points()[0][scales.index(1.0)])
+    targets = config.compare.l0 or (first_l0,)
+    matched = match(curves, targets, config)
+    result = Comparison(
+        shard_set=shards.name,
+        shard_set_digest=shards.digest,
+        settings={**config.content(), "compare": config.compare.model_dump(mode="json")},
+        n_rows=count_rows(shards, "val", config.tokens),
+        entries=tuple(
+            _entry(contender.name, contender.digest(), curve, rows)
+            for contender, curve, rows in zip(contenders, curves, matched, strict=True)
+        ),
+    )
+    if config.out is not None:
+        make_directory(config.out)
+        publish_json(config.out / COMPARISON_FILE, result.model_dump(mode="json"))
+    return result
+
+
+def match(curves: list[ContextCurve], targets: tuple[float, ...], config: EvaluateConfig) -> list[tuple[Matched, ...]]:
+    """Every curve at every L0 of `targets`. The draws of contexts are the same for all, so that differences pair."""
+    n_contexts = int((curves[0].sums.n_rows > 0).sum())
+    n_draws = config.bootstrap if n_contexts > 1 else 0
+    matched: list[list[Matched]] = [[] for _ in curves]
+    for target in targets:
+        values = [_whole(curve, target) for curve in curves]
+        draws = [_drawn(curve, n_draws, config.seed, target) for curve in curves]
+        for rows, value, drawn in zip(matched, values, draws, strict=True):
+            rows.append(
+                Matched(
+                    l0=target,
+                    fvu=finite(float(value)),
+                    fvu_interval=_interval(drawn),
+                    difference=finite(float(value - values[0])),
+                    difference_interval=_interval(drawn - draws[0]),
+                )
+            )
+    return [tuple(rows) for rows in matched]
+
+
+def _whole(curve: ContextCurve, target: float) -> Tensor:
+    l0, fvu = curve.points()
+    return fvu_at(l0[None], fvu[None], target)[0]
+
+
+def _drawn(curve: ContextCurve, n_draws: int, seed: int, target: float) -> Tensor:
+    if n_draws == 0:
+        return torch.zeros(0, dtype=torch.float64)
+    fvu, l0 = resample(curve.sums, n_draws, seed)
+    return fvu_at(l0, fvu, target)
+
+
+def _interval(drawn: Tensor) -> tuple[float, float] | None:
+    return None if len(drawn) == 0 or bool(drawn.isnan().any()) else central(drawn[:, None])[0]
+
+
+def _entry(name: str, digest: str, curve: ContextCurve, matched: tuple[Matched, ...]) -> Entry:
+    l0, fvu = (points.tolist() for points in curve.points())
+    own = curve.scales.index(1.0)
+    return Entry(
+        name=name,
+        weights_sha256=digest,
+        input=curve.transcoder.config.input,
+        d_sae=curve.transcoder.config.d_sae,
+        l0=l0[own],
+        fvu=finite(fvu[own]),
+        curve=tuple(
+            CurvePoint(threshold_scale=scale, l0=(l0[i],), fvu=(finite(fvu[i]),))
+            for i, scale in enumerate(curve.scales)
+        ),
+        matched=matched,
+    )
+
+
+def comparison_path(config: EvaluateConfig) -> Path | None:
+    """Where `compare` publishes its result, if anywhere."""
+    return None if config.out is None else config.out / COMPARISON_FILE

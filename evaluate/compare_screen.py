@@ -1,0 +1,39 @@
+"""The table of a comparison."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from .compare import Comparison
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One line a transcoder and L0; a dash where a curve does not reach that L0."""
+    table = Table(
+        title=f"{comparison.n_rows:,} held-out rows of {comparison.shard_set}",
+        caption="own: at its own threshold. at L0: interpolated on its L0-FVU curve, never beyond it. [95% interval]",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+    )
+    for name in ("transcoder", "reads", "latents", "own L0", "own FVU", "at L0", "FVU", "minus first"):
+        table.add_column(name, justify="left" if name in ("transcoder", "reads") else "right", overflow="fold")
+    for entry in comparison.entries:
+        facts = (entry.name, entry.input, f"{entry.d_sae:,}", f"{entry.l0:.1f}", _number(entry.fvu))
+        for place, matched in enumerate(entry.matched):
+            table.add_row(
+                *(facts if place == 0 else ("",) * len(facts)),
+                f"{matched.l0:.1f}",
+                _with_interval(matched.fvu, matched.fvu_interval),
+                _with_interval(matched.difference, matched.difference_interval),
+            )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    return _number(value) if interval is None else f"{_number(value)} [{interval[0]:.4f}, {interval[1]:.4f}]"

@@ -1,0 +1,128 @@
+"""Write a transcoder as a folder of a neighbour's format, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matryoshka.errors import UserError
+from matryoshka.interop import circuit_tracer, gemma_scope, gemma_scope_2, saelens
+from matryoshka.interop.card import model_card
+from matryoshka.interop.origin import Origin
+from matryoshka.interop.weight_files import write_json
+from matryoshka.runs import FORMAT_VERSION, changed_fields, check_directory, fsync_path, make_directory, read_json
+from matryoshka.transcoder import Transcoder
+
+RECORD_FILE = "export.json"
+CARD_FILE = "README.md"
+
+FORMATS = ("saelens", "circuit-tracer", "gemma-scope", "gemma-scope-2", "native")
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A finished export."""
+
+    folder: Path
+    weights: Path
+    """Where the weights lie: `folder`, or below it where the format wants so."""
+    already_there: bool
+    """Whether the folder held just this already, so that nothing was written."""
+
+
+def export(transcoders: Sequence[Transcoder], form: str, out: Path, origin: Origin | None = None) -> Exported:
+    """Publish `transcoders` at `out` in the format `form`; all formats but circuit-tracer take one.
+
+    The folder is written beside its place and renamed. Raises UserError when the format cannot express the transcoder,
+    or `out` holds anything else.
+    """
+    origin = origin or Origin()
+    if form not in FORMATS:
+        raise UserError(f"there is no format {form!r}; the formats are {', '.join(FORMATS)}")
+    if len(transcoders) != 1 and form != "circuit-tracer":
+        raise UserError(f"the format {form} holds one transcoder, and {len(transcoders)} were given; export each alone")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out")
+    record = _record(transcoders, form, origin)
+    place = _place(transcoders[0], form)
+    check_directory(out)
+    if out.is_dir() and any(out.iterdir()):
+        _refuse_other(out, record)
+        return Exported(out, out / place, already_there=True)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_directory(partial / place)
+    try:
+        _write(transcoders, form, partial / place, origin)
+        (partial / CARD_FILE).write_text(model_card(transcoders, form, place, origin), encoding="utf-8")
+        write_json(partial / RECORD_FILE, record)
+        for path in partial.rglob("*"):
+            fsync_path(path)
+        if out.is_dir():
+            out.rmdir()
+        os.replace(partial, out)
+        fsync_path(out.absolute().parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(out, out / place, already_there=False)
+
+
+def _place(transcoder: Transcoder, form: str) -> str:
+    """Where inside the folder the weights belong; "." where the format leaves it open."""
+    if form == "gemma-scope":
+        return gemma_scope.place(transcoder)
+    return gemma_scope_2.place(transcoder) if form == "gemma-scope-2" else "."
+
+
+def _write(transcoders: Sequence[Transcoder], form: str, folder: Path, origin: Origin) -> None:
+    if form == "circuit-tracer":
+        circuit_tracer.write(transcoders, folder, origin)
+    elif form == "native":
+        transcoders[0].save(folder)
+    else:
+        {"saelens": saelens, "gemma-scope": gemma_scope, "gemma-scope-2": gemma_scope_2}[form].write(
+            transcoders[0], folder, origin
+        )
+
+
+def _record(transcoders: Sequence[Transcoder], form: str, origin: Origin) -> dict[str, Any]:
+    """What was exported: the same record means the same bytes."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "format": form,
+        "run": origin.run,
+        "step": origin.step,
+        "n_layers": origin.n_layers,
+        "transcoders": {
+            transcoder.config.source_hook: {
+                "config": transcoder.config.model_dump(mode="json"),
+                "weights_sha256": weights_digest(transcoder),
+            }
+            for transcoder in transcoders
+        },
+    }
+
+
+def weights_digest(transcoder: Transcoder) -> str:
+    """sha256 over names, shapes and bytes of the weights."""
+    hasher = hashlib.sha256()
+    for name, weight in sorted(transcoder.named_parameters()):
+        hasher.update(f"{name}{tuple(weight.shape)}".encode())
+        hasher.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _refuse_other(out: Path, record: dict[str, Any]) -> None:
+    if not (out / RECORD_FILE).is_file():
+        raise UserError(f"{out} is not empty and was not made by `train export`; choose another --out")
+    found = read_json(out / RECORD_FILE, what="export")
+    changes = changed_fields(found, json.loads(json.dumps(record)))
+    if changes:
+        shown = "; ".join(changes[:3]) + ("; ..." if len(changes) > 3 else "")
+        raise UserError(f"{out} holds another export ({shown}); choose another --out, or delete that folder")

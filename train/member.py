@@ -1,0 +1,253 @@
+"""One run of a fleet while it is trained: its state, its place in the stream, its metrics and its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from matryoshka.shards import ShardSet
+from matryoshka.transcoder import Transcoder, TranscoderConfig
+
+from .calibrate import calibrate_threshold
+from .checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
+from .conditioning import Conditioning
+from .fleet import MemberConfig
+from .initial import initial_state
+from .measurements import measurements
+from .plan import Plan
+from .record import publish_parked
+from .rows import Rows
+from .saving import BackgroundWriter
+from .sinks import JsonlSink, MetricSink, WandbSink
+from .step import NonFiniteLoss, StepReport, StepSettings, StepState, TrainStep
+
+Outcome = Literal["training", "finished", "parked", "stopped"]
+FirstRows = Callable[[int, int], tuple[Tensor, Tensor]]
+"""(seed, n) -> up to n random train rows, source and target."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A run as it is known before its first step."""
+
+    settings: MemberConfig
+    plan: Plan
+    record: Mapping[str, Any]
+    """Content of run.json."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.settings.name
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return self.settings.folder
+
+
+class Waiting:
+    """Seconds that the fleet has waited for its data; each member takes differences of it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
+class Member:
+    """An unfinished run. It goes on from its last checkpoint, or starts from `first_rows`."""
+
+    def __init__(
+        self,
+        entry: Entry,
+        shards: ShardSet,
+        conditioning: Conditioning,
+        device: torch.device,
+        writer: BackgroundWriter,
+        first_rows: FirstRows,
+        *,
+        group: str | None,
+    ) -> None:
+        """`group` is the name under which W&B shows the runs of a fleet together."""
+        self.entry = entry
+        self.outcome: Outcome = "training"
+        self._config = entry.settings.config
+        self._plan = entry.plan
+        self._shards = shards
+        self._conditioning = conditioning
+        self._writer = writer
+        last = max(list_checkpoints(entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
+        state = self._fresh(device, first_rows) if last is None else _restored(last.tensors())
+        self._take_step = TrainStep(self._step_settings(), state, device)
+        self.first = self.done = int(state.step)
+        self._saved = self.first
+        self._schedule = self._plan.schedule(self._config)
+        self._k_schedule = self._plan.k_schedule(self._config)
+        self._jsonl = JsonlSink(entry.folder, self.first)
+        self._sinks: list[MetricSink] = [self._jsonl]
+        if self._config.wandb != "off":
+            self._sinks.append(self._wandb(group))
+        self._logged_step, self._logged_at, self._waited = self.first, time.perf_counter(), 0.0
+
+    def take(self, rows: Rows, waiting: Waiting) -> StepReport | None:
+        """Train on the batch of the step `done`; a loss that is not finite parks the run."""
+        config, done = self._config, self.done + 1
+        k = self._k_schedule.at(self.done)
+        if k != self._take_step.settings.k:
+            self._take_step.settings = replace(self._take_step.settings, k=k)
+        log = done % config.log_every == 0 or done == self._plan.n_steps
+        x, y = rows.x(self._conditioning), rows.y(self._conditioning)
+        try:
+            report = self._take_step(x, y, lr=self._schedule.at(self.done), log=log)
+        except NonFiniteLoss as error:
+            self._park(error)
+            return None
+        self.done = done
+        if report is not None:
+            self._log(report, waiting)
+        if done == self._plan.n_steps:
+            self._finish()
+        elif done % self._plan.checkpoint_every == 0:
+            self.save()
+        return report
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment in the background, unless there is one."""
+        if self._saved != self.done:
+            self._save(None)
+
+    def stop(self) -> None:
+        """Leave off here, with a checkpoint."""
+        self.save()
+        self.outcome = "stopped"
+
+    def close(self) -> None:
+        """Close the sinks; nothing may be written in the background any more."""
+        for sink in self._sinks:
+            sink.close()
+
+    def _log(self, report: StepReport, waiting: Waiting) -> None:
+        now = time.perf_counter()
+        seconds = now - self._logged_at
+        timing = {
+            "tokens_per_second": (self.done - self._logged_step) * self._config.batch_tokens / seconds,
+            "data_wait": (waiting.seconds - self._waited) / seconds,
+        }
+        for sink in self._sinks:
+            sink.log(self.done, measurements(report, self._plan.group_sizes), timing)
+        self._logged_step, self._logged_at, self._waited = self.done, now, waiting.seconds
+
+    def _finish(self) -> None:
+        threshold = calibrate_threshold(
+            self._take_step.state,
+            self._conditioning,
+            self._shards,
+            k=self._config.k,
+            max_rows=self._config.calibration_tokens,
+        )
+        self._save(threshold)
+        self.outcome = "finished"
+
+    def _park(self, error: NonFiniteLoss) -> None:
+        self._writer.wait()
+        last = max(list_checkpoints(self.entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
+        publish_parked(
+            self.entry.folder,
+            step=error.step + 1,
+            loss=error.loss,
+            checkpoint=None if last is None else last.folder,
+        )
+        self.outcome = "parked"
+
+    def _save(self, calibrated: float | None) -> None:
+        """Snapshot the state and hand it to the writer; `calibrated` is the threshold of a finished run."""
+        self._writer.wait()
+        state, step, finished = self._take_step.state, self.done, calibrated is not None
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors().items()}
+        weights = {name: tensors[name] for name in state.weights()}
+        threshold = tensors["threshold"] if calibrated is None else torch.tensor(calibrated)
+        folder, config = self.entry.folder, self._config
+
+        def write() -> None:
+            self._jsonl.sync()
+            transcoder = self._transcoder()
+            transcoder.set_weights(self._conditioning.fold(weights, threshold))
+            save_checkpoint(folder, step, tensors, transcoder, finished=finished)
+            prune_checkpoints(folder, config.keep_checkpoints, config.keep_every)
+
+        self._writer.submit(write)
+        self._saved = step
+
+    def _fresh(self, device: torch.device, first_rows: FirstRows) -> StepState:
+        config, plan = self._config, self._plan
+        source, target = first_rows(config.seed, plan.d_sae)
+        return initial_state(
+            d_sae=plan.d_sae,
+            source=source.to(device),
+            target=target.to(device),
+            conditioning=self._conditioning,
+            init=config.init,
+            init_scale=config.init_scale,
+            skip=config.skip,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+
+    def _step_settings(self) -> StepSettings:
+        config, plan = self._config, self._plan
+        return StepSettings(
+            group_sizes=plan.group_sizes,
+            k=config.k,
+            group_weights=config.group_weights,
+            auxk_coef=config.auxk_coef,
+            k_aux=plan.k_aux,
+            dead_after_tokens=plan.dead_after_tokens,
+            target_variance=self._conditioning.target_variance,
+            clip_norm=config.clip_norm,
+            threshold_decay=config.threshold_decay,
+            precision=config.precision,
+            backend=config.backend,
+        )
+
+    def _transcoder(self) -> Transcoder:
+        manifest = self._shards.manifest
+        return Transcoder(
+            TranscoderConfig(
+                d_in=self._shards.d_in,
+                d_out=self._shards.d_out,
+                group_sizes=self._plan.group_sizes,
+                k=self._config.k,
+                skip=self._config.skip,
+                input=self._plan.input,
+                source_site=manifest.source.site,
+                source_hook=manifest.source.hook_point,
+                target_hook=manifest.target.hook_point,
+                model=str(manifest.model.get("model", "")),
+                model_revision=manifest.model.get("revision"),
+            )
+        )
+
+    def _wandb(self, group: str | None) -> WandbSink:
+        return WandbSink(
+            self.entry.folder,
+            mode=self._config.wandb,
+            project=self._config.wandb_project,
+            group=group,
+            config=self.entry.record["config"],
+        )
+
+
+def _restored(tensors: Mapping[str, Tensor]) -> StepState:
+    state = StepState.create(
+        W_enc=tensors["W_enc"],
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        W_skip=tensors.get("W_skip"),
+    )
+    state.load_tensors(tensors)
+    return state

@@ -1,0 +1,50 @@
+"""Which process of several this is, as torchrun says in the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from matryoshka.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """This process among `world` ones."""
+
+    index: int = 0
+    world: int = 1
+    local: int = 0
+    """Number of this process on its machine, which picks its GPU."""
+
+    @classmethod
+    def from_environment(cls) -> Rank:
+        """What torchrun set, or the only process. Raises UserError on nonsense."""
+        try:
+            rank = cls(*(int(os.environ.get(name, default)) for name, default in _VARIABLES))
+        except ValueError as error:
+            raise UserError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK should be numbers, as torchrun sets them: {error}"
+            ) from error
+        if not 0 <= rank.index < rank.world:
+            raise UserError(f"RANK is {rank.index} of WORLD_SIZE {rank.world}; start the ranks with torchrun")
+        return rank
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """The items of this rank, dealt in turn: neighbours, which are often of like size, go to different ranks."""
+        return list(items[self.index :: self.world])
+
+    def device(self, device: str) -> str:
+        """The device setting of this rank: `auto` and `cuda` name one GPU for each process of a machine."""
+        import torch
+
+        if self.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local % torch.cuda.device_count()}"
+        return device
+
+
+_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

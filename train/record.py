@@ -1,0 +1,111 @@
+"""What a run's and a fleet's folder say of themselves, and the refusal to mix other settings into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matryoshka.errors import UserError
+from matryoshka.runs import (
+    FORMAT_VERSION,
+    RUN_FILE,
+    changed_fields,
+    provenance,
+    publish_json,
+    read_json,
+    refuse_changes,
+)
+from matryoshka.shards import ShardSet
+
+from .config import TrainConfig
+from .fleet import STREAM_SETTINGS
+from .plan import Plan
+
+FLEET_FILE = "fleet.json"
+PARKED_FILE = "parked.json"
+
+
+def run_record(config: TrainConfig, plan: Plan, shards: ShardSet) -> dict[str, Any]:
+    """The content of run.json."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": config.model_dump(mode="json"),
+        "identity": {
+            "config": config.content(),
+            "plan": plan.content(),
+            "shard_set": {"name": shards.name, "digest": shards.digest},
+        },
+        "provenance": provenance(),
+    }
+
+
+def refuse_other_run(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raise UserError when `folder` holds another run, or something that is not a run."""
+    if (folder / RUN_FILE).exists():
+        saved = read_json(folder / RUN_FILE, what="run").get("identity", {})
+        refuse_changes(folder, "trained", changed_fields(_with_defaults(saved, record["identity"]), record["identity"]))
+    elif folder.is_dir() and any(entry.name not in (".lock", RUN_FILE + ".partial") for entry in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and not a run; choose another --out")
+
+
+def _with_defaults(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`saved` as today's settings: one that did not exist yet had its default, one that is gone decided nothing."""
+    defaults = TrainConfig().content()
+    config, plan = saved.get("config", {}), saved.get("plan", {})
+    return {
+        **saved,
+        "config": {key: config.get(key, default) for key, default in defaults.items()},
+        "plan": {key: plan.get(key, value) for key, value in new["plan"].items()},
+    }
+
+
+def stream_record(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
+    """What decides the batches of a fleet."""
+    settings = config.model_dump(mode="json", include=set(STREAM_SETTINGS) - {"shards"})
+    return {**settings, "shard_set": {"name": shards.name, "digest": shards.digest}}
+
+
+def refuse_other_fleet(folder: Path, stream: Mapping[str, Any]) -> None:
+    """Raise UserError when `folder` is a single run, or a fleet of another stream."""
+    if (folder / RUN_FILE).exists():
+        raise UserError(f"{folder} is a single run, not a fleet; choose another --out")
+    if (folder / FLEET_FILE).exists():
+        saved = read_json(folder / FLEET_FILE, what="fleet")
+        refuse_changes(folder, "trained", changed_fields(saved.get("stream", {}), stream, "stream."))
+
+
+def publish_fleet(folder: Path, stream: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Write fleet.json: the stream, and every member that was ever trained in this folder, in order of first coming."""
+    known: list[str] = []
+    if (folder / FLEET_FILE).exists():
+        known = list(read_json(folder / FLEET_FILE, what="fleet").get("members", []))
+    together = [*known, *(name for name in names if name not in known)]
+    if together != known:
+        content = {"format_version": FORMAT_VERSION, "stream": stream, "members": together}
+        publish_json(folder / FLEET_FILE, content)
+
+
+def publish_parked(folder: Path, *, step: int, loss: float, checkpoint: Path | None) -> None:
+    """Write parked.json: the run went non-finite in step `step`, counted from 1, and its last checkpoint is good."""
+    publish_json(
+        folder / PARKED_FILE,
+        {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "loss": str(loss),
+            "checkpoint": None if checkpoint is None else checkpoint.name,
+        },
+    )
+
+
+def parked_reason(folder: Path) -> str | None:
+    """Why the run in `folder` was parked, or None when it was not."""
+    if not (folder / PARKED_FILE).exists():
+        return None
+    parked = read_json(folder / PARKED_FILE, what="parked run")
+    good = f"its last good checkpoint is {parked['checkpoint']}" if parked["checkpoint"] else "it has no checkpoint yet"
+    return (
+        f"training stopped before step {parked['step']}: the loss is {parked['loss']}; {good}. Try a smaller lr or a "
+        f"longer warmup_steps, in a new --out or under a new name; to try again as it is, delete {folder / PARKED_FILE}"
+    )
