@@ -5,14 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from matryoshka.config import Config, Count
 from matryoshka.errors import UserError
-from matryoshka.runs import default_shards_path
 from matryoshka.sites import HookPair, Site
 
 _OPERATIONAL = frozenset({"out", "batch_size", "device"})
+_CHOICE = frozenset({"layers", "source", "target"})
+_LATER = frozenset({"bos", "pack", "max_doc_tokens", "dedup"})
+"""Settings that sets of the first version do not know; left out of the record while they are at their default."""
+
+
+def _listed(value: object) -> object:
+    """Read what the command line writes with commas: "8,12,17" -> ("8", "12", "17")."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return (value,) if isinstance(value, int) else value
 
 
 class HarvestConfig(Config):
@@ -32,37 +41,55 @@ class HarvestConfig(Config):
     """Branch, tag or commit of a hub dataset; pin it to be able to repeat a harvest."""
     text_column: str = "text"
     """Column (jsonl, parquet, hub) that holds the text."""
-    layer: Annotated[int, Field(ge=0)]
+    layer: Annotated[int, Field(ge=0)] | None = None
     """Block of the language model, counted from 0."""
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)] | None = (
+        None
+    )
+    """Several blocks at once, in place of `layer`: one forward pass, one set for each."""
     source_site: str = "resid_mid"
     """What the transcoder will read."""
     target_site: str = "mlp_out"
     """What the transcoder will predict."""
+    source: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
+    """Sites with their layers, such as 8:resid_mid, in place of `layer` and `source_site`; several with commas."""
+    target: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
+    """One site for each `source`, such as 9:mlp_out."""
     tokens: Count = 15_000_000
     """Tokens to run through the model, train and val together; 15M is read too."""
     ctx_len: Annotated[Count, Field(ge=2)] = 1024
     """Tokens in one model input, the BOS token included."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the text held out for evaluation, by a hash of each document."""
-    batch_size: Count = 8
-    """Contexts in one forward pass; does not change the result beyond rounding."""
+    bos: Literal["auto", "none"] | Annotated[int, Field(ge=0)] = "auto"
+    """First token of every context: auto is the tokenizer's own if it has one; none; or a token id."""
+    pack: bool = True
+    """Lay documents end to end. Without, each context is of one document, padded with a special token."""
+    max_doc_tokens: Count | None = None
+    """Tokens of a document beyond these are left out."""
+    dedup: bool = False
+    """Leave out documents whose text has come before; takes about 60 bytes of memory a document."""
+    batch_size: Count | Literal["auto"] = 8
+    """Contexts in one forward pass; does not change the result beyond rounding. auto tries what is fastest."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Weights and arithmetic of the model; auto is bf16 where the device has it."""
-    codec: Literal["compact", "raw"] = "compact"
-    """compact: lossless, about 0.70 of raw bfloat16. raw: fastest to read."""
+    codec: Literal["compact", "raw", "int8"] = "compact"
+    """compact: lossless, about 0.70 of raw bfloat16. raw: fastest to read. int8: about half, loses about 1%."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the train/val split."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     out: Path | None = None
-    """Folder of the shard set; data/l<layer> by default."""
+    """Folder of the shard set; data/l<layer> by default. Of several sets: their parent, or a form with {layer}."""
 
     @model_validator(mode="after")
     def _check(self) -> HarvestConfig:
         try:
-            self.pair()
+            names = [member.folder() for member in self.members()]
         except UserError as error:
             raise ValueError(str(error)) from error
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sets would lie in one folder ({', '.join(map(str, names))}); name each pair once")
         if self.tokens < 2 * self.ctx_len:
             raise ValueError(
                 f"tokens = {self.tokens} is less than two contexts of ctx_len = {self.ctx_len}; a set needs at least "
@@ -70,14 +97,76 @@ class HarvestConfig(Config):
             )
         return self
 
+    def pairs(self) -> tuple[HookPair, ...]:
+        """The source and target sites of each set that is asked for, in the order in which they were named."""
+        ways = [name for name in ("layer", "layers", "source") if getattr(self, name) is not None]
+        if (self.source is None) != (self.target is None):
+            raise UserError("source and target go together, as in --source 8:resid_mid --target 9:mlp_out")
+        if len(ways) != 1:
+            found = f"{' and '.join(ways)} are both given" if ways else "none is given"
+            raise UserError(f"say one of layer (17), layers (8,12,17), or source and target (8:resid_mid); {found}")
+        if self.source is None or self.target is None:
+            layers = self.layers if self.layers is not None else (self.layer,)
+            return tuple(
+                HookPair(Site(self.source_site, n), Site(self.target_site, n)) for n in layers if n is not None
+            )
+        if len(self.source) != len(self.target):
+            raise UserError(f"there are {len(self.source)} sources and {len(self.target)} targets; each pair needs both")
+        return tuple(HookPair(Site.parse(s), Site.parse(t)) for s, t in zip(self.source, self.target, strict=True))
+
+    def members(self) -> tuple[HarvestConfig, ...]:
+        """The settings of each set as if it were harvested alone."""
+        pairs = self.pairs()
+        if len(pairs) == 1 and self.layer is not None:
+            return (self,)
+        none = dict.fromkeys(_CHOICE | {"layer"})
+        found = []
+        for pair in pairs:
+            here: dict[str, Any] = {**none, "out": self._place(pair, alone=len(pairs) == 1)}
+            if pair.source.layer == pair.target.layer:
+                here |= {"layer": pair.source.layer, "source_site": pair.source.name, "target_site": pair.target.name}
+            else:
+                here |= {"source": (str(pair.source),), "target": (str(pair.target),)}
+            # Without validation, which would ask for the members again.
+            found.append(self.model_copy(update=here))
+        return tuple(found)
+
     def pair(self) -> HookPair:
-        """The source and target sites."""
-        return HookPair(Site(self.source_site, self.layer), Site(self.target_site, self.layer))
+        """The pair of the only set. Use it on one of the members."""
+        (pair,) = self.pairs()
+        return pair
 
     def folder(self) -> Path:
-        """Where the shard set lies."""
-        return self.out if self.out is not None else default_shards_path(self.layer)
+        """Where the only set lies. Use it on one of the members."""
+        pair = self.pair()
+        if self.out is None:
+            return Path("data") / set_name(pair, plain=self.layer is not None)
+        return Path(str(self.out).replace("{layer}", str(pair.source.layer)))
 
     def content(self) -> dict[str, Any]:
-        """The settings that decide what is written; the others only how fast and where."""
-        return self.model_dump(mode="json", exclude=set(_OPERATIONAL))
+        """The settings that decide what one member's set holds; the others only how fast and where."""
+        content = self.model_dump(mode="json", exclude=set(_OPERATIONAL | _CHOICE))
+        for name in _LATER:
+            if content[name] == type(self).model_fields[name].default:
+                del content[name]
+        if self.source is not None and self.target is not None:
+            content |= {"source": self.source[0], "target": self.target[0]}
+            del content["layer"], content["source_site"], content["target_site"]
+        return content
+
+    def _place(self, pair: HookPair, *, alone: bool) -> Path:
+        name = set_name(pair, plain=self.source is None)
+        if self.out is None:
+            return Path("data") / name
+        if alone or "{layer}" in str(self.out):
+            return Path(str(self.out).replace("{layer}", str(pair.source.layer)))
+        return self.out / name
+
+
+def set_name(pair: HookPair, *, plain: bool) -> str:
+    """Folder name of a pair: l17 for the usual sites, or for any when `plain`; else l8-resid_pre-attn_out and such."""
+    source, target = pair.source, pair.target
+    if plain or pair == HookPair.at_layer(source.layer):
+        return f"l{source.layer}"
+    other = f"l{target.layer}-" if target.layer != source.layer else ""
+    return f"l{source.layer}-{source.name}-{other}{target.name}"

@@ -182,7 +182,7 @@ class LanguageModel:
                 # Both trees, since a forward may run in either.
                 traced = None if taps[name] is None else self._points.trace(name)
                 if traced is None:
-                    raise UserError(f"{name} of {self.name} cannot be tapped: no module reads or gives just this tensor.")
+                    raise UserError(f"{name} of {self.name} cannot be tapped: no module reads or gives it.")
                 for tap in traced:
                     stack.callback(tap.attach(function).remove)
             yield

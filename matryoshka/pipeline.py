@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-from matryoshka.config import DEFAULT_FILE, parse_count, read_yaml
 from matryoshka.errors import UserError
 from matryoshka.runs import default_run_path, default_shards_path
 
@@ -35,7 +34,7 @@ def _pipeline() -> None:
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(help="Configuration file with all three sections.")] = DEFAULT_FILE,
+    file: Annotated[Path, typer.Argument(help="Configuration file with all three sections.")] = Path("pipeline.yaml"),
 ) -> None:
     """Harvest, train and evaluate what FILE describes. What is done already is not done again."""
     costs = []
@@ -54,6 +53,8 @@ def stage_commands(file: Path) -> list[list[str]]:
 
     Raises UserError when the file lacks what says where the shard set and the run lie.
     """
+    from matryoshka.config import read_yaml
+
     sections = read_yaml(file)
     harvest, train = sections.get("harvest", {}), sections.get("train", {})
     shards = (
@@ -83,6 +84,8 @@ def _run(command: list[str]) -> tuple[int, int]:
 
 
 def _number(file: Path, section: dict[str, Any], name: str, key: str) -> int:
+    from matryoshka.config import parse_count
+
     value = section.get(key)
     if value is None:
         raise UserError(f"{file}: {name}.{key} is missing; the pipeline needs it, or {name}.out, to know its folders")

@@ -145,7 +145,7 @@ class Transcoder(nn.Module):
         """decode(encode(x)) with the first `n_groups` groups."""
         return self.decode(self.encode(x, n_groups), n_groups, x=x)
 
-    def active_groups(self, x: Float[Tensor, "rows d_in"]) -> Int[Tensor, "rows"]:
+    def active_groups(self, x: Float[Tensor, "rows d_in"]) -> Int[Tensor, " rows"]:
         """How many groups each row needs: 1 + the last group with an active latent, 0 without any. int64.
 
         Decoding a row with that many groups gives its full reconstruction.

@@ -25,33 +25,33 @@ def _train() -> None:
 def run(
     shards: Annotated[Path | None, typer.Option(help="Folder of the shard set, such as data/l17.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run or fleet. [data/runs/<shard set>-k<k>, ...-fleet]")
+        Path | None, typer.Option(help="Folder of the run or fleet. (data/runs/<shard set>-k<k>, ...-fleet)")
     ] = None,
     group_sizes: Annotated[
-        str | None, typer.Option(help="Latents of each nested group, not cumulative: 1152,2304,4608. [8 x d_in in 4]")
+        str | None, typer.Option(help="Latents of each nested group, not cumulative: 1152,2304,4608. (8 x d_in in 4)")
     ] = None,
     d_sae: Annotated[str | None, typer.Option(help="Total latents; must equal the sum of --group-sizes.")] = None,
-    k: Annotated[str | None, typer.Option("--k", help="Mean active latents in a row. [96]")] = None,
-    steps: Annotated[str | None, typer.Option(help="Optimizer steps. [every train row once]")] = None,
+    k: Annotated[str | None, typer.Option("--k", help="Mean active latents in a row. (96)")] = None,
+    steps: Annotated[str | None, typer.Option(help="Optimizer steps. (every train row once)")] = None,
     tokens: Annotated[str | None, typer.Option(help="Rows to train on, instead of --steps, such as 15M.")] = None,
-    batch_tokens: Annotated[str | None, typer.Option(help="Rows in one step. [4096]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [4e-4]")] = None,
+    batch_tokens: Annotated[str | None, typer.Option(help="Rows in one step. (4096)")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. (4e-4)")] = None,
     input_: Annotated[
-        str | None, typer.Option("--input", help="resid_mid, normalized or mlp_in. [normalized where there is a norm]")
+        str | None, typer.Option("--input", help="resid_mid, normalized or mlp_in. (normalized where there is a norm)")
     ] = None,
-    condition: Annotated[str | None, typer.Option(help="none, centre or standardise. [centre]")] = None,
-    precision: Annotated[str | None, typer.Option(help="Encoder product: auto, fp32 or bf16. [auto]")] = None,
+    condition: Annotated[str | None, typer.Option(help="none, centre or standardise. (centre)")] = None,
+    precision: Annotated[str | None, typer.Option(help="Encoder product: auto, fp32 or bf16. (auto)")] = None,
     checkpoint_every: Annotated[
-        str | None, typer.Option(help="Steps between checkpoints. [a tenth of the run]")
+        str | None, typer.Option(help="Steps between checkpoints. (a tenth of the run)")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the initial weights. [0]")] = None,
-    wandb: Annotated[str | None, typer.Option(help="off, online or offline. [off]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the initial weights. (0)")] = None,
+    wandb: Annotated[str | None, typer.Option(help="off, online or offline. (off)")] = None,
     parallel: Annotated[
-        str | None, typer.Option(help="Under torchrun, spread over the ranks: configs, the runs of a fleet. [configs]")
+        str | None, typer.Option(help="Under torchrun, spread over the ranks: configs, the runs of a fleet. (configs)")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [auto]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with a train section. [./pipeline.yaml if there]")
+        Path | None, typer.Option(help="YAML file with a train section. (./pipeline.yaml if there)")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="train.key=value, any setting; repeatable.")] = None,
 ) -> None:
@@ -97,3 +97,32 @@ def run(
         raise typer.Exit(128 + result.stopped_by)
     if any(one.outcome == "parked" for one in result.runs):
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="A run such as data/runs/l17-k96, or a checkpoint. circuit-tracer: one for each layer."
+        ),
+    ],
+    form: Annotated[
+        str, typer.Option("--format", help="saelens, circuit-tracer, gemma-scope, gemma-scope-2 or native.")
+    ],
+    prefix: Annotated[int | None, typer.Option(help="Keep this many nested groups, from 1. [all]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make. [data/exports/<run>-<format>]")] = None,
+    n_layers: Annotated[
+        int | None, typer.Option(help="Layers of the model, for circuit-tracer. [asked of the run's shard set]")
+    ] = None,
+    push: Annotated[str | None, typer.Option(help="Upload it to this repository, user/repo. [not uploaded]")] = None,
+) -> None:
+    """Write a trained transcoder, or a nested prefix of it, in a format that other tools open."""
+    from .export import export_runs
+
+    exported = export_runs(runs, form, prefix=prefix, out=out, n_layers=n_layers)
+    typer.echo(f"{exported.folder} {'is there already' if exported.already_there else 'written'}")
+    if push is not None:
+        from matryoshka.interop.hub import upload
+
+        typer.echo(upload(exported.folder, push, message=f"Matryoshka transcoder, {form}"))

@@ -62,7 +62,7 @@ def members(config: TrainConfig) -> list[MemberConfig]:
             member = _member(config, folder, entry, point)
             if member.name in found:
                 raise UserError(
-                    f"two members of the fleet are called {member.name}; give each entry of train.fleet a name of its own"
+                    f"two members of the fleet are called {member.name}; give each entry of train.fleet its own name"
                 )
             found[member.name] = member
     if not found:
@@ -105,8 +105,8 @@ def _check_keys(name: str, changes: Mapping[str, Any]) -> None:
     shared = [key for key in changes if key in STREAM_SETTINGS]
     if shared:
         raise UserError(
-            f"the fleet's member {name} sets {', '.join(shared)}, but all members are trained on the same batches of one "
-            f"stream, which {', '.join(STREAM_SETTINGS)} decide. Set it for the whole fleet, or train a second fleet"
+            f"the fleet's member {name} sets {', '.join(shared)}, but all members are trained on the same batches of "
+            f"one stream, which {', '.join(STREAM_SETTINGS)} decide. Set it for the whole fleet, or train another fleet"
         )
     command = [key for key in changes if key in _COMMAND_SETTINGS]
     if command:

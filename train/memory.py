@@ -10,10 +10,8 @@ import torch
 
 from matryoshka.errors import UserError
 
-from .backend import choose_backend
 from .config import TrainConfig
 from .plan import Plan
-from .update import KEPT_GRADIENT_BYTES
 
 _READ_AHEAD_BATCHES = 6
 """Batches between the reader and the step: those in the queue, the one being filled and the one in use."""
@@ -37,14 +35,11 @@ def member_need(config: TrainConfig, plan: Plan, *, d_in: int, d_out: int, devic
     n_weights = d_sae * (d_in + d_out + 1) + d_out + (d_in * d_out if config.skip else 0)
     held = 12 * n_weights + 8 * d_sae
     k = max(config.k, plan.k_start)
-    stored = device.type == "cuda" or 4 * n_weights <= KEPT_GRADIENT_BYTES
-    # x, y, every prefix's reconstruction and residual, and lists of the kept and of the dead latents' entries.
+    # x, y, every prefix's reconstruction and residual, lists of the kept and of the dead latents' entries, gradients.
     step = 4 * batch * (2 * d_in + (2 * len(plan.group_sizes) + 3) * d_out) + 48 * batch * (k + plan.k_aux)
-    step += 4 * n_weights if stored else 0
-    backend = config.backend
-    if backend == "auto":
-        backend = choose_backend(device, d_in=d_in, d_out=d_out, d_sae=d_sae, k=k, batch=batch)
-    if backend == "dense":
+    step += 4 * n_weights
+    # On a CPU `auto` goes dense for small dictionaries only.
+    if config.backend == "dense" or (config.backend == "auto" and device.type == "cuda"):
         step += 12 * batch * d_sae
     return Need(held=held, step=step, snapshot=held + 20 * n_weights)
 

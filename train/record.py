@@ -62,7 +62,7 @@ def _with_defaults(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str
 
 def stream_record(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
     """What decides the batches of a fleet."""
-    settings = config.model_dump(mode="json", include=set(STREAM_SETTINGS) - {"shards"})
+    settings = config.model_dump(mode="json", include={name for name in STREAM_SETTINGS if name != "shards"})
     return {**settings, "shard_set": {"name": shards.name, "digest": shards.digest}}
 
 
@@ -106,6 +106,7 @@ def parked_reason(folder: Path) -> str | None:
     parked = read_json(folder / PARKED_FILE, what="parked run")
     good = f"its last good checkpoint is {parked['checkpoint']}" if parked["checkpoint"] else "it has no checkpoint yet"
     return (
-        f"training stopped before step {parked['step']}: the loss is {parked['loss']}; {good}. Try a smaller lr or a "
-        f"longer warmup_steps, in a new --out or under a new name; to try again as it is, delete {folder / PARKED_FILE}"
+        f"training stopped before step {parked['step']}: the loss ({parked['loss']}), its gradient or the input is not "
+        f"finite; {good}. Try a smaller --lr or a longer train.warmup_steps, in a new --out or under a new name; to "
+        f"try again as it is, delete {folder / PARKED_FILE}"
     )

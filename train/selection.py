@@ -128,7 +128,8 @@ class TileEncoder:
         """Every entry above `bound`, or, once they are too many, every entry that may be among the n largest."""
         batch, d_sae = x.shape[0], W_enc.shape[0]
         x_low = x.bfloat16() if self.bf16 else x
-        width = max(64, min(d_sae, TILE_ELEMENTS // batch))
+        # the same bytes for bf16; there a wider tile also reads x for the fp32 values less often
+        width = max(64, min(d_sae, TILE_ELEMENTS * (2 if self.bf16 else 1) // batch))
         parts, n_held = [], 0
         for start in range(0, d_sae, width):
             tile = slice(start, min(start + width, d_sae))

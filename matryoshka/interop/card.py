@@ -95,7 +95,7 @@ def model_card(transcoders: Sequence[Transcoder], form: str, place: str, origin:
             f"y_hat    = acts @ W_dec + b_dec{' + x @ W_skip' if config.skip else ''}",
             "```",
             "",
-            "x is the tensor of the hook as it stands: all scales and means of the training are folded into the weights.",
+            "x is the tensor of the hook as it stands: scales and means of the training are folded into the weights.",
             "Take the activations without weight processing (no `fold_ln`, no centring), and leave BOS out.",
             *_caveats(form, config.input, origin),
             "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -72,3 +73,20 @@ def random_shards(make_shards: MakeShards) -> ShardSet:
     target = torch.relu(source @ torch.randn(12, 10, generator=g)) + 0.1 * torch.randn(15 * 230, 10, generator=g)
     norm = Norm(kind="rms", eps=1e-6, gain=torch.linspace(0.5, 1.5, 12), bias=None)
     return make_shards(source, target, norm=norm)
+
+
+@pytest.fixture
+def run_settings(random_shards: ShardSet) -> dict[str, Any]:
+    """A small run of 24 steps that logs every third and saves every seventh."""
+    return {
+        "shards": str(random_shards.path),
+        "group_sizes": (8, 16, 24),
+        "k": 4,
+        "steps": 24,
+        "batch_tokens": 128,
+        "buffer_tokens": 1024,
+        "lr": 3e-3,
+        "checkpoint_every": 7,
+        "log_every": 3,
+        "device": "cpu",
+    }

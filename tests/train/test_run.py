@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-import train.run as module
+import train.member as module
 from matryoshka.errors import UserError
 from matryoshka.metrics import FvuSums
 from matryoshka.shards import ShardSet
@@ -41,6 +41,7 @@ def config_of(shards: ShardSet, out: Path, **changes: Any) -> TrainConfig:
 
 
 def final(result: TrainResult) -> Transcoder:
+    assert result.checkpoint is not None
     return Transcoder.load(result.checkpoint)
 
 
@@ -60,12 +61,15 @@ class StopAfter:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def started(self, plan: object, first_step: int) -> None:
+    def started(self, entries: object, first_steps: object) -> None:
         pass
 
-    def advanced(self, step: int, report: StepReport | None) -> None:  # noqa: ARG002
+    def advanced(self, name: str, step: int, report: StepReport | None) -> None:  # noqa: ARG002
         if step == self.step:
             raise KeyboardInterrupt
+
+    def ended(self, name: str, outcome: str) -> None:
+        pass
 
 
 @pytest.mark.parametrize("killed_after", [1, 7, 13, 23])
@@ -75,6 +79,8 @@ def test_resumed_equals_uninterrupted(random_shards: ShardSet, tmp_path: Path, k
     with pytest.raises(KeyboardInterrupt):
         train(config, StopAfter(killed_after))
     resumed = train(config)
+    assert whole.checkpoint is not None
+    assert resumed.checkpoint is not None
     for name in ("transcoder.safetensors", "optimizer.safetensors", "config.json", "state.json"):
         assert (whole.checkpoint / name).read_bytes() == (resumed.checkpoint / name).read_bytes(), name
     metrics = [(path / "metrics.jsonl").read_bytes() for path in (whole.path, resumed.path)]
@@ -85,6 +91,7 @@ def test_resumed_equals_uninterrupted(random_shards: ShardSet, tmp_path: Path, k
 def test_a_finished_run_is_left_alone_and_other_settings_refused(random_shards: ShardSet, tmp_path: Path) -> None:
     config = config_of(random_shards, tmp_path / "run", steps=5)
     first = train(config)
+    assert first.n_steps_taken == 5
     before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
     assert train(config).n_steps_taken == 0
     with pytest.raises(UserError, match=r"config\.lr: 0\.003 -> 0\.1"):
@@ -110,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
             return super().__call__(x, y, lr=lr, log=log)
 
     monkeypatch.setattr(module, "TrainStep", Poisoned)
-    with pytest.raises(UserError, match=r"stopped before step 11.*smaller --lr"):
+    with pytest.raises(UserError, match=r"stopped before step 11.*step-000007.*smaller --lr"):
         train(config_of(random_shards, tmp_path / "run"))
     assert [c.step for c in module.list_checkpoints(tmp_path / "run")] == [7]
 
