@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+# Before torch is imported anywhere: threads cost more than they bring on tensors of a few rows, up to 20 times as much
+# when the cores are busy. The commands that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 N_WORDS = 93
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from matryoshka.errors import UserError
 
-_REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+?))?/?")
+_REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+?))?/?")
 
 
 def split_repo(text: str) -> tuple[str, str]:
     """("user/repo", "sub/folder" or "") of `user/repo/sub/folder`. Raises UserError for any other form."""
     match = _REPO.fullmatch(text)
-    if match is None or text.startswith(("/", ".", "~")):
+    if match is None or text.startswith((".", "~")) or ".." in text.split("/"):
         raise UserError(
             f"{text} is not a folder here, nor the name of a repository; give an existing folder, or user/repo or "
             "user/repo/sub/folder of the Hugging Face hub"
@@ -32,7 +32,8 @@ def list_files(repo: str, *, revision: str | None = None) -> list[str]:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     with _explained(repo, revision):
-        return HfApi().list_repo_files(repo, revision=revision)
+        # Not list_repo_files, which tries for 23 seconds before it says that there is no connection.
+        return [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
 
 
 def download(repo: str, patterns: Sequence[str], *, revision: str | None = None) -> Path:
@@ -72,7 +73,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         at = f" at revision {revision}" if revision else ""
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"the repository {repo}{at} of the Hugging Face hub could not be used, and it is not a folder here: "
-            f"{reason} Check the name; for a gated or private one accept its licence and set HF_TOKEN; without a "
-            "network give the path of a local folder"
+            f"the repository {repo}{at} of the Hugging Face hub could not be used: {reason} Check the name (it is not a "
+            "folder here); for a gated or private one accept its licence and set HF_TOKEN; without a network give the "
+            "path of a local folder"
         ) from error

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     import zarr
 
 SIDES = ("source", "target")
-CODECS = ("compact", "raw")
-RATIO = {"compact": 0.70, "raw": 1.0}
+CODECS = ("compact", "raw", "int8")
+RATIO = {"compact": 0.70, "raw": 1.0, "int8": 0.505}
 """Expected size over raw bfloat16, for estimates (storage.md section 2: compact 1.43x)."""
 BIT_VIEW = {"logical_dtype": "bfloat16", "encoding": "bit-view"}
 """Attributes of an array that holds bfloat16 bits as uint16: Zarr v3 core has no bfloat16."""
+SCALED = {"logical_dtype": "bfloat16", "encoding": "int8 * channel * scale"}
+"""Attributes of an int8 array; the factors lie beside it in <side>_channel and <side>_scale."""
 
 
 def open_root(path: Path, *, writable: bool) -> zarr.Group:
@@ -67,19 +69,31 @@ def _create_split(root: zarr.Group, name: str, plan: SplitPlan, manifest: Manife
         _create(root, f"{name}/{array}", (plan.n_shards, *ids), (1, *ids), "int32", [ZstdCodec(level=3)])
     for side, facts in zip(SIDES, (manifest.source, manifest.target), strict=True):
         shard = (manifest.ctx_len, plan.contexts, facts.width)
+        if is_scaled(manifest):
+            for array, dims in _factors(side, manifest.ctx_len, plan.contexts, facts.width).items():
+                _create(root, f"{name}/{array}", (plan.n_shards, *dims), (1, *dims), "float32", None)
         root.create_array(
             f"{name}/{side}",
             shape=(plan.n_shards, *shard),
             shards=(1, *shard),
             chunks=(1, plan.chunk_positions, plan.contexts, facts.width),
-            dtype="uint16",
+            dtype="int8" if is_scaled(manifest) else "uint16",
             compressors=_compressors(manifest.codec),
             fill_value=0,
-            attributes={**BIT_VIEW, "site": facts.site, "layer": facts.layer, "hook_point": facts.hook_point},
+            attributes={**(SCALED if is_scaled(manifest) else BIT_VIEW), "site": facts.site, "layer": facts.layer, "hook_point": facts.hook_point},
             # The emptiness test per chunk costs four fifths of the write rate, and a raw shard
             # without holes can be mapped into memory.
             config={"write_empty_chunks": True},
         )
+
+
+def fit_arrays(root: zarr.Group, manifest: Manifest) -> None:
+    """Give every array that is too short its planned number of shards: the plan of a set may have grown."""
+    for split, plan in manifest.splits.items():
+        for name in shard_arrays(manifest, split):
+            array: Any = root[name]
+            if array.shape[0] < plan.n_shards:
+                array.resize((plan.n_shards, *array.shape[1:]))
 
 
 def _create_stats(root: zarr.Group, manifest: Manifest) -> None:
@@ -99,6 +113,15 @@ def _create_stats(root: zarr.Group, manifest: Manifest) -> None:
             _create(root, f"norm/{name}", (width,), (width,), "float32", None)
 
 
+def is_scaled(manifest: Manifest) -> bool:
+    """Whether the activations are int8 with factors beside them, not bfloat16 bits."""
+    return manifest.codec == "int8"
+
+
+def _factors(side: str, ctx_len: int, contexts: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{side}_channel": (width,), f"{side}_scale": (ctx_len, contexts)}
+
+
 def stat_sites(manifest: Manifest) -> dict[str, int]:
     """What stats/ keeps means and variances of, with widths. `normalized` is the source after its norm, no gain."""
     sites = {"source": manifest.source.width, "target": manifest.target.width}
@@ -110,6 +133,8 @@ def stat_sites(manifest: Manifest) -> dict[str, int]:
 def shard_arrays(manifest: Manifest, split: str) -> dict[str, int]:
     """The arrays of a split that have one file in each shard, with their number of dimensions."""
     arrays = {f"{split}/tokens": 3, f"{split}/doc_ids": 3, f"{split}/source": 4, f"{split}/target": 4}
+    if is_scaled(manifest):
+        arrays |= {f"{split}/{side}_{name}": ndim for side in SIDES for name, ndim in (("channel", 2), ("scale", 3))}
     if split == "train":
         arrays["stats/shard_rows"] = 1
         arrays |= {f"stats/{site}/{name}": 2 for site in stat_sites(manifest) for name in ("shard_sum", "shard_sum_sq")}
@@ -143,7 +168,7 @@ def from_bits(bits: np.ndarray) -> Tensor:
 def _compressors(codec: str) -> Any:
     from zarr.codecs import BloscCodec
 
-    if codec == "raw":
+    if codec in ("raw", "int8"):
         return None
     if codec == "compact":
         # The block size is essential: with blosc's own, each zstd block mixes high and low bytes and the ratio falls

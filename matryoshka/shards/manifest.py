@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -90,12 +91,24 @@ class Manifest(Config):
     versions: dict[str, Any]
     summary: dict[str, FileRecord] = Field(default_factory=dict)
     """The files of stats/ and norm/ that belong to no shard; known when the set is complete."""
+    measured: dict[str, float] = Field(default_factory=dict)
+    """What the codec did, known when the set is complete: compression_ratio (bytes over those of bfloat16), and of
+    int8 source_error and target_error, its relative error over the rows under 10 times the median norm."""
     complete: bool = False
 
     def digest(self) -> str:
         """Identity of what was asked for, whatever libraries wrote it and however far it got."""
-        content = self.model_dump(mode="json", exclude={"versions", "summary", "complete"})
+        content = self.model_dump(mode="json", exclude={"versions", "summary", "measured", "complete"})
         return digest(content)
+
+
+class Loss(Config):
+    """What a lossy codec lost of one side of a shard: float64 sums over the rows under 10 times the median norm."""
+
+    error_sq: float
+    """sum ||x - x^||^2"""
+    total_sq: float
+    """sum ||x||^2"""
 
 
 class CommitRecord(Config):
@@ -110,6 +123,10 @@ class CommitRecord(Config):
     nonfinite: Literal[0] = 0
     largest: dict[str, float] = Field(default_factory=dict)
     """Largest absolute value of each side."""
+    n_documents: int | None = None
+    """Documents that have tokens here; a document may go on in the next shard. Not in the first sets' records."""
+    loss: dict[str, Loss] = Field(default_factory=dict)
+    """Of each side, where the codec is lossy."""
     files: dict[str, FileRecord]
 
     @property
@@ -134,6 +151,32 @@ def plan_splits(n_contexts: int, val_fraction: float, ctx_len: int, width: int) 
         "train": _plan_split(n_contexts - n_val, ctx_len, width, MIN_SHARDS),
         "val": _plan_split(n_val, ctx_len, width, 1),
     }
+
+
+def extend_splits(
+    splits: Mapping[str, SplitPlan], n_contexts: int, val_fraction: float, ctx_len: int, width: int
+) -> dict[str, SplitPlan]:
+    """The plan of a set that grows to `n_contexts`: its shards stay as they are, new ones of the same room follow.
+
+    Text comes in one order however much of it is wanted, so what a shard holds does not change. A last shard with
+    fewer contexts keeps them.
+    """
+    goal = plan_splits(n_contexts, val_fraction, ctx_len, width)
+    grown = {}
+    for name, plan in splits.items():
+        n_missing = max(0, goal[name].n_contexts - plan.n_contexts)
+        added = [min(plan.contexts, n_missing - start) for start in range(0, n_missing, plan.contexts)]
+        grown[name] = plan.model_copy(update={"shard_contexts": (*plan.shard_contexts, *added)})
+    return grown
+
+
+def is_extension(old: Mapping[str, SplitPlan], new: Mapping[str, SplitPlan]) -> bool:
+    """Whether `new` has all the shards of `old` in their places, and perhaps more."""
+    return old.keys() == new.keys() and all(
+        (plan.contexts, plan.chunk_positions) == (new[name].contexts, new[name].chunk_positions)
+        and plan.shard_contexts == new[name].shard_contexts[: plan.n_shards]
+        for name, plan in old.items()
+    )
 
 
 def _plan_split(n_contexts: int, ctx_len: int, width: int, min_shards: int) -> SplitPlan:

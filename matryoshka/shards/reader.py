@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from matryoshka.runs import read_json
 from matryoshka.shards import layout
 from matryoshka.shards.checksum import checksum
 from matryoshka.shards.manifest import FORMAT, MANIFEST_FOLDER, SPLITS, CommitRecord, FileRecord, Manifest, record_name
+from matryoshka.shards.scaled import unscale
 from matryoshka.sites import Norm
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Split:
         self.n_shards = self._plan.n_shards
         self.n_contexts = self._plan.n_contexts
         self.chunk_positions = self._plan.chunk_positions
+        # A chunk is small, the factors of its shard are not: they are not read again for each.
+        self._factors = lru_cache(maxsize=8)(self._read_factors)
 
     def tokens(self, shard: int) -> Tensor:
         """Token ids of a shard, int32 [n_contexts, ctx_len]."""
@@ -88,8 +91,12 @@ class Split:
 
     def activations(self, side: str, shard: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Positions [start, stop) of every context of a shard: bfloat16 [positions, n_contexts, width]."""
-        array: Any = self._set.root[f"{self.name}/{side}"]
-        return layout.from_bits(array[shard, start:stop, : self.shard_contexts[shard]])
+        n_contexts = self.shard_contexts[shard]
+        stored = self._array(side)[shard, start:stop, :n_contexts]
+        if not layout.is_scaled(self._set.manifest):
+            return layout.from_bits(stored)
+        channel, scale = self._factors(side, shard)
+        return unscale(torch.from_numpy(stored), channel, scale[start:stop, :n_contexts])
 
     def blocks(self) -> Iterator[Block]:
         """All blocks in the order of the disk, one chunk of positions each."""
@@ -109,8 +116,15 @@ class Split:
                 )
 
     def _ids(self, name: str, shard: int) -> np.ndarray:
-        array: Any = self._set.root[f"{self.name}/{name}"]
-        return array[shard, : self.shard_contexts[shard]]
+        return self._array(name)[shard, : self.shard_contexts[shard]]
+
+    def _read_factors(self, side: str, shard: int) -> tuple[Tensor, Tensor]:
+        """Of the int8 codec: channel [width] and scale [ctx_len, contexts], float32."""
+        channel, scale = (self._array(f"{side}_{name}")[shard] for name in ("channel", "scale"))
+        return torch.from_numpy(channel), torch.from_numpy(scale)
+
+    def _array(self, name: str) -> Any:
+        return self._set.root[f"{self.name}/{name}"]
 
 
 class ShardSet:
@@ -263,43 +277,53 @@ def read_manifest(path: Path) -> Manifest:
 
 def read_records(path: Path) -> list[CommitRecord]:
     """The commit records of a shard set, sorted by name."""
-    records = []
-    for file in sorted((path / MANIFEST_FOLDER).glob("*.json")):
-        content = read_json(file, what="shard set")
-        try:
-            record = CommitRecord.model_validate(content)
-        except ValidationError as error:
-            raise UserError(f"the commit record {file} cannot be read: {explain(error)}") from error
-        if file.name != record_name(record.split, record.shard):
-            raise UserError(f"the commit record {file} is that of shard {record.shard} of {record.split}")
-        records.append(record)
-    return records
+    return [read_record(file) for file in sorted((path / MANIFEST_FOLDER).glob("*.json"))]
+
+
+def read_record(file: Path) -> CommitRecord:
+    """One commit record. Raises UserError when it cannot be read or is that of another shard than its name says."""
+    content = read_json(file, what="shard set")
+    try:
+        record = CommitRecord.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"the commit record {file} cannot be read: {explain(error)}") from error
+    if file.name != record_name(record.split, record.shard):
+        raise UserError(f"the commit record {file} is that of shard {record.shard} of {record.split}")
+    return record
+
+
+def problem_with(path: Path, files: Mapping[str, FileRecord], keys: Sequence[str], *, verify: bool) -> str | None:
+    """What is wrong with the files of one record, or None. Presence and size always, crc32c on request.
+
+    Zarr itself would read a missing file as zeros. Raises UserError for a record that points outside the set.
+    """
+    for key, expected in files.items():
+        file = (path / key).resolve()
+        if not file.is_relative_to(path.resolve()):
+            raise UserError(f"{path}: a commit record points outside the shard set ({key}); it is not to be trusted")
+        size = file.stat().st_size if file.is_file() else None
+        if size is None:
+            return f"misses {key}"
+        if size != expected.size:
+            return f"has {size} bytes in {key}, not {expected.size}"
+        if verify and checksum(file) != expected:
+            return f"differs from its checksum in {key}"
+    if files.keys() != set(keys):
+        return "does not vouch for exactly the files of its shard"
+    return None
 
 
 def _check_files(
     path: Path, files: Mapping[str, FileRecord], keys: Sequence[str], record: str, *, verify: bool
 ) -> None:
-    """Presence and size always, crc32c on request. Zarr itself would read a missing file as zeros.
-
-    `record` names the commit record that has to go for the files to be written again.
-    """
-    for key, expected in files.items():
-        file = (path / key).resolve()
-        if not file.is_relative_to(path.resolve()):
-            raise UserError(f"{path}: the commit record {record} points outside the shard set ({key})")
-        size = file.stat().st_size if file.is_file() else None
-        if size is None:
-            raise _damaged(path, record, f"misses {key}")
-        if size != expected.size:
-            raise _damaged(path, record, f"has {size} bytes in {key}, not {expected.size}")
-        if verify and checksum(file) != expected:
-            raise _damaged(path, record, f"differs from its checksum in {key}")
-    if files.keys() != set(keys):
-        raise _damaged(path, record, "does not vouch for exactly the files of its shard")
+    """`record` names the commit record that has to go for the files to be written again."""
+    problem = problem_with(path, files, keys, verify=verify)
+    if problem is not None:
+        raise _damaged(path, record, problem)
 
 
 def _damaged(path: Path, record: str, problem: str) -> UserError:
     return UserError(
         f"{path} is damaged: what {MANIFEST_FOLDER}/{record} stands for {problem}. Delete that record and run the same "
-        "harvest command again to rewrite this shard alone"
+        f"harvest command again to rewrite this shard alone; `harvest verify {path} --repair` does both"
     )

@@ -7,7 +7,7 @@ commit record, which alone makes the shard exist. `complete` in the root attribu
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,18 @@ from matryoshka.errors import UserError
 from matryoshka.runs import changed_fields, check_directory, fsync_path, make_directory, publish_json, refuse_changes
 from matryoshka.shards import layout
 from matryoshka.shards.checksum import checksum
-from matryoshka.shards.manifest import MANIFEST_FOLDER, SPLITS, CommitRecord, Manifest
+from matryoshka.shards.manifest import (
+    BYTES_PER_VALUE,
+    MANIFEST_FOLDER,
+    SPLITS,
+    CommitRecord,
+    Loss,
+    Manifest,
+    is_extension,
+)
+from matryoshka.shards.quantiles import quantiles
 from matryoshka.shards.reader import ROOT_FILE, has_manifest, read_manifest, read_records
+from matryoshka.shards.scaled import to_scaled
 from matryoshka.sites import Norm
 
 if TYPE_CHECKING:
@@ -31,7 +41,10 @@ _ARRAY_FOLDERS = (*SPLITS, "stats", "norm")
 
 
 class ShardSetWriter:
-    """The writing side of one shard set. One process writes; readers wait for `finish`."""
+    """The writing side of one shard set.
+
+    One process opens and finishes it; others may join it and write other shards meanwhile. Readers wait for `finish`.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, norm: Norm | None, root: zarr.Group) -> None:
         self.path = path
@@ -42,14 +55,15 @@ class ShardSetWriter:
 
     @classmethod
     def open(cls, path: Path, manifest: Manifest, norm: Norm | None) -> ShardSetWriter:
-        """Start a shard set at `path`, or go on with one of the same settings.
+        """Start a shard set at `path`, or go on with one of the same settings, or let it grow to more tokens.
 
         Raises UserError when `path` holds something else, or a set of other settings (the difference is named).
         """
         check_place(path)
         saved = read_manifest(path) if has_manifest(path) else None
+        grows = saved is not None and _grows(saved, manifest)
         if saved is not None:
-            refuse_changes(path, "harvested", changed_fields(_identity(saved), _identity(manifest)))
+            refuse_changes(path, "harvested", changed_fields(_identity(saved, grows), _identity(manifest, grows)))
         make_directory(path / MANIFEST_FOLDER)
         for partial in path.rglob("*.partial"):  # what a killed write left behind
             partial.unlink()
@@ -61,10 +75,21 @@ class ShardSetWriter:
             layout.create_arrays(path, manifest)
             _fsync_tree(path)
             saved = manifest
-        elif saved.complete:
-            # A shard is to be rewritten; until the statistics follow, the set must not pass for whole.
-            saved = saved.model_copy(update={"summary": {}, "complete": False})
+        elif saved.complete or grows:
+            # A shard is to be rewritten or added; until the statistics follow, the set must not pass for whole.
+            planned = {"splits": manifest.splits, "settings": manifest.settings} if grows else {}
+            saved = saved.model_copy(update={"summary": {}, "measured": {}, "complete": False, **planned})
             layout.publish(path, saved)
+            fsync_path(path / ROOT_FILE)
+        root = layout.open_root(path, writable=True)
+        layout.fit_arrays(root, saved)
+        return cls(path, saved, norm, root)
+
+    @classmethod
+    def join(cls, path: Path, manifest: Manifest, norm: Norm | None) -> ShardSetWriter:
+        """Write shards of a set that another process has opened and will finish. Raises UserError as `open` does."""
+        saved = read_manifest(path)
+        refuse_changes(path, "harvested", changed_fields(_identity(saved, False), _identity(manifest, False)))
         return cls(path, saved, norm, layout.open_root(path, writable=True))
 
     def is_committed(self, split: str, shard: int) -> bool:
@@ -104,10 +129,18 @@ class ShardSetWriter:
         """
         n_contexts = tokens.shape[0]
         sides = {"source": source, "target": target}
-        largest = {side: _largest(values, side, split, shard) for side, values in sides.items()}
+        for side, values in sides.items():
+            _refuse_nonfinite(values, side, split, shard)
         keep = ~torch.isin(tokens.T, torch.tensor(self.manifest.special_ids, dtype=tokens.dtype))
         try:
-            self._write_arrays(split, shard, tokens, doc_ids, sides)
+            self._write_ids(split, shard, {"tokens": tokens, "doc_ids": doc_ids})
+            losses: dict[str, Loss] = {}
+            for side in sides:
+                if layout.is_scaled(self.manifest):
+                    # Statistics are of what a reader will get.
+                    sides[side], losses[side] = self._write_scaled(split, shard, side, sides[side], keep)
+                else:
+                    self._write(f"{split}/{side}", shard, layout.to_bits(sides[side]), axis=1)
             if split == "train":
                 self._write_stats(shard, sides, keep)
             files = {}
@@ -120,7 +153,9 @@ class ShardSetWriter:
                 shard=shard,
                 n_contexts=n_contexts,
                 n_rows=int(keep.sum()),
-                largest=largest,
+                largest={side: float(values.abs().max()) for side, values in sides.items()},
+                n_documents=len(doc_ids.unique()),
+                loss=losses,
                 files=files,
             )
             publish_json(self.path / MANIFEST_FOLDER / record.name, record.model_dump(mode="json"))
@@ -137,6 +172,8 @@ class ShardSetWriter:
 
         Raises UserError when a split came out empty.
         """
+        # From the disk, because other processes may have written some of the shards.
+        self._records = {(record.split, record.shard): record for record in read_records(self.path)}
         splits = {}
         for name, plan in self.manifest.splits.items():
             records = sorted((r for r in self._records.values() if r.split == name), key=lambda r: r.shard)
@@ -152,27 +189,38 @@ class ShardSetWriter:
         self._write_summary(splits["train"].shard_contexts)
         _fsync_tree(self.path)
         summary = {key: checksum(self.path / key) for key in layout.summary_keys(self.manifest)}
-        manifest = self.manifest.model_copy(update={"splits": splits, "summary": summary, "complete": True})
+        measured = measure_codec(self.manifest, self._records.values())
+        manifest = self.manifest.model_copy(
+            update={"splits": splits, "summary": summary, "measured": measured, "complete": True}
+        )
         layout.publish(self.path, manifest)
         fsync_path(self.path / ROOT_FILE)
         fsync_path(self.path)
         self.manifest = manifest
         return manifest
 
-    def _write_arrays(
-        self, split: str, shard: int, tokens: Tensor, doc_ids: Tensor, sides: Mapping[str, Tensor]
-    ) -> None:
-        n_contexts = tokens.shape[0]
-        room = self.manifest.splits[split].contexts
-        for name, ids in (("tokens", tokens), ("doc_ids", doc_ids)):
-            padded = np.zeros((room, self.manifest.ctx_len), np.int32)
-            padded[:n_contexts] = ids.numpy()
-            _array(self._root, f"{split}/{name}")[shard] = padded
-        for side, values in sides.items():
-            bits = layout.to_bits(values)
-            if n_contexts < room:
-                bits = np.pad(bits, ((0, 0), (0, room - n_contexts), (0, 0)))
-            _array(self._root, f"{split}/{side}")[shard] = bits
+    def _write_ids(self, split: str, shard: int, ids: Mapping[str, Tensor]) -> None:
+        for name, values in ids.items():
+            self._write(f"{split}/{name}", shard, values.numpy().astype(np.int32, copy=False), axis=0)
+
+    def _write_scaled(
+        self, split: str, shard: int, side: str, values: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Loss]:
+        """Write one side in int8; return the values that it now has, and what was lost."""
+        scaled, loss = to_scaled(values, keep)
+        self._write(f"{split}/{side}", shard, scaled.q.numpy(), axis=1)
+        self._write(f"{split}/{side}_channel", shard, scaled.channel.numpy())
+        self._write(f"{split}/{side}_scale", shard, scaled.scale.numpy(), axis=1)
+        return scaled.values(), loss
+
+    def _write(self, name: str, shard: int, values: np.ndarray, axis: int | None = None) -> None:
+        """Write one shard of an array, padded with zeros along `axis` (contexts) to the room there is."""
+        array = _array(self._root, name)
+        if axis is not None and values.shape[axis] < array.shape[1 + axis]:
+            room = [(0, 0)] * values.ndim
+            room[axis] = (0, array.shape[1 + axis] - values.shape[axis])
+            values = np.pad(values, room)
+        array[shard] = values
 
     def _write_stats(self, shard: int, sides: Mapping[str, Tensor], keep: Tensor) -> None:
         """Float64 sums over non-special rows; position by position, so that memory stays small."""
@@ -210,17 +258,18 @@ class ShardSetWriter:
             _array(self._root, "norm/gain")[:] = self._norm.gain.float().cpu().numpy()
             if self._norm.bias is not None:
                 _array(self._root, "norm/bias")[:] = self._norm.bias.float().cpu().numpy()
-        specials = np.array(self.manifest.special_ids, np.int32)
         for side in layout.SIDES:
-            kept = []
-            for shard, n_contexts in enumerate(shard_contexts):
-                tokens = _array(self._root, "train/tokens")[shard, :n_contexts]
-                norm = _array(self._root, f"stats/{side}/row_norm")[shard, :, :n_contexts]
-                kept.append(norm[~np.isin(tokens.T, specials)])
-            quantiles = np.quantile(np.concatenate(kept).astype(np.float64), NORM_QUANTILES)
+            found = quantiles(lambda side=side: self._kept_norms(side, shard_contexts), NORM_QUANTILES)
             _array(self._root, f"stats/{side}/row_norm").update_attributes(
-                {"quantiles": list(NORM_QUANTILES), "values": quantiles.tolist()}
+                {"quantiles": list(NORM_QUANTILES), "values": found}
             )
+
+    def _kept_norms(self, side: str, shard_contexts: tuple[int, ...]) -> Iterator[np.ndarray]:
+        specials = np.array(self.manifest.special_ids, np.int32)
+        for shard, n_contexts in enumerate(shard_contexts):
+            tokens = _array(self._root, "train/tokens")[shard, :n_contexts]
+            norm = _array(self._root, f"stats/{side}/row_norm")[shard, :, :n_contexts]
+            yield norm[~np.isin(tokens.T, specials)]
 
     def _cut(self, split: str, n_shards: int) -> None:
         for name in layout.shard_arrays(self.manifest, split):
@@ -242,9 +291,39 @@ def check_place(path: Path) -> None:
         )
 
 
-def _identity(manifest: Manifest) -> dict[str, Any]:
+def measure_codec(manifest: Manifest, records: Iterable[CommitRecord]) -> dict[str, float]:
+    """What the codec did to the shards of `records`, as the manifest keeps it; raw bfloat16 counts room for padding."""
+    stored, raw = 0, 0
+    losses: dict[str, list[Loss]] = {}
+    for record in records:
+        room = manifest.ctx_len * manifest.splits[record.split].contexts
+        for side, facts in zip(layout.SIDES, (manifest.source, manifest.target), strict=True):
+            raw += room * facts.width * BYTES_PER_VALUE
+            names = (f"{record.split}/{side}/", f"{record.split}/{side}_")
+            stored += sum(file.size for key, file in record.files.items() if key.startswith(names))
+        for side, loss in record.loss.items():
+            losses.setdefault(side, []).append(loss)
+    measured = {"compression_ratio": stored / raw} if raw else {}
+    for side, parts in losses.items():
+        total = sum(part.total_sq for part in parts)
+        measured[f"{side}_error"] = (sum(part.error_sq for part in parts) / total) ** 0.5 if total else 0.0
+    return measured
+
+
+def _grows(saved: Manifest, manifest: Manifest) -> bool:
+    """Whether `manifest` asks for more tokens of what `saved` is."""
+    old, new = saved.settings.get("tokens"), manifest.settings.get("tokens")
+    return (
+        isinstance(old, int) and isinstance(new, int) and new > old and is_extension(saved.splits, manifest.splits)
+    )
+
+
+def _identity(manifest: Manifest, grows: bool) -> dict[str, Any]:
     """What must be equal for two harvests to be the same one. The split plan follows from it and from the text."""
-    return manifest.model_dump(mode="json", exclude={"versions", "summary", "complete", "splits"})
+    content = manifest.model_dump(mode="json", exclude={"versions", "summary", "measured", "complete", "splits"})
+    if grows:
+        del content["settings"]["tokens"]
+    return content
 
 
 def _array(root: zarr.Group, name: str) -> Any:
@@ -260,17 +339,15 @@ def _accumulate(sums: Tensor, rows: Tensor) -> None:
     sums[1] += rows.square().sum(0)
 
 
-def _largest(values: Tensor, side: str, split: str, shard: int) -> float:
-    """Largest absolute value; refuses NaN and infinity, which would poison every statistic and every training run."""
+def _refuse_nonfinite(values: Tensor, side: str, split: str, shard: int) -> None:
+    """Refuses NaN and infinity, which would poison every statistic and every training run."""
     assert values.dtype == torch.bfloat16
-    largest = float(values.abs().max())
-    if not np.isfinite(largest):
+    if not np.isfinite(float(values.abs().max())):
         n_bad = int((~torch.isfinite(values)).sum())
         raise UserError(
             f"{n_bad} values of {side} are not finite in shard {shard} of {split}: the language model overflowed. "
             "Harvest with --dtype bf16 or --dtype fp32"
         )
-    return largest
 
 
 def _fsync_folders(root: Path, keys: Mapping[str, object]) -> None:

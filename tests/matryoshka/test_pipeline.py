@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from evaluate.config import EvaluateConfig
 from harvest.config import HarvestConfig
-from matryoshka.config import load_config
+from matryoshka.config import load_config, read_yaml
 from matryoshka.errors import UserError
 from matryoshka.pipeline import stage_commands
 from train.config import TrainConfig
@@ -69,10 +70,13 @@ def test_the_shipped_recipes_are_the_owners() -> None:
         assert train.lr == 4e-4
 
 
-def test_pipeline_yaml_lists_every_key() -> None:
-    """The recipe is also the reference of the settings: nothing missing, and defaults as in the code."""
-    from matryoshka.config import read_yaml
-
+def test_pipeline_yaml_lists_every_key_with_its_default() -> None:
+    """The recipe is also the reference of the settings: what it does not choose stands there with its default."""
     sections = read_yaml(ROOT / "pipeline.yaml")
-    assert set(sections["harvest"]) == set(HarvestConfig.model_fields)
-    assert set(sections["train"]) == set(TrainConfig.model_fields)
+    models = {"harvest": HarvestConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+    for name, model in models.items():
+        assert set(sections[name]) == set(model.model_fields), name
+        chosen = model.model_validate(sections[name])
+        for key, field in model.model_fields.items():
+            if key not in ("layer", "group_sizes", "d_sae"):
+                assert getattr(chosen, key) == field.get_default(call_default_factory=True), f"{name}.{key}"

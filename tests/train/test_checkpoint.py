@@ -52,3 +52,10 @@ def test_a_torn_state_is_refused(tmp_path: Path) -> None:
     (found.folder / "optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="delete that folder"):
         found.tensors()
+
+
+def test_the_newest_and_every_mth_stay(tmp_path: Path) -> None:
+    for step in range(5, 45, 5):
+        save_checkpoint(tmp_path, step, TENSORS, make_transcoder(), finished=False)
+        prune_checkpoints(tmp_path, keep=2, keep_every=15)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [15, 30, 35, 40]

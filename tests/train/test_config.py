@@ -33,6 +33,7 @@ def test_k_larger_than_the_first_prefix_is_refused() -> None:
         ({"group_sizes": []}, "at least 1 item"),
         ({"group_sizes": [4, 0], "k": 1}, "greater than or equal to 1"),
         ({"learning_rate": 1}, "Extra inputs"),
+        ({"k_steps": 5}, "give k_start too"),
     ],
 )
 def test_bad_values_are_refused(values: dict[str, object], message: str) -> None:
@@ -69,3 +70,20 @@ def test_weights_must_fit_the_groups(random_shards: ShardSet) -> None:
     config = TrainConfig(group_sizes=(8, 16), group_weights=(1.0,), k=2, batch_tokens=100)
     with pytest.raises(UserError, match="1 values for 2 groups"):
         make_plan(config, random_shards, n_rows=2000)
+
+
+def test_the_rate_is_scaled_to_the_width(random_shards: ShardSet) -> None:
+    config = TrainConfig(group_sizes=(16, 48), k=2, lr=1e-3, lr_d_sae=16, batch_tokens=100)
+    plan = make_plan(config, random_shards, n_rows=2000)
+    assert plan.lr == pytest.approx(5e-4)
+    assert plan.schedule(config).at(10) == pytest.approx(5e-4)
+
+
+def test_k_over_the_run(random_shards: ShardSet) -> None:
+    config = TrainConfig(group_sizes=(16, 48), k=2, k_start=12, batch_tokens=100)
+    schedule = make_plan(config, random_shards, n_rows=2000).k_schedule(config)
+    assert [schedule.at(step) for step in (0, 1, 2, 3, 4, 19)] == [12, 10, 7, 4, 2, 2]
+    with pytest.raises(UserError, match="k_start = 65 is more than the 64"):
+        make_plan(config.model_copy(update={"k_start": 65}), random_shards, n_rows=2000)
+    with pytest.raises(UserError, match="k_steps = 20 leaves no step at k = 2"):
+        make_plan(config.model_copy(update={"k_steps": 20}), random_shards, n_rows=2000)

@@ -194,3 +194,14 @@ def test_a_planted_nested_dictionary_is_recovered(make_shards: Callable[..., Sha
     assert float(cosines.max(1).values.min()) > 0.9
     in_first_group = cosines[:, :8].max(1).values > 0.9
     assert in_first_group[:n_frequent].double().mean() > in_first_group[n_frequent:].double().mean()
+
+
+def test_k_falls_over_the_run_and_ends_at_k(random_shards: ShardSet, tmp_path: Path) -> None:
+    config = config_of(random_shards, tmp_path / "run", k_start=12, k_steps=16, log_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, StopAfter(11))
+    result = train(config)
+    lines = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
+    # The line of step s is about the batch of step s - 1, counted from 0: round(12 - 8 * (s - 1) / 16).
+    assert [line["l0"] for line in lines] == pytest.approx([10, 8, 6, 4, 4, 4], abs=0.51)
+    assert final(result).config.k == 4

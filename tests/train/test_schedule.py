@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from train.schedule import Schedule
+from train.schedule import KSchedule, Schedule
 
 
 def test_linear_by_hand() -> None:
@@ -25,3 +25,9 @@ def test_cosine_ends_at_the_floor_and_never_reaches_zero_early() -> None:
 def test_no_warmup_no_decay_is_constant() -> None:
     schedule = Schedule(lr=3.0, n_steps=5, warmup_steps=0, decay_steps=0)
     assert [schedule.at(step) for step in range(5)] == [3.0] * 5
+
+
+def test_k_goes_down_or_up_in_equal_steps() -> None:
+    assert [KSchedule(start=20, end=4, n_steps=4).at(step) for step in range(6)] == [20, 16, 12, 8, 4, 4]
+    assert [KSchedule(start=1, end=4, n_steps=3).at(step) for step in range(5)] == [1, 2, 3, 4, 4]
+    assert [KSchedule(start=4, end=4, n_steps=0).at(step) for step in range(2)] == [4, 4]

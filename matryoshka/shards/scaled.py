@@ -1,0 +1,82 @@
+"""The int8 codec: activations as q * channel * scale, a factor for each channel and one for each token.
+
+    channel_j = rms of channel j over the ordinary rows of the shard
+    scale_t   = max_j |x_tj / channel_j| / 127
+    q_tj      = round(x_tj / (channel_j * scale_t))
+
+Ordinary rows are the non-special ones under 10 times the median norm. A few channels of a residual stream are hundreds
+of times larger than the rest, and in attention sinks thousands of times: without the channel factor they would take
+all of a row's 8 bits, and with one that follows the sinks those channels would have none left elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from matryoshka.shards.manifest import Loss
+
+SINK_NORM = 10.0
+"""A row is an attention sink when its norm is above this multiple of the median."""
+_LEVELS = 127
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """One side of a shard in int8."""
+
+    q: Tensor
+    """[ctx_len, n_contexts, width] int8"""
+    channel: Tensor
+    """[width] float32"""
+    scale: Tensor
+    """[ctx_len, n_contexts] float32"""
+
+    def values(self) -> Tensor:
+        """What a reader gets: bfloat16 [ctx_len, n_contexts, width]."""
+        return unscale(self.q, self.channel, self.scale)
+
+
+def unscale(q: Tensor, channel: Tensor, scale: Tensor) -> Tensor:
+    """bfloat16 values of q [..., width] int8, channel [width] and scale [...] float32; rounded once."""
+    return torch.stack([(q[p].float() * channel * scale[p, :, None]).bfloat16() for p in range(len(q))])
+
+
+def to_scaled(values: Tensor, keep: Tensor) -> tuple[Scaled, Loss]:
+    """Code `values` [ctx_len, n_contexts, width] bfloat16; `keep` [ctx_len, n_contexts] says which are not special.
+
+    Position by position, since a float32 copy of a shard would take twice its memory.
+    """
+    ordinary = _ordinary(values, keep)
+    channel = _channel_rms(values, ordinary)
+    q = torch.empty(values.shape, dtype=torch.int8)
+    scale = torch.empty(values.shape[:2], dtype=torch.float32)
+    error_sq, total_sq = 0.0, 0.0
+    for position, rows in enumerate(values):
+        x = rows.float()
+        relative = x / channel
+        largest = relative.abs().amax(dim=1)
+        scale[position] = torch.where(largest > 0, largest / _LEVELS, 1.0)
+        q[position] = (relative / scale[position, :, None]).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
+        decoded = unscale(q[position : position + 1], channel, scale[position : position + 1])[0].float()
+        here = ordinary[position]
+        error_sq += float((x - decoded)[here].double().square().sum())
+        total_sq += float(x[here].double().square().sum())
+    return Scaled(q=q, channel=channel, scale=scale), Loss(error_sq=error_sq, total_sq=total_sq)
+
+
+def _ordinary(values: Tensor, keep: Tensor) -> Tensor:
+    norms = torch.stack([rows.float().norm(dim=1) for rows in values])
+    if not bool(keep.any()):
+        return torch.ones_like(keep)
+    return keep & (norms <= SINK_NORM * norms[keep].median())
+
+
+def _channel_rms(values: Tensor, ordinary: Tensor) -> Tensor:
+    total = torch.zeros(values.shape[2], dtype=torch.float64)
+    for rows, here in zip(values, ordinary, strict=True):
+        total += rows[here].double().square().sum(0)
+    rms = (total / ordinary.sum()).sqrt().float()
+    return torch.where(rms > 0, rms, 1.0)

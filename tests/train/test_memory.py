@@ -1,0 +1,67 @@
+"""The estimate of memory, by hand for a small run, and the refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from matryoshka.errors import UserError
+from matryoshka.shards import ShardSet
+from train import memory as module
+from train.config import TrainConfig
+from train.memory import Need, check_memory, free_memory, member_need, stream_need
+from train.plan import make_plan
+from train.run import train_fleet
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_held_is_what_the_state_has(random_shards: ShardSet, run_settings: dict[str, Any]) -> None:
+    from train.step import StepState
+
+    config = TrainConfig.model_validate(run_settings | {"skip": True})
+    plan = make_plan(config, random_shards, 2000)
+    state = StepState.create(
+        W_enc=torch.zeros(48, 12),
+        b_enc=torch.zeros(48),
+        W_dec=torch.nn.functional.one_hot(torch.arange(48) % 10, 10).float(),
+        b_dec=torch.zeros(10),
+        W_skip=torch.zeros(12, 10),
+    )
+    n_bytes = sum(tensor.nbytes for name, tensor in state.tensors().items() if tensor.ndim)
+    need = member_need(config, plan, d_in=12, d_out=10, device=CPU)
+    assert need.held == n_bytes
+    assert need.snapshot >= need.held
+    dense = member_need(config.model_copy(update={"backend": "dense"}), plan, d_in=12, d_out=10, device=CPU)
+    assert dense.step - need.step == 12 * 128 * 48
+    assert stream_need(config, d_in=12, d_out=10) == 2 * 22 * (2 * 1024 + 6 * 128)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    run_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = [{"name": "small"}, {"name": "large", "group_sizes": [8, 8000]}]
+    config = TrainConfig.model_validate(run_settings | {"out": tmp_path / "fleet", "fleet": fleet})
+    monkeypatch.setattr(module, "free_memory", lambda: 2_000_000)
+    with pytest.raises(UserError, match=r"needs about 0\.01 GB on the CPU, and 0\.00 GB are free \(largest: large"):
+        train_fleet(config)
+    assert not (tmp_path / "fleet").exists()
+    monkeypatch.setattr(module, "free_memory", lambda: None)
+    check_memory({"a": Need(held=10**18, step=0, snapshot=0)}, 0, CPU)
+
+
+def test_the_steps_of_members_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = {name: Need(held=10, step=100, snapshot=30) for name in "abc"}
+    monkeypatch.setattr(module, "free_memory", lambda: 7 + 3 * 10 + 100 + 30)
+    check_memory(needs, 7, CPU)
+    with pytest.raises(UserError, match="fewer runs at once"):
+        check_memory(needs, 8, CPU)
+
+
+def test_free_memory_is_less_than_all() -> None:
+    free = free_memory()
+    if free is not None:
+        assert 0 < free < 2**50
