@@ -92,3 +92,50 @@ def compare(
     with Screen() as screen:
         result = compare(transcoders, settings, screen)
     screen.table(comparison_table(result), comparison_path(settings))
+
+
+@app.command()
+def samples(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Runs such as data/runs/l17-k96.")],
+    shards: Annotated[
+        Path | None, typer.Option(help="Shard set whose val split is used. Required here or in the file.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Rows to choose from, such as 1M. (all of them)")] = None,
+    split: Annotated[str | None, typer.Option(help="val or train. (val)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with an evaluate section. (./pipeline.yaml if there)")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="evaluate.samples.key=value, any setting; repeatable.")
+    ] = None,
+) -> None:
+    """The contexts in which each latent fires most, in which it fires at all, and in which it does not."""
+    from matryoshka.config import find_file, load_config
+
+    from .config import EvaluateConfig
+    from .samples import make_samples
+    from .screen import Screen
+
+    overrides = [*(set_ or ()), *([f"evaluate.samples.split={split}"] if split else ())]
+    flags = {"shards": shards, "tokens": tokens, "device": device}
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    for path in runs:
+        with Screen("samples") as screen:
+            sampled = make_samples(path, settings, screen)
+        screen.sampled(sampled)
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that has samples.")],
+    latent: Annotated[int, typer.Argument(help="Number of the latent, from 0.")],
+    shards: Annotated[str | None, typer.Option(help="Shard set, when the run has samples of several.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer folder or hub name. (the one of the shard set)")
+    ] = None,
+) -> None:
+    """Print one latent: its histogram, and its windows with the tokens shaded by activation."""
+    from .show import show_latent
+
+    show_latent(run, latent, shards, tokenizer)

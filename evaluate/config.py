@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
@@ -16,7 +16,7 @@ def _in_order(scales: tuple[float, ...]) -> tuple[float, ...]:
     return scales
 
 
-_OPERATIONAL = frozenset({"shards", "device", "out", "compare"})
+_OPERATIONAL = frozenset({"shards", "device", "out", "compare", "samples"})
 
 
 Scales = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1), AfterValidator(_in_order)]
@@ -36,6 +36,23 @@ class CompareConfig(Config):
         if 1.0 not in scales:
             raise ValueError("1.0, the transcoder's own threshold, must be among the factors")
         return scales
+
+
+class SamplesConfig(Config):
+    """Settings of `evaluate samples` alone: how many windows of each latent, and how long."""
+
+    split: Literal["val", "train"] = "val"
+    """Which rows to choose from; train only to look at what a transcoder learned by heart."""
+    top: Count = 20
+    """Windows around the largest activations, at most one of a context."""
+    per_decile: Count = 2
+    """Windows of each tenth of the activations."""
+    random: Count = 5
+    """Windows in which the latent does not fire."""
+    before: Annotated[int, Field(ge=0, le=500)] = 24
+    """Tokens shown before the one that the window is about."""
+    after: Annotated[int, Field(ge=0, le=500)] = 15
+    """Tokens shown after it."""
 
 
 class EvaluateConfig(Config):
@@ -62,6 +79,8 @@ class EvaluateConfig(Config):
 
     compare: CompareConfig = CompareConfig()
     """Settings of `evaluate compare`."""
+    samples: SamplesConfig = SamplesConfig()
+    """Settings of `evaluate samples`."""
 
     def content(self) -> dict[str, Any]:
         """The settings that decide the numbers; the others only where and how fast."""

@@ -135,13 +135,8 @@ def _report(
 ) -> Report:
     firing, breakdown = sums.latents.firing, sums.breakdown
     return Report(
-        transcoder=TranscoderFacts(
-            run=checkpoint.name,
-            step=checkpoint.step,
-            sha256=checkpoint.sha256,
-            config=_portable_config(transcoder),
-        ),
-        shard_set=_shard_set_facts(shards),
+        transcoder=transcoder_facts(checkpoint, transcoder),
+        shard_set=shard_set_facts(shards),
         settings=config.content(),
         n_rows=sums.n_rows,
         threshold=sums.threshold.value(transcoder),
@@ -182,7 +177,18 @@ def _identity(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) 
     }
 
 
-def _shard_set_facts(shards: ShardSet) -> ShardSetFacts:
+def transcoder_facts(checkpoint: Checkpoint, transcoder: Transcoder) -> TranscoderFacts:
+    """Which weights, for a file that says what it was made from."""
+    return TranscoderFacts(
+        run=checkpoint.name,
+        step=checkpoint.step,
+        sha256=checkpoint.sha256,
+        config=_portable_config(transcoder),
+    )
+
+
+def shard_set_facts(shards: ShardSet) -> ShardSetFacts:
+    """Which shard set, for such a file."""
     manifest = shards.manifest
     return ShardSetFacts(
         name=shards.name,

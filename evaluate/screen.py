@@ -12,12 +12,14 @@ from rich.table import Table
 
 from .report_file import Report
 from .run import Evaluation
+from .samples import Sampled
 
 
 class Screen:
     """Progress and notes go to stderr, tables to stdout; use it as a context."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "evaluate") -> None:
+        self._what = what
         self._console = Console(stderr=True)
         self._output = Console()
         self._bar = Progress(
@@ -45,7 +47,7 @@ class Screen:
         """Show a bar for one run."""
         # Not before there is something to show: a bar that never had a task leaves an empty line.
         self._bar.start()
-        self._task = self._bar.add_task(f"evaluate {name}", total=n_rows, rate="")
+        self._task = self._bar.add_task(f"{self._what} {name}", total=n_rows, rate="")
 
     def advanced(self, n_rows: int) -> None:
         """Move the bar."""
@@ -68,6 +70,23 @@ class Screen:
                 self._console.print(f"replaced an older report ({'; '.join(evaluation.replaced)})", markup=False)
             state = "written" if evaluation.is_new else "nothing left to do, this report was there already"
             self._console.print(f"{evaluation.path}: {state}", markup=False)
+
+    def sampled(self, sampled: Sampled) -> None:
+        """Say where the samples of a run lie and what was left to do."""
+        mark = sampled.mark
+        if mark.split == "train":
+            self._console.print(
+                f"[yellow]{mark.transcoder.run}: the windows are of train rows, which the transcoder has seen; "
+                "they may show what it learned by heart"
+            )
+        if sampled.replaced:
+            self._console.print(f"replaced older samples ({'; '.join(sampled.replaced)})", markup=False)
+        state = (
+            f"{mark.n_windows:,} windows from {mark.n_rows:,} {mark.split} rows"
+            if sampled.is_new
+            else "nothing left to do, these samples were there already"
+        )
+        self._console.print(f"{sampled.path}: {state}", markup=False)
 
     def table(self, table: Table, path: Path | None) -> None:
         """Print a table, and where its numbers lie."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,55 +14,170 @@ app = typer.Typer(
     help="Run a language model once and write paired activations with their tokens. Defaults are in parentheses.",
 )
 
+Model = Annotated[str | None, typer.Option(help="Hub name or local folder (google/gemma-2-2b).")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub name, or a file, folder or glob of .txt/.jsonl (also .gz, .zst) or .parquet "
+        "(monology/pile-uncopyrighted)."
+    ),
+]
+Layer = Annotated[int | None, typer.Option(help="Block of the model, from 0. Required, here or in the file.")]
+Layers = Annotated[str | None, typer.Option(help="Several blocks from one pass, such as 8,12,17: a set for each.")]
+Source = Annotated[
+    str | None, typer.Option(help="Site to read, such as resid_pre, or 8:resid_mid with its layer (resid_mid).")
+]
+TargetSite = Annotated[
+    str | None, typer.Option(help="Site to predict, such as attn_out, or 9:mlp_out with its layer (mlp_out).")
+]
+Tokens = Annotated[
+    str | None, typer.Option(help="Tokens to run through the model, such as 15M; more let a set grow (15M).")
+]
+CtxLen = Annotated[str | None, typer.Option(help="Tokens in one context, BOS included (1024).")]
+Bos = Annotated[str | None, typer.Option(help="First token of a context: auto, none or a token id (auto).")]
+Pack = Annotated[
+    bool | None, typer.Option("--pack/--no-pack", help="Documents end to end, or each in contexts of its own (pack).")
+]
+MaxDocTokens = Annotated[str | None, typer.Option(help="Tokens of a document beyond these are left out (all).")]
+Dedup = Annotated[bool | None, typer.Option("--dedup/--no-dedup", help="Leave out documents that repeat (no-dedup).")]
+BatchSize = Annotated[str | None, typer.Option(help="Contexts in one forward pass, or auto: the fastest (8).")]
+Dtype = Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32 (auto: bf16 where native).")]
+Codec = Annotated[
+    str | None,
+    typer.Option(help="compact (lossless, about 0.70 of raw), raw, or int8 (lossy, about 0.50) (compact)."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the train/val split (0).")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps (auto).")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the shard set; of several sets their parent, or x/l{layer} (data/l<layer>)."),
+]
+File = Annotated[Path | None, typer.Option(help="YAML with a harvest section (./pipeline.yaml if there).")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="harvest.key=value, any setting; repeatable.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of a shard set, such as data/l17.")]
+
 
 @app.callback()
 def _harvest() -> None:
-    # With a callback, typer keeps the name of a single command: `harvest run`.
+    # With a callback, typer keeps the names of the commands.
     pass
 
 
 @app.command()
 def run(
-    model: Annotated[str | None, typer.Option(help="Hub name or local folder (google/gemma-2-2b).")] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Hub name, or a file, folder or glob of .txt/.jsonl/.parquet (monology/pile-uncopyrighted)."),
-    ] = None,
-    layer: Annotated[
-        int | None, typer.Option(help="Block of the model, from 0. Required, here or in the file.")
-    ] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens to run through the model, such as 15M (15M).")] = None,
-    ctx_len: Annotated[str | None, typer.Option(help="Tokens in one context, BOS included (1024).")] = None,
-    batch_size: Annotated[str | None, typer.Option(help="Contexts in one forward pass (8).")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32 (auto: bf16 where native).")] = None,
-    codec: Annotated[str | None, typer.Option(help="compact (lossless, about 0.70 of raw) or raw (compact).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the train/val split (0).")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps (auto).")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the shard set (data/l<layer>).")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML with a harvest section (./pipeline.yaml if there).")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="harvest.key=value, any setting; repeatable.")] = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    layer: Layer = None,
+    layers: Layers = None,
+    source: Source = None,
+    target: TargetSite = None,
+    tokens: Tokens = None,
+    ctx_len: CtxLen = None,
+    bos: Bos = None,
+    pack: Pack = None,
+    max_doc_tokens: MaxDocTokens = None,
+    dedup: Dedup = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
+    codec: Codec = None,
+    seed: Seed = None,
+    device: Device = None,
+    out: Out = None,
+    config: File = None,
+    set_: Set = None,
 ) -> None:
-    """Harvest one layer: data/l17 from `harvest run --layer 17 --tokens 15M`. Run again to continue."""
+    """Harvest one layer: data/l17 from `harvest run --layer 17 --tokens 15M`. Run again to continue.
+
+    Several at once: --layers 8,12,17. Several processes: torchrun --nproc-per-node 4 -m harvest run ...
+    """
+    flags = {name: value for name, value in locals().items() if name not in ("config", "set_")}
+    settings = _settings(config, set_, flags)
+    from .progress import Screen
+    from .ranks import Ranks
+    from .run import harvest
+
+    with Screen() as screen:
+        results = harvest(settings, screen)
+    if Ranks.from_environment().is_first:
+        screen.report(results)
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    dataset: Dataset = None,
+    layer: Layer = None,
+    layers: Layers = None,
+    source: Source = None,
+    target: TargetSite = None,
+    tokens: Tokens = None,
+    ctx_len: CtxLen = None,
+    bos: Bos = None,
+    pack: Pack = None,
+    max_doc_tokens: MaxDocTokens = None,
+    dedup: Dedup = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
+    codec: Codec = None,
+    seed: Seed = None,
+    device: Device = None,
+    out: Out = None,
+    config: File = None,
+    set_: Set = None,
+) -> None:
+    """Say what `harvest run` with the same options would need: disk and, after a warm-up, time. Writes nothing."""
+    flags = {name: value for name, value in locals().items() if name not in ("config", "set_")}
+    settings = _settings(config, set_, flags)
+    from .progress import describe
+    from .run import plan as estimate_of
+
+    typer.echo(describe(estimate_of(settings)))
+
+
+@app.command()
+def info(folder: Folder) -> None:
+    """Show what a finished shard set holds: model, sites, sizes, norms, sinks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .info import describe
+
+    table = Table(title=str(folder), show_header=False, title_justify="left")
+    for what, value in describe(folder):
+        table.add_row(what, value)
+    Console(markup=False, highlight=False).print(table)
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    repair: Annotated[bool, typer.Option("--repair", help="Harvest the bad shards again.")] = False,
+    batch_size: BatchSize = None,
+    device: Device = None,
+) -> None:
+    """Read a whole shard set and name every shard that is damaged. Ends with exit code 1 when there is one."""
+    from .repair import verify_and_repair
+
+    operational = {"batch_size": batch_size, "device": device}
+    operational = {name: value for name, value in operational.items() if value is not None}
+    whole = verify_and_repair(folder, operational, repair=repair, say=lambda line: typer.echo(line))
+    if not whole:
+        raise typer.Exit(1)
+
+
+def _settings(config: Path | None, set_: list[str] | None, flags: dict[str, Any]) -> Any:
+    """The merged settings. What a flag says of the layers replaces whatever the file says of them in another way."""
     from matryoshka.config import find_file, load_config
 
     from .config import HarvestConfig
-    from .progress import Screen
-    from .run import harvest
 
-    flags = {
-        "model": model,
-        "dataset": dataset,
-        "layer": layer,
-        "tokens": tokens,
-        "ctx_len": ctx_len,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "codec": codec,
-        "seed": seed,
-        "device": device,
-        "out": out,
-    }
-    settings = load_config(HarvestConfig, "harvest", file=find_file(config), overrides=set_ or (), flags=flags)
-    with Screen() as screen:
-        result = harvest(settings, screen)
-    screen.report(result)
+    for name in ("source", "target"):
+        value = flags[name]
+        if value is not None and ":" not in value:
+            flags |= {f"{name}_site": value, name: None}
+    given = [name for name in ("layer", "layers", "source", "target") if flags[name] is not None]
+    replaced = [
+        f"harvest.{name}=null" for name in ("layer", "layers", "source", "target") if given and name not in given
+    ]
+    overrides = [*replaced, *(set_ or ())]
+    return load_config(HarvestConfig, "harvest", file=find_file(config), overrides=overrides, flags=flags)

@@ -111,7 +111,9 @@ class HarvestConfig(Config):
                 HookPair(Site(self.source_site, n), Site(self.target_site, n)) for n in layers if n is not None
             )
         if len(self.source) != len(self.target):
-            raise UserError(f"there are {len(self.source)} sources and {len(self.target)} targets; each pair needs both")
+            raise UserError(
+                f"there are {len(self.source)} sources and {len(self.target)} targets; each pair needs both"
+            )
         return tuple(HookPair(Site.parse(s), Site.parse(t)) for s, t in zip(self.source, self.target, strict=True))
 
     def members(self) -> tuple[HarvestConfig, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matryoshka.errors import UserError
-from matryoshka.shards import Manifest
+from matryoshka.shards import CommitRecord, Manifest
 from matryoshka.shards.layout import RATIO
 from matryoshka.shards.manifest import BYTES_PER_VALUE
 
@@ -35,21 +36,55 @@ class Estimate:
             )
 
 
-def estimate(manifest: Manifest, n_tokens: int, folder: Path, tokens_per_second: float | None) -> Estimate:
-    """Cost of `n_tokens` more tokens in `folder`, which need not exist yet."""
-    width = manifest.source.width + manifest.target.width
-    row_bytes = width * BYTES_PER_VALUE * RATIO[manifest.codec] + _ID_BYTES + 8
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
+def estimate(
+    manifest: Manifest,
+    n_tokens: int,
+    folder: Path,
+    tokens_per_second: float | None,
+    records: Sequence[CommitRecord] = (),
+) -> Estimate:
+    """Cost of `n_tokens` more tokens in `folder`, which need not exist yet.
+
+    `records` are those of shards that are there: their bytes per token are taken in place of the codec's usual ratio.
+    """
     return Estimate(
         n_tokens=n_tokens,
-        n_bytes=int(n_tokens * row_bytes),
-        free_bytes=shutil.disk_usage(place).free,
+        n_bytes=int(n_tokens * (_measured_row_bytes(manifest, records) or _row_bytes(manifest))),
+        free_bytes=shutil.disk_usage(_existing(folder)).free,
         seconds=None if tokens_per_second is None else n_tokens / tokens_per_second,
+    )
+
+
+def together(parts: Iterable[Estimate], n_tokens: int, seconds: float | None) -> Estimate:
+    """Cost of several sets from one pass of `n_tokens` tokens, all on one disk."""
+    parts = list(parts)
+    return Estimate(
+        n_tokens=n_tokens,
+        n_bytes=sum(part.n_bytes for part in parts),
+        free_bytes=min(part.free_bytes for part in parts),
+        seconds=seconds,
     )
 
 
 def gigabytes(n_bytes: float) -> str:
     """A size for people: 97.1 GB, 412 MB."""
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+
+
+def _row_bytes(manifest: Manifest) -> float:
+    width = manifest.source.width + manifest.target.width
+    return width * BYTES_PER_VALUE * RATIO[manifest.codec] + _ID_BYTES + 8
+
+
+def _measured_row_bytes(manifest: Manifest, records: Sequence[CommitRecord]) -> float | None:
+    # A shard with room for more contexts than it holds is padded with zeros, which tell nothing of the ratio.
+    full = [r for r in records if r.n_contexts == manifest.splits[r.split].contexts]
+    n_tokens = sum(record.n_contexts for record in full) * manifest.ctx_len
+    return sum(file.size for r in full for file in r.files.values()) / n_tokens if n_tokens else None
+
+
+def _existing(folder: Path) -> Path:
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return place

@@ -2,7 +2,8 @@
 
 1. A document is tokenised and cut into blocks of 16 contexts; each block goes to train or val by its hash.
 2. The blocks of a split are laid end to end and cut into contexts of BOS + ctx_len - 1 tokens: no token is lost
-   between contexts, and each token keeps the number of its document.
+   between contexts, and each token keeps the number of its document. Unpacked, every document starts a context and
+   its last context is filled up with a special token, which attention never sees from before and training leaves out.
 3. Contexts fill shards in order. The jobs come out in one fixed order, so a resumed harvest meets the same ones.
 """
 
@@ -47,6 +48,10 @@ class Packing:
     """First token of every context; None for a model without one."""
     val_fraction: float
     seed: int
+    pad_id: int | None = None
+    """Fills up the last context of each document; None lays documents end to end."""
+    max_doc_tokens: int | None = None
+    """Tokens of a document beyond these are left out."""
 
     @property
     def text_len(self) -> int:
@@ -66,6 +71,7 @@ def shard_jobs(
         if all(packer.is_full for packer in packers.values()):
             return
         document = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        ids = ids[: packing.max_doc_tokens]
         block_len = BLOCK_CONTEXTS * packing.text_len
         for number, start in enumerate(range(0, len(ids), block_len)):
             split = assign_split(document, number, packing)
@@ -108,6 +114,9 @@ class _Packer:
         """Take one block; yield the shards it completes. Text beyond the last planned shard is left out."""
         if self.is_full:
             return
+        if self._packing.pad_id is not None:
+            room = -len(tokens) % self._packing.text_len
+            tokens = np.pad(tokens, (0, room), constant_values=self._packing.pad_id)
         self._tokens.append(tokens)
         self._doc_ids.append(np.full(len(tokens), doc_id, np.int32))
         self._n_tokens += len(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .estimate import Estimate, gigabytes
-from .run import HarvestResult
+from .sets import HarvestResult
 
 
 class Screen:
@@ -43,11 +44,7 @@ class Screen:
 
     def started(self, estimate: Estimate, n_tokens_total: int) -> None:
         """Print the estimate and show the bar."""
-        time_needed = "" if estimate.seconds is None else f", about {timedelta(seconds=round(estimate.seconds))}"
-        self._console.print(
-            f"{estimate.n_tokens:,} tokens to harvest: about {gigabytes(estimate.n_bytes)} on disk "
-            f"({gigabytes(estimate.free_bytes)} free){time_needed}"
-        )
+        self._console.print(describe(estimate))
         self._bar.update(self._task, total=n_tokens_total)
         self._bar.start()
 
@@ -58,15 +55,35 @@ class Screen:
         rate = "" if speed is None else f"{speed:,.0f} tok/s"
         self._bar.update(self._task, rate=rate, size=gigabytes(bytes_written))
 
-    def report(self, result: HarvestResult) -> None:
+    def report(self, results: Sequence[HarvestResult]) -> None:
         """Say what is there now."""
-        per_token = result.bytes_on_disk / result.n_tokens
-        size = f"{result.n_tokens:,} tokens, {gigabytes(result.bytes_on_disk)}, {per_token:.0f} bytes per token"
-        if result.n_shards_written == 0:
-            self._console.print(f"{result.path}: nothing left to do ({size})")
-        else:
-            self._console.print(f"{result.path}: {result.n_shards_written} shards written ({size})")
-        if result.n_tokens < result.n_tokens_planned:
-            self._console.print(
-                f"the text ended early: {result.n_tokens:,} of {result.n_tokens_planned:,} tokens", style="yellow"
-            )
+        for result in results:
+            per_token = result.bytes_on_disk / result.n_tokens
+            size = f"{result.n_tokens:,} tokens, {gigabytes(result.bytes_on_disk)}, {per_token:.0f} bytes per token"
+            if result.n_shards_written == 0:
+                self._console.print(f"{result.path}: nothing left to do ({size})")
+            else:
+                self._console.print(f"{result.path}: {result.n_shards_written} shards written ({size})")
+                self._console.print(f"{result.path}: {describe_codec(result.measured)}")
+            if result.n_tokens < result.n_tokens_planned:
+                self._console.print(
+                    f"the text ended early: {result.n_tokens:,} of {result.n_tokens_planned:,} tokens", style="yellow"
+                )
+
+
+def describe(estimate: Estimate) -> str:
+    """An estimate as one line."""
+    time_needed = "" if estimate.seconds is None else f", about {timedelta(seconds=round(estimate.seconds))}"
+    return (
+        f"{estimate.n_tokens:,} tokens to harvest: about {gigabytes(estimate.n_bytes)} on disk "
+        f"({gigabytes(estimate.free_bytes)} free){time_needed}"
+    )
+
+
+def describe_codec(measured: Mapping[str, float]) -> str:
+    """What the codec did, as one line."""
+    errors = [
+        f"{name.removesuffix('_error')} {value:.2%}" for name, value in measured.items() if name.endswith("_error")
+    ]
+    lost = f", relative error of {', '.join(errors)} outside attention sinks" if errors else ""
+    return f"activations take {measured['compression_ratio']:.3f} of raw bfloat16{lost}"

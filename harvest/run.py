@@ -1,36 +1,39 @@
-"""One harvest: text -> language model -> paired activations of each shard -> committed shards.
+"""One harvest: text -> language model -> paired activations of each shard -> committed shards of one or more sets.
 
 The life of a token: a document (text.py) is tokenised and packed into a context (packing.py); the contexts of one
-shard go through the model in batches; source and target of each are copied, position-major, into the buffer of the
-shard; a background thread encodes, writes and commits it (matryoshka/shards) while the model runs on.
+shard go through the model in batches (capture.py), once for all sets; source and target of each set are copied,
+position-major, into the buffers of the shard; background threads encode, write and commit it (matryoshka/shards) while
+the model runs on.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, Protocol
-
-import torch
-from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
-from matryoshka.runs import changed_fields, exclusive, make_directory, provenance, refuse_changes
-from matryoshka.shards import CommitRecord, Manifest, ShardSet, ShardSetWriter, SiteFacts, plan_splits
-from matryoshka.shards.manifest import MANIFEST_FOLDER, NormFacts
-from matryoshka.shards.reader import has_manifest, read_manifest, read_records
-from matryoshka.shards.writer import check_place
-from matryoshka.sites import HookPair, Site
+from matryoshka.runs import exclusive, make_directory
+from matryoshka.shards import CommitRecord, Manifest, ShardSetWriter
+from matryoshka.shards.manifest import MANIFEST_FOLDER
+from matryoshka.shards.reader import read_records
 
+from .capture import Capture
 from .config import HarvestConfig
-from .estimate import Estimate, estimate
+from .estimate import Estimate, estimate, together
 from .packing import Packing, ShardJob, shard_jobs
+from .ranks import Ranks
+from .sets import HarvestResult, Target, bos_of, pad_of
 from .text import dataset_facts, documents
+
+_WRITERS = 4
+"""Sets whose shards are encoded at the same time."""
+_FIRST_BATCH = 1
+"""With `--batch-size auto`, until it is found."""
 
 
 class Progress(Protocol):
@@ -56,68 +59,86 @@ class Silent:
 
 
 @dataclass(frozen=True, slots=True)
-class HarvestResult:
-    """What a harvest leaves behind."""
+class _Set:
+    """A shard set that is to be made, and the manifest to open it with."""
 
-    path: Path
-    n_shards_written: int
-    """0 when an earlier run had finished the set."""
-    n_tokens: int
-    n_tokens_planned: int
-    bytes_on_disk: int
+    target: Target
+    manifest: Manifest
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all its planned shards."""
+        return sum(plan.n_contexts for plan in self.manifest.splits.values()) * self.manifest.ctx_len
 
 
-def harvest(config: HarvestConfig, progress: Progress | None = None) -> HarvestResult:
-    """Make the shard set that `config` describes, or what is missing of it.
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Sets whose contexts lie in shards of the same sizes: one forward pass serves them all."""
+
+    sets: tuple[_Set, ...]
+    first: ShardJob
+    rest: Iterator[ShardJob]
+
+
+def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[HarvestResult]:
+    """Make the shard sets that `config` describes, or what is missing of them; one result for each, in its order.
 
     Raises UserError for anything that the user can mend; whatever was committed stays.
     """
-    progress = progress or Silent()
-    folder = config.folder()
-    # Everything that can be refused without the model is refused before it is loaded.
-    check_place(folder)
-    if is_finished(folder, config):
-        return _result(folder, config, 0)
-    dataset = dataset_facts(config)
-    lm = LanguageModel.load(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
-    pair = config.pair()
-    _check_fits(lm, config, pair)
-    manifest = _manifest(lm, config, pair, dataset)
-    if has_manifest(folder):
-        # Shards of another size would not fit the arrays there are, so the plan of a begun set stands.
-        manifest = manifest.model_copy(update={"splits": read_manifest(folder).splits})
-    jobs = shard_jobs(
-        documents(config),
-        lambda texts: tokenize(lm, texts),
-        Packing(ctx_len=config.ctx_len, bos_id=lm.bos_id, val_fraction=config.val_fraction, seed=config.seed),
-        manifest.splits,
-    )
-    first = next(jobs, None)
-    if first is None:
-        raise UserError(
-            f"the text of {config.dataset} is shorter than one context of {config.ctx_len} tokens in each split; give "
-            "more text or a smaller --ctx-len"
-        )
-    n_done = sum(record.n_contexts for record in read_records(folder)) * config.ctx_len
-    n_planned = sum(plan.n_contexts for plan in manifest.splits.values()) * config.ctx_len
-    rest = estimate(manifest, n_planned - n_done, folder, _measure_speed(lm, first, pair, config.batch_size))
-    rest.check(folder)
-    make_directory(folder / MANIFEST_FOLDER)
-    with exclusive(folder / MANIFEST_FOLDER):
-        writer = ShardSetWriter.open(folder, manifest, lm.norm_before(pair.source.name, pair.source.layer))
-        progress.started(rest, n_planned)
-        n_written = _run_jobs(chain([first], jobs), lm, pair, writer, config.batch_size, progress)
-        writer.finish()
-    return _result(folder, config, n_written)
+    ranks = Ranks.from_environment()
+    progress = progress if progress is not None and ranks.is_first else Silent()
+    targets = [Target(member) for member in config.members()]
+    with ranks.joined():
+        # Everything that can be refused without the model is refused before it is loaded.
+        todo = [target for target in targets if not target.is_finished()]
+        ranks.wait()  # so that none finds a set half changed by another
+        written = dict.fromkeys((target.folder for target in targets), 0)
+        if todo:
+            lm, sets, passes = _prepare(config, todo, ranks)
+            capture = Capture(lm, _FIRST_BATCH if config.batch_size == "auto" else config.batch_size)
+            if config.batch_size == "auto":
+                capture.batch_size = ranks.agree(_tuned(capture, passes[0]) if ranks.is_first else 0)
+            with ExitStack() as stack:
+                if ranks.is_first:
+                    rest = _cost(sets, capture, passes, ranks)
+                    rest.check(todo[0].folder)
+                    for target in todo:
+                        make_directory(target.folder / MANIFEST_FOLDER)
+                        stack.enter_context(exclusive(target.folder / MANIFEST_FOLDER))
+                    progress.started(rest, sum(max(s.n_tokens for s in one.sets) for one in passes))
+                writers = _open(sets, lm, ranks)
+                for one in passes:
+                    written |= _run_jobs(one, writers, capture, ranks, progress)
+                ranks.wait()
+                if ranks.is_first:
+                    for writer in writers.values():
+                        writer.finish()
+            ranks.wait()
+        return [target.result(written[target.folder]) for target in targets]
 
 
-def is_finished(folder: Path, config: HarvestConfig) -> bool:
-    """Whether `folder` holds the whole set of exactly these settings. Raises UserError when it holds another one."""
-    if not has_manifest(folder):
-        return False
-    manifest = read_manifest(folder)
-    refuse_changes(folder, "harvested", changed_fields(manifest.settings, config.content()))
-    return manifest.complete and len(read_records(folder)) == sum(plan.n_shards for plan in manifest.splits.values())
+def plan(config: HarvestConfig) -> Estimate:
+    """What `harvest` would cost now, measured by two forward passes; nothing is written.
+
+    Raises UserError as `harvest` does before it starts, except that a disk which is too small is no error here.
+    """
+    ranks = Ranks()
+    todo = [target for target in map(Target, config.members()) if not target.is_finished()]
+    if not todo:
+        return estimate_nothing(config)
+    lm, sets, passes = _prepare(config, todo, ranks)
+    capture = Capture(lm, _FIRST_BATCH if config.batch_size == "auto" else config.batch_size)
+    if config.batch_size == "auto":
+        capture.batch_size = _tuned(capture, passes[0])
+    return _cost(sets, capture, passes, ranks)
+
+
+def estimate_nothing(config: HarvestConfig) -> Estimate:
+    """The cost of sets that are finished."""
+    target = Target(config.members()[0])
+    saved = target.begun()
+    assert saved is not None
+    return estimate(saved, 0, target.folder, None)
 
 
 def tokenize(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
@@ -125,119 +146,124 @@ def tokenize(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
     return lm.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def _run_jobs(
-    jobs: Iterator[ShardJob],
-    lm: LanguageModel,
-    pair: HookPair,
-    writer: ShardSetWriter,
-    batch_size: int,
-    progress: Progress,
-) -> int:
-    n_written = 0
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer") as executor:
-        pending: Future[CommitRecord] | None = None
-        for job in jobs:
-            if writer.is_committed(job.split, job.shard):
-                writer.check_same_text(job.split, job.shard, job.tokens, job.doc_ids)
-                progress.advanced(job.tokens.numel(), writer.bytes_written())
-                continue
-            source, target = _capture(lm, job.tokens, pair, batch_size, writer, progress)
-            if pending is not None:
-                # One shard is written while one is captured, never more: this bounds the memory.
-                pending.result()
-            pending = executor.submit(writer.write_shard, job.split, job.shard, job.tokens, job.doc_ids, source, target)
-            n_written += 1
-        if pending is not None:
-            pending.result()
-    progress.advanced(0, writer.bytes_written())
-    return n_written
+def _prepare(config: HarvestConfig, todo: list[Target], ranks: Ranks) -> tuple[LanguageModel, list[_Set], list[_Pass]]:
+    """Load the model, and find out which shards are to be made. Nothing is written."""
+    facts = {target.folder: _dataset(config, target) for target in todo}
+    lm = LanguageModel.load(
+        config.model, revision=config.revision, dtype=config.dtype, device=ranks.device(config.device)
+    )
+    for target in todo:
+        target.check_fits(lm)
+    sets = [_Set(target, target.manifest(lm, facts[target.folder])) for target in todo]
+    groups: dict[str, list[_Set]] = {}
+    for one in sets:
+        plans = {name: plan.model_dump() for name, plan in one.manifest.splits.items()}
+        groups.setdefault(f"{plans} {facts[one.target.folder]}", []).append(one)
+    return lm, sets, [_begin(config, tuple(group), lm) for group in groups.values()]
 
 
-def _capture(
-    lm: LanguageModel, tokens: Tensor, pair: HookPair, batch_size: int, writer: ShardSetWriter, progress: Progress
-) -> tuple[Tensor, Tensor]:
-    """Source and target of the contexts of one shard, position-major bfloat16 [ctx_len, n_contexts, width]."""
-    n_contexts, ctx_len = tokens.shape
-    sites = (pair.source, pair.target)
-    pin = lm.device.type == "cuda"
-    buffers = [
-        torch.empty(ctx_len, n_contexts, facts.width, dtype=torch.bfloat16, pin_memory=pin)
-        for facts in (writer.manifest.source, writer.manifest.target)
-    ]
-    for start in range(0, n_contexts, batch_size):
-        batch = tokens[start : start + batch_size]
-        acts = _forward(lm, batch, [site.hook_point for site in sites])
-        for buffer, site in zip(buffers, sites, strict=True):
-            buffer[:, start : start + len(batch)] = acts[site.hook_point].transpose(0, 1)
-        progress.advanced(batch.numel(), writer.bytes_written())
-    return buffers[0], buffers[1]
+def _dataset(config: HarvestConfig, target: Target) -> dict[str, Any]:
+    saved = target.begun()
+    return dataset_facts(config, None if saved is None else saved.dataset)
 
 
-def _forward(lm: LanguageModel, batch: Tensor, hook_points: list[str]) -> dict[str, Tensor]:
-    """Activations of `batch` [contexts, ctx_len] at the hook points, [contexts, ctx_len, width] each."""
-    try:
-        return lm.capture(batch.long(), hook_points)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the memory of {lm.device} does not hold a forward pass of {len(batch)} contexts of {batch.shape[1]} "
-            "tokens; use a smaller --batch-size"
-        ) from error
-
-
-def _check_fits(lm: LanguageModel, config: HarvestConfig, pair: HookPair) -> None:
-    if pair.deepest_layer >= lm.n_layers:
-        raise UserError(
-            f"layer {pair.deepest_layer} does not exist: {config.model} has {lm.n_layers} layers, 0 to "
-            f"{lm.n_layers - 1}; choose another --layer"
-        )
-    if lm.n_ctx is not None and config.ctx_len > lm.n_ctx:
-        raise UserError(f"ctx_len = {config.ctx_len} is more than the {lm.n_ctx} positions of {config.model}")
-
-
-def _manifest(lm: LanguageModel, config: HarvestConfig, pair: HookPair, dataset: dict[str, Any]) -> Manifest:
-    norm = lm.norm_before(pair.source.name, pair.source.layer)
-    facts = None if norm is None else NormFacts(kind=norm.kind, eps=norm.eps, has_bias=norm.bias is not None)
-    n_contexts = -(-config.tokens // config.ctx_len)
-    return Manifest(
-        model=lm.describe(),
-        dataset=dataset,
-        source=_site_facts(pair.source, lm),
-        target=_site_facts(pair.target, lm),
+def _begin(config: HarvestConfig, sets: tuple[_Set, ...], lm: LanguageModel) -> _Pass:
+    packing = Packing(
         ctx_len=config.ctx_len,
-        bos_id=lm.bos_id,
-        special_ids=tuple(lm.special_ids),
-        norm=facts,
-        codec=config.codec,
-        splits=plan_splits(n_contexts, config.val_fraction, config.ctx_len, lm.d_model),
-        settings=config.content(),
-        versions=provenance(),
+        bos_id=bos_of(config, lm),
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        pad_id=pad_of(config, lm),
+        max_doc_tokens=config.max_doc_tokens,
     )
+    manifest = sets[0].manifest
+    jobs = shard_jobs(documents(config, manifest.dataset), lambda texts: tokenize(lm, texts), packing, manifest.splits)
+    first = next(jobs, None)
+    if first is None:
+        raise UserError(
+            f"the text of {config.dataset} is shorter than one context of {config.ctx_len} tokens in each split; give "
+            "more text or a smaller --ctx-len"
+        )
+    return _Pass(sets, first, jobs)
 
 
-def _site_facts(site: Site, lm: LanguageModel) -> SiteFacts:
-    return SiteFacts(site=site.name, layer=site.layer, hook_point=site.hook_point, width=lm.d_model)
+def _tuned(capture: Capture, one: _Pass) -> int:
+    return capture.tune(one.first.tokens, _hook_points(one.sets))
 
 
-def _measure_speed(lm: LanguageModel, job: ShardJob, pair: HookPair, batch_size: int) -> float:
-    """Tokens per second of one batch, the second of two: the first pays for warming up."""
-    batch = job.tokens[:batch_size]
-    hooks = [pair.source.hook_point, pair.target.hook_point]
-    seconds = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        acts = _forward(lm, batch, hooks)
-        acts[hooks[-1]].cpu()  # waits for the device
-        seconds = time.perf_counter() - start
-    return batch.numel() / seconds
+def _cost(sets: list[_Set], capture: Capture, passes: list[_Pass], ranks: Ranks) -> Estimate:
+    """What is missing of the sets, as one estimate. Tokens that are missing in several go through the model once."""
+    missing, parts = {}, []
+    for one in sets:
+        folder = one.target.folder
+        records = read_records(folder)
+        missing[folder] = one.n_tokens - sum(record.n_contexts for record in records) * one.manifest.ctx_len
+        parts.append(estimate(one.manifest, missing[folder], folder, None, records))
+    n_tokens = sum(max(missing[s.target.folder] for s in one.sets) for one in passes)
+    speed = capture.speed(passes[0].first.tokens, _hook_points(passes[0].sets)) * ranks.world
+    return together(parts, n_tokens, n_tokens / speed)
 
 
-def _result(folder: Path, config: HarvestConfig, n_written: int) -> HarvestResult:
-    shards = ShardSet.open(folder)
-    n_contexts = shards.train.n_contexts + shards.val.n_contexts
-    return HarvestResult(
-        path=folder,
-        n_shards_written=n_written,
-        n_tokens=n_contexts * shards.ctx_len,
-        n_tokens_planned=-(-config.tokens // config.ctx_len) * config.ctx_len,
-        bytes_on_disk=shards.bytes_on_disk(),
-    )
+def _open(sets: list[_Set], lm: LanguageModel, ranks: Ranks) -> dict[Any, ShardSetWriter]:
+    """Folder -> writer. The first rank makes or mends the folders, then the others join."""
+
+    def writer(one: _Set) -> ShardSetWriter:
+        start = ShardSetWriter.open if ranks.is_first else ShardSetWriter.join
+        return start(one.target.folder, one.manifest, one.target.norm(lm))
+
+    if not ranks.is_first:
+        ranks.wait()
+    writers = {one.target.folder: writer(one) for one in sets}
+    if ranks.is_first:
+        ranks.wait()
+    return writers
+
+
+def _run_jobs(
+    one: _Pass, writers: dict[Any, ShardSetWriter], capture: Capture, ranks: Ranks, progress: Progress
+) -> dict[Any, int]:
+    """Make the shards of this rank; folder -> how many were written by it."""
+    written = {s.target.folder: 0 for s in one.sets}
+
+    def advanced(n_tokens: int) -> None:
+        progress.advanced(n_tokens, sum(writer.bytes_written() for writer in writers.values()))
+
+    with ThreadPoolExecutor(min(_WRITERS, len(one.sets)), thread_name_prefix="shard-writer") as executor:
+        pending: list[Future[CommitRecord]] = []
+        for number, job in enumerate(chain([one.first], one.rest)):
+            if not ranks.owns(number):
+                advanced(job.tokens.numel())
+                continue
+            missing = []
+            for s in one.sets:
+                writer = writers[s.target.folder]
+                if writer.is_committed(job.split, job.shard):
+                    writer.check_same_text(job.split, job.shard, job.tokens, job.doc_ids)
+                else:
+                    missing.append(s)
+            if not missing:
+                advanced(job.tokens.numel())
+                continue
+            found = capture.shard(job.tokens, _hook_points(missing), advanced)
+            # One shard is written while one is captured, never more: this bounds the memory.
+            _settle(pending)
+            for s in missing:
+                source, target = (found[name] for name in s.target.hook_points)
+                writer = writers[s.target.folder]
+                pending.append(
+                    executor.submit(writer.write_shard, job.split, job.shard, job.tokens, job.doc_ids, source, target)
+                )
+                written[s.target.folder] += 1
+        _settle(pending)
+    advanced(0)
+    return written
+
+
+def _settle(pending: list[Future[CommitRecord]]) -> None:
+    while pending:
+        pending.pop(0).result()
+
+
+def _hook_points(sets: list[_Set] | tuple[_Set, ...]) -> list[str]:
+    """Each once: sets may share a site."""
+    return list(dict.fromkeys(name for one in sets for name in one.target.hook_points))

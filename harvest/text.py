@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import glob
+import gzip
+import hashlib
+import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from matryoshka.config import digest
 from matryoshka.errors import UserError
@@ -14,32 +19,43 @@ from matryoshka.errors import UserError
 from .config import HarvestConfig
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+"""Kinds of files; the first two may also be compressed: .txt.gz, .jsonl.zst."""
+COMPRESSED = (".gz", ".zst")
 _ENCODING = "utf-8-sig"
 """UTF-8, without the byte order mark that some editors put first."""
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
-def documents(config: HarvestConfig) -> Iterator[str]:
-    """Yield the documents of the dataset, empty ones left out.
+def documents(config: HarvestConfig, facts: dict[str, Any] | None = None) -> Iterator[str]:
+    """Yield the documents of the dataset, empty ones left out, and with `dedup` those whose text has come before.
 
-    A .txt file is one document; .jsonl and .parquet have one in each row of the text column. Raises UserError when
-    the dataset cannot be found, reached or read.
+    A .txt file is one document; .jsonl and .parquet have one in each row of the text column. `facts` are those of
+    `dataset_facts`: of a hub dataset they name the very commit to read. Raises UserError when the dataset cannot be
+    found, reached or read.
     """
     files = local_files(config.dataset)
-    texts = _hub_documents(config) if files is None else _local_documents(files, config.text_column)
-    return (_encodable(text) for text in texts if text.strip())
+    commit = (facts or {}).get("commit") or config.dataset_revision
+    texts = _hub_documents(config, commit) if files is None else _local_documents(files, config.text_column)
+    found = (_encodable(text) for text in texts if text.strip())
+    return _distinct(found) if config.dedup else found
 
 
-def dataset_facts(config: HarvestConfig) -> dict[str, Any]:
-    """What the manifest says of the text; of local files a digest of names and sizes, so that a change shows."""
+def dataset_facts(config: HarvestConfig, begun: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the manifest says of the text; of local files a digest of names and sizes, so that a change shows.
+
+    A hub dataset is resolved to its commit, if the hub can be asked; a set that was `begun` keeps to its own.
+    """
     facts: dict[str, Any] = {"name": config.dataset, "text_column": config.text_column}
     files = local_files(config.dataset)
     if files is None:
-        return facts | {
+        facts |= {
             "config": config.dataset_config,
             "split": config.dataset_split,
             "revision": config.dataset_revision,
         }
+        if begun is not None:
+            return facts | ({"commit": begun["commit"]} if "commit" in begun else {})
+        return facts | {"commit": _commit_of(config.dataset, config.dataset_revision)}
     sizes = [[file.name, file.stat().st_size] for file in files]
     return facts | {"n_files": len(files), "n_bytes": sum(size for _, size in sizes), "files_digest": digest(sizes)}
 
@@ -50,37 +66,63 @@ def local_files(dataset: str) -> list[Path] | None:
     if path.is_file():
         found = [path]
     elif path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        found = sorted(file for file in path.rglob("*") if _kind(file) in SUFFIXES and file.is_file())
     elif _GLOB_CHARACTERS & set(dataset):
         found = sorted(Path(name) for name in glob.glob(dataset, recursive=True) if Path(name).is_file())
-    elif path.suffix in SUFFIXES or dataset.startswith((".", "/", "~")):
+    elif _kind(path) in SUFFIXES or dataset.startswith((".", "/", "~")):
         raise UserError(f"the dataset {dataset} does not exist; give a file, a folder, a glob or a hub dataset name")
     else:
         return None
-    wrong = [file for file in found if file.suffix not in SUFFIXES]
+    wrong = [file for file in found if _kind(file) not in SUFFIXES]
     if wrong:
-        raise UserError(f"the dataset file {wrong[0]} is none of {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"the dataset file {wrong[0]} is none of {', '.join(SUFFIXES)} (nor .txt or .jsonl in .gz, .zst)"
+        )
     if not found:
         raise UserError(f"the dataset {dataset} holds no {', '.join(SUFFIXES)} file")
     return found
 
 
+def _kind(file: Path) -> str:
+    """The suffix that says how to read a file, whether or not it is compressed; Parquet compresses by itself."""
+    inner = file.with_suffix("").suffix
+    return inner if file.suffix in COMPRESSED and inner in (".txt", ".jsonl") else file.suffix
+
+
 def _local_documents(files: list[Path], column: str) -> Iterator[str]:
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for file in files:
+        kind = _kind(file)
         try:
-            yield from readers[file.suffix](file, column)
-        except (OSError, UnicodeDecodeError) as error:
-            kind = "Parquet" if file.suffix == ".parquet" else "UTF-8 text"
-            raise UserError(f"the dataset file {file} cannot be read as {kind}: {_one_line(error)}") from error
+            yield from readers[kind](file, column)
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            name = "Parquet" if kind == ".parquet" else "UTF-8 text"
+            packed = f" in {file.suffix}" if file.suffix in COMPRESSED else ""
+            raise UserError(f"the dataset file {file} cannot be read as {name}{packed}: {_one_line(error)}") from error
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[TextIO]:
+    if file.suffix == ".gz":
+        with gzip.open(file, "rt", encoding=_ENCODING) as text:
+            yield text
+    elif file.suffix == ".zst":
+        import pyarrow
+
+        with pyarrow.input_stream(str(file), compression="zstd") as stream:
+            yield io.TextIOWrapper(stream, encoding=_ENCODING)
+    else:
+        with file.open(encoding=_ENCODING) as text:
+            yield text
 
 
 def _read_txt(file: Path, _column: str) -> Iterator[str]:
-    yield file.read_text(encoding=_ENCODING)
+    with _opened(file) as text:
+        yield text.read()
 
 
 def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    with file.open(encoding=_ENCODING) as lines:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -106,7 +148,17 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
         raise UserError(f"the dataset file {file} cannot be read as Parquet: {_one_line(error)}") from error
 
 
-def _hub_documents(config: HarvestConfig) -> Iterator[str]:
+def _commit_of(dataset: str, revision: str | None) -> str | None:
+    """The commit that a hub dataset's branch or tag is at, or None where the hub does not tell."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
+    except Exception:  # whatever is wrong, reading the dataset says it better, and a mirror may know only the data
+        return None
+
+
+def _hub_documents(config: HarvestConfig, revision: str | None) -> Iterator[str]:
     import datasets
 
     try:
@@ -114,7 +166,7 @@ def _hub_documents(config: HarvestConfig) -> Iterator[str]:
             config.dataset,
             config.dataset_config,
             split=config.dataset_split,
-            revision=config.dataset_revision,
+            revision=revision,
             streaming=True,
         )
         for row in rows:
@@ -127,6 +179,16 @@ def _hub_documents(config: HarvestConfig) -> Iterator[str]:
             f"({type(error).__name__}: {_one_line(error)}). Check the name, the network and, for a gated dataset, "
             "the token (set HF_TOKEN, or run: hf auth login), or give a local file, folder or glob with --dataset"
         ) from error
+
+
+def _distinct(texts: Iterable[str]) -> Iterator[str]:
+    seen: set[bytes] = set()
+    for text in texts:
+        # 8 bytes: among 10 million documents two different ones collide with probability 3e-6.
+        document = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        if document not in seen:
+            seen.add(document)
+            yield text
 
 
 def _text_of(row: Any, column: str, where: str) -> str:

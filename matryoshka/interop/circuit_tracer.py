@@ -98,10 +98,11 @@ def read(folder: Path, *, layer: int | None = None, norm_kind: str | None = None
     if layer is None or layer not in layers:
         wanted = "name one of them as layer" if layer is None else f"layer {layer} is not among them"
         raise UserError(f"{folder} is a circuit-tracer set with the layers {', '.join(map(str, candidates))}; {wanted}")
+    hook = str(config.get("feature_input_hook"))
     try:
-        source = read_input_hook(str(config.get("feature_input_hook")), norm_kind)
+        source = read_input_hook(hook, norm_kind)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{folder} reads the hook {hook!r}: {error}") from error
     file = folder / f"layer_{layer}.safetensors"
     facts = {
         "input": source.convention,

@@ -87,10 +87,10 @@ def read_input_hook(rest: str, norm_kind: str | None = None) -> InputSite:
             if rest == "hook_mlp_in"
             else ""
         )
-        raise UserError(f"it reads the hook {rest!r}{more}. What can be derived from stored rows is {', '.join(known)}")
+        raise UserError(f"{rest} cannot be derived from stored rows{more}. What can be is {', '.join(known)}")
     if rest.endswith("hook_normalized") and norm_kind == "layer":
         raise UserError(
-            f"it reads {rest} of a LayerNorm, which is before gain and bias in TransformerLens 3 and after them in 2, "
+            f"{rest} of a LayerNorm is before gain and bias in TransformerLens 3 and after them in 2, "
             'so that it cannot be told. Write "input": "normalized" or "input": "mlp_in" into its metadata'
         )
     return known[rest]

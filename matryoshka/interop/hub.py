@@ -73,7 +73,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         at = f" at revision {revision}" if revision else ""
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"the repository {repo}{at} of the Hugging Face hub could not be used: {reason} Check the name (it is not a "
+            f"the repository {repo}{at} of the Hugging Face hub could not be used: {reason} Check the name (it is no "
             "folder here); for a gated or private one accept its licence and set HF_TOKEN; without a network give the "
             "path of a local folder"
         ) from error

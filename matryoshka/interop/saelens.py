@@ -129,7 +129,7 @@ def _source(folder: Path, metadata: dict[str, Any], norm_kind: str | None) -> tu
         # What we wrote ourselves says which of the two a LayerNorm's hook_normalized is.
         source = read_input_hook(rest, norm_kind if convention is None else None)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{folder} reads the hook {hook!r}: {error}") from error
     if convention is None:
         return layer, source
     if convention not in input_conventions(source.source_site):

@@ -80,7 +80,12 @@ def _create_split(root: zarr.Group, name: str, plan: SplitPlan, manifest: Manife
             dtype="int8" if is_scaled(manifest) else "uint16",
             compressors=_compressors(manifest.codec),
             fill_value=0,
-            attributes={**(SCALED if is_scaled(manifest) else BIT_VIEW), "site": facts.site, "layer": facts.layer, "hook_point": facts.hook_point},
+            attributes={
+                **(SCALED if is_scaled(manifest) else BIT_VIEW),
+                "site": facts.site,
+                "layer": facts.layer,
+                "hook_point": facts.hook_point,
+            },
             # The emptiness test per chunk costs four fifths of the write rate, and a raw shard
             # without holes can be mapped into memory.
             config={"write_empty_chunks": True},

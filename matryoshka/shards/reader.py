@@ -20,6 +20,7 @@ from matryoshka.errors import UserError
 from matryoshka.runs import read_json
 from matryoshka.shards import layout
 from matryoshka.shards.checksum import checksum
+from matryoshka.shards.direct import ShardFiles, open_files
 from matryoshka.shards.manifest import FORMAT, MANIFEST_FOLDER, SPLITS, CommitRecord, FileRecord, Manifest, record_name
 from matryoshka.shards.scaled import unscale
 from matryoshka.sites import Norm
@@ -75,6 +76,7 @@ class Split:
         self.chunk_positions = self._plan.chunk_positions
         # A chunk is small, the factors of its shard are not: they are not read again for each.
         self._factors = lru_cache(maxsize=8)(self._read_factors)
+        self._files: dict[str, ShardFiles | None] = {}
 
     def tokens(self, shard: int) -> Tensor:
         """Token ids of a shard, int32 [n_contexts, ctx_len]."""
@@ -92,7 +94,7 @@ class Split:
     def activations(self, side: str, shard: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Positions [start, stop) of every context of a shard: bfloat16 [positions, n_contexts, width]."""
         n_contexts = self.shard_contexts[shard]
-        stored = self._array(side)[shard, start:stop, :n_contexts]
+        stored = self._stored(side, shard, start, self._set.ctx_len if stop is None else stop)[:, :n_contexts]
         if not layout.is_scaled(self._set.manifest):
             return layout.from_bits(stored)
         channel, scale = self._factors(side, shard)
@@ -114,6 +116,14 @@ class Split:
                     target=self.activations("target", shard, here.start, here.stop),
                     keep=keep[here],
                 )
+
+    def _stored(self, side: str, shard: int, start: int, stop: int) -> np.ndarray:
+        """Positions of a shard as they are stored: from its file where that can be read directly, else through Zarr."""
+        if side not in self._files:
+            self._files[side] = open_files(self._set.path / self.name / side, self._array(side))
+        files = self._files[side]
+        found = None if files is None else files.read(shard, start, stop)
+        return self._array(side)[shard, start:stop] if found is None else found
 
     def _ids(self, name: str, shard: int) -> np.ndarray:
         return self._array(name)[shard, : self.shard_contexts[shard]]

@@ -203,9 +203,7 @@ class ShardSetWriter:
         for name, values in ids.items():
             self._write(f"{split}/{name}", shard, values.numpy().astype(np.int32, copy=False), axis=0)
 
-    def _write_scaled(
-        self, split: str, shard: int, side: str, values: Tensor, keep: Tensor
-    ) -> tuple[Tensor, Loss]:
+    def _write_scaled(self, split: str, shard: int, side: str, values: Tensor, keep: Tensor) -> tuple[Tensor, Loss]:
         """Write one side in int8; return the values that it now has, and what was lost."""
         scaled, loss = to_scaled(values, keep)
         self._write(f"{split}/{side}", shard, scaled.q.numpy(), axis=1)
@@ -313,9 +311,7 @@ def measure_codec(manifest: Manifest, records: Iterable[CommitRecord]) -> dict[s
 def _grows(saved: Manifest, manifest: Manifest) -> bool:
     """Whether `manifest` asks for more tokens of what `saved` is."""
     old, new = saved.settings.get("tokens"), manifest.settings.get("tokens")
-    return (
-        isinstance(old, int) and isinstance(new, int) and new > old and is_extension(saved.splits, manifest.splits)
-    )
+    return isinstance(old, int) and isinstance(new, int) and new > old and is_extension(saved.splits, manifest.splits)
 
 
 def _identity(manifest: Manifest, grows: bool) -> dict[str, Any]:

@@ -238,7 +238,9 @@ class Hub(BaseHTTPRequestHandler):
             self._json({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
         elif "/commit/" in path:
             type(self).commits.append([json.loads(line) for line in body.splitlines()])
-            self._json({"commitUrl": "https://huggingface.co/user/repo/commit/abc", "commitOid": "abc", "success": True})
+            self._json(
+                {"commitUrl": "https://huggingface.co/user/repo/commit/abc", "commitOid": "abc", "success": True}
+            )
         else:
             self._json({})
 

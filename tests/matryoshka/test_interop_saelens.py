@@ -153,7 +153,7 @@ def test_a_layer_norms_hook_is_ambiguous_unless_we_wrote_it(tmp_path: Path) -> N
     del content["metadata"]["input"]
     file.write_text(json.dumps(content))
     assert Transcoder.from_pretrained(tmp_path / "out", norm_kind="rms").config.input == "normalized"
-    with pytest.raises(UserError, match="before gain and bias in TransformerLens 3 and after them in 2"):
+    with pytest.raises(UserError, match="is before gain and bias in TransformerLens 3 and after them in 2"):
         Transcoder.from_pretrained(tmp_path / "out", norm_kind="layer")
 
 

@@ -1,0 +1,91 @@
+"""For every latent the few best of a stream of windows, without duplicates, with the activations inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .windows import mixed
+
+EMPTY = -1
+_LATENT_FACTOR = -7046029254386353131
+
+
+class Keeper:
+    """The `n_kept` windows of the highest score of each latent; of equal windows only the one of the highest score.
+
+    Offered in parts it keeps what it would keep if all were offered at once: what is dropped has `n_kept` better and
+    different ones before it. Among equal scores the earlier place wins, so parts must be offered in order of place.
+    Memory is d_sae * n_kept * (width + 7) * 4 bytes, whatever is offered.
+    """
+
+    def __init__(self, d_sae: int, n_kept: int, width: int, device: torch.device) -> None:
+        self.score = torch.full((d_sae, n_kept), EMPTY, dtype=torch.int64, device=device)
+        """[d_sae, n_kept] int64, best first; EMPTY where there are not that many"""
+        self.key = torch.zeros_like(self.score)
+        """[d_sae, n_kept] int64: equal windows have equal keys"""
+        self.place = torch.zeros_like(self.score)
+        """[d_sae, n_kept] int64"""
+        self.value = torch.zeros(d_sae, n_kept, device=device)
+        """[d_sae, n_kept] float32: activation at the place"""
+        self.acts = torch.zeros(d_sae, n_kept, width, device=device)
+        """[d_sae, n_kept, width] float32: activations in the window"""
+
+    def floor(self) -> Tensor:
+        """[d_sae] int64: a score must be above it to be kept."""
+        return self.score[:, -1]
+
+    def offer(
+        self,
+        latent: Tensor,
+        score: Tensor,
+        key: Tensor,
+        place: Tensor,
+        value: Tensor,
+        acts_of: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Offer n windows, ordered by latent and then by place; scores are not negative.
+
+        `acts_of` gives the activations [m, width] of m of them, by their numbers; it is asked only for those that stay.
+        """
+        if len(latent) == 0:
+            return
+        touched, local = latent.unique_consecutive(return_inverse=True)
+        (n_touched, n_kept), n_old = (len(touched), self.score.shape[1]), len(touched) * self.score.shape[1]
+        owner = torch.arange(n_touched, device=latent.device).repeat_interleave(n_kept)
+        owner = torch.cat([owner, local])
+        joined = {
+            name: torch.cat([getattr(self, name)[touched].flatten(), new])
+            for name, new in (("score", score), ("key", key), ("place", place), ("value", value))
+        }
+        chosen = _best_of_each(owner, joined["score"], joined["key"])
+        of = owner[chosen]
+        starts = torch.searchsorted(of, torch.arange(n_touched, device=of.device))
+        rank = torch.arange(len(of), device=of.device) - starts[of]
+        stays = rank < n_kept
+        chosen, of, rank = chosen[stays], of[stays], rank[stays]
+        for name, fill in (("score", EMPTY), ("key", 0), ("place", 0), ("value", 0)):
+            column = joined[name].new_full((n_touched, n_kept), fill)
+            column[of, rank] = joined[name][chosen]
+            getattr(self, name)[touched] = column
+        is_old = chosen < n_old
+        acts = self.acts.new_zeros(n_touched, n_kept, self.acts.shape[2])
+        old = chosen[is_old]
+        acts[of[is_old], rank[is_old]] = self.acts[touched[old // n_kept], old % n_kept]
+        acts[of[~is_old], rank[~is_old]] = acts_of(chosen[~is_old] - n_old)
+        self.acts[touched] = acts
+
+
+def _best_of_each(owner: Tensor, score: Tensor, key: Tensor) -> Tensor:
+    """Numbers of the entries that are no duplicates, ordered by owner and then by falling score."""
+    order = score.sort(descending=True, stable=True).indices
+    order = order[owner[order].sort(stable=True).indices]
+    joint = mixed(key + owner * _LATENT_FACTOR)[order]
+    ordered, by_joint = joint.sort(stable=True)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    is_best = torch.zeros_like(is_first)
+    is_best[by_joint] = is_first
+    return order[is_best & (score[order] != EMPTY)]

@@ -1,0 +1,228 @@
+"""One pass over a split that chooses what to show of every latent.
+
+    top      the windows around the largest activations, at most one of a context
+    sample   the windows around rows drawn uniformly among all on which the latent fires
+    random   windows in which it does not fire, out of a pool of at most one a context
+
+The contexts of a block are encoded latent after latent, so that what fires comes ordered by latent and row: peaks,
+windows and merges are then gathers and segment operations, never a search and never a loop over latents. Memory is
+that of one shard's source, one block and the chosen windows, whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from matryoshka.shards import ShardSet, Split
+from matryoshka.sites import apply_convention
+from matryoshka.transcoder import Transcoder
+
+from .activation_histogram import ActivationHistogram
+from .active import TILE_BYTES
+from .keeper import Keeper
+from .windows import Windows, WindowShape, mixed, windows_of
+
+BLOCK_ROWS = 16_384
+POOL = 512
+_PRIORITY_BITS = (1 << 62) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How much to choose."""
+
+    n_top: int
+    n_sampled: int
+    shape: WindowShape
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ContextBlock:
+    """Some whole contexts of one shard."""
+
+    first_context: int
+    """Number of the first one in the split."""
+    source: Tensor
+    """[contexts, positions, d_in] bfloat16"""
+    keep: Tensor
+    """[contexts, positions] bool: False at special positions"""
+    windows: Windows
+
+
+@dataclass(frozen=True, slots=True)
+class Fires:
+    """What fires in a block, ordered by latent and then by row; row = context * positions + position."""
+
+    latent: Tensor
+    """[n] int64"""
+    row: Tensor
+    """[n] int64"""
+    value: Tensor
+    """[n] float32"""
+
+
+class Sampling:
+    """Chooses while blocks go by."""
+
+    def __init__(self, transcoder: Transcoder, shards: ShardSet, split: Split, choice: Choice) -> None:
+        d_sae, device, width = transcoder.config.d_sae, transcoder.device, choice.shape.width
+        self._transcoder, self._shards, self._choice = transcoder, shards, choice
+        self.ctx_len, self.shape = shards.ctx_len, choice.shape
+        self.n_rows = 0
+        self.top = Keeper(d_sae, choice.n_top, width, device)
+        self.sample = Keeper(d_sae, choice.n_sampled, width, device)
+        self.histogram = ActivationHistogram(d_sae, device)
+        generator = torch.Generator().manual_seed(choice.seed)
+        drawn = torch.randperm(split.n_contexts, generator=generator)[:POOL]
+        self._slot = torch.full((split.n_contexts,), -1, dtype=torch.int64)
+        self._slot[drawn] = torch.arange(len(drawn))
+        self.pool_place = torch.full((len(drawn),), -1, dtype=torch.int64)
+        """[pool] int64: place of each window of the pool; -1 where its context was not reached"""
+        self.pool_key = torch.zeros(len(drawn), dtype=torch.int64)
+        """[pool] int64: equal windows have equal keys"""
+        self.pool_fires = torch.zeros(d_sae, len(drawn), dtype=torch.bool, device=device)
+        """[d_sae, pool] bool: whether the latent fires in the window"""
+
+    def add(self, block: ContextBlock) -> None:
+        """Choose from one block; blocks come in the order of their contexts."""
+        device = self._transcoder.device
+        keys = block.windows.keys().flatten().to(device)
+        windows = block.windows
+        first, last = windows.first.flatten().to(device), windows.last.flatten().to(device)
+        fires = encode_by_latent(self._transcoder, self._shards, block)
+        offset = block.first_context * self.ctx_len
+        self.n_rows += int(block.keep.sum())
+        self.histogram.add(fires.latent, fires.value)
+        self._mark_pool(block, fires)
+
+        def offer(keeper: Keeper, chosen: Tensor, score: Tensor) -> None:
+            latent, row, value = fires.latent[chosen], fires.row[chosen], fires.value[chosen]
+            keeper.offer(
+                latent,
+                score,
+                keys[row],
+                row + offset,
+                value,
+                lambda which: self._acts(fires, chosen[which], first, last),
+            )
+
+        # The bits of positive floats are in the order of the floats.
+        strength = fires.value.contiguous().view(torch.int32).long()
+        hopeful = (strength > self.top.floor()[fires.latent]).nonzero().squeeze(1)
+        peaks = hopeful[self._is_peak(fires, hopeful)]
+        offer(self.top, peaks, strength[peaks])
+        priority = mixed(mixed(fires.row + offset + self._choice.seed * 1_000_003) + fires.latent) & _PRIORITY_BITS
+        drawn = (priority > self.sample.floor()[fires.latent]).nonzero().squeeze(1)
+        offer(self.sample, drawn, priority[drawn])
+
+    def _is_peak(self, fires: Fires, chosen: Tensor) -> Tensor:
+        """Which of the chosen are the first largest of their latent in their context, bool [chosen]."""
+        if len(chosen) == 0:
+            return chosen.bool()
+        value, context = fires.value[chosen], fires.row[chosen] // self.ctx_len
+        _, segment = (fires.latent[chosen] * (int(context.max()) + 1) + context).unique_consecutive(return_inverse=True)
+        largest = torch.zeros(int(segment[-1]) + 1, device=value.device).scatter_reduce_(0, segment, value, "amax")
+        reaches = value == largest[segment]
+        before = reaches.long().cumsum(0) - reaches.long()
+        starts = torch.searchsorted(segment, torch.arange(len(largest), device=segment.device))
+        return reaches & (before == before[starts][segment])
+
+    def _acts(self, fires: Fires, chosen: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        """Activations [chosen, width] of the latent of each chosen entry in the window around its row."""
+        shape = self.shape
+        around = (chosen[:, None] + shape.offsets(chosen.device)).clamp(0, len(fires.row) - 1)
+        row = fires.row[chosen][:, None]
+        start = row - row % self.ctx_len
+        place = fires.row[around]
+        inside = (
+            (fires.latent[around] == fires.latent[chosen][:, None])
+            & (place >= start + first[row])
+            & (place <= start + last[row])
+        )
+        # What lies outside goes into a column of its own, which is cut off.
+        column = torch.where(inside, place - row + shape.before, shape.width)
+        acts = torch.zeros(len(chosen), shape.width + 1, device=chosen.device)
+        return acts.scatter_(1, column, fires.value[around])[:, :-1]
+
+    def _mark_pool(self, block: ContextBlock, fires: Fires) -> None:
+        slots = self._slot[block.first_context : block.first_context + len(block.keep)]
+        slots = torch.where(block.keep.any(1), slots, -1)
+        context = (slots >= 0).nonzero().squeeze(1)
+        if len(context) == 0:
+            return
+        slot, keep = slots[context], block.keep[context]
+        # The n-th kept position of each context, n from its number and the seed.
+        n = (mixed(context + block.first_context + self._choice.seed) & _PRIORITY_BITS) % keep.sum(1)
+        position = ((keep.long().cumsum(1) == n[:, None] + 1) & keep).long().argmax(1)
+        self.pool_place[slot] = (block.first_context + context) * self.ctx_len + position
+        self.pool_key[slot] = block.windows.keys()[context, position]
+        places = torch.arange(self.ctx_len)
+        first, last = block.windows.first[context, position], block.windows.last[context, position]
+        member = torch.full(block.keep.shape, -1, dtype=torch.int64)
+        inside = (places >= first[:, None]) & (places <= last[:, None])
+        member[context] = torch.where(inside, slot[:, None], -1)
+        pooled = member.flatten().to(fires.row.device)[fires.row]
+        hits = (pooled >= 0).nonzero().squeeze(1)
+        self.pool_fires[fires.latent[hits], pooled[hits]] = True
+
+
+def encode_by_latent(transcoder: Transcoder, shards: ShardSet, block: ContextBlock) -> Fires:
+    """The non-zero entries of `Transcoder.encode` over the kept rows of a block."""
+    device = transcoder.device
+    x = apply_convention(
+        block.source.flatten(0, 1).to(device),
+        transcoder.config.input,
+        source_site=shards.manifest.source.site,
+        norm=shards.norm,
+    )
+    kept = block.keep.flatten().to(device)
+    rows = kept.nonzero().squeeze(1)
+    columns = x.index_select(0, rows).T
+    floor = transcoder.threshold.clamp_min(0)
+    tile = max(1, TILE_BYTES // (4 * max(len(rows), 1)))
+    parts = []
+    for start in range(0, transcoder.config.d_sae, tile):
+        end = start + tile
+        pre_acts = torch.addmm(transcoder.b_enc[start:end, None], transcoder.W_enc[:, start:end].T, columns)
+        latent, row = (pre_acts > floor[start:end, None]).nonzero(as_tuple=True)
+        parts.append((latent + start, rows[row], pre_acts[latent, row]))
+    latent, row, value = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Fires(latent, row, value)
+
+
+def context_blocks(
+    shards: ShardSet, split: Split, shape: WindowShape, n_contexts: int | None = None
+) -> Iterator[ContextBlock]:
+    """The first `n_contexts` contexts of a split (all by default), about BLOCK_ROWS rows at a time."""
+    limit = split.n_contexts if n_contexts is None else n_contexts
+    at_once, first_context = max(1, BLOCK_ROWS // shards.ctx_len), 0
+    for shard, n_here in enumerate(split.shard_contexts):
+        wanted = min(n_here, limit - first_context)
+        if wanted <= 0:
+            return
+        source = split.activations("source", shard)
+        tokens, doc_ids, keep = split.tokens(shard), split.doc_ids(shard), split.keep(shard).T
+        for start in range(0, wanted, at_once):
+            here = slice(start, min(start + at_once, wanted))
+            yield ContextBlock(
+                first_context=first_context + start,
+                source=source[:, here].transpose(0, 1),
+                keep=keep[here],
+                windows=windows_of(tokens[here], doc_ids[here], shape),
+            )
+        first_context += n_here
+
+
+def count_contexts(split: Split, rows: int | None) -> tuple[int, int]:
+    """(contexts, kept rows in them): the first contexts that hold `rows` kept rows together; all by default."""
+    kept = torch.cat([split.keep(shard).sum(0) for shard in range(split.n_shards)])
+    total = kept.cumsum(0)
+    if rows is None or rows >= int(total[-1]):
+        return len(kept), int(total[-1])
+    n_contexts = int(torch.searchsorted(total, rows)) + 1
+    return n_contexts, int(total[n_contexts - 1])

@@ -1,0 +1,97 @@
+"""`evaluate show RUN LATENT`: one latent in the terminal."""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from matryoshka.errors import UserError
+from matryoshka.tokens import TokenTexts
+
+from .samples import find_samples
+from .samples_file import Histogram, SamplesMark, Window, read_histograms, read_mark, read_windows
+
+_BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+_TITLES = {"top": "largest activations", "decile": "by tenth of the activations", "random": "where it does not fire"}
+# One hue from dark to light on black: the order survives any colour blindness, and a grey terminal.
+_SHADES = ("#0b3c5d", "#145a86", "#1f7ab0", "#4a9fd0", "#8cc5e6")
+
+
+def show_latent(
+    run: Path, latent: int, shards: str | None = None, tokenizer: str | None = None, console: Console | None = None
+) -> None:
+    """Print the windows of `latent`, from the samples of `run`. Raises UserError when there are none."""
+    console = console or Console()
+    folder = find_samples(run, shards)
+    mark = read_mark(folder)
+    assert mark is not None
+    histograms = read_histograms(folder)
+    if not 0 <= latent < len(histograms):
+        raise UserError(f"{run} has the latents 0 to {len(histograms) - 1}, and no latent {latent}")
+    text_of = token_text(mark, folder, tokenizer, lambda note: Console(stderr=True).print(note, markup=False))
+    windows = read_windows(folder, latent)
+    console.print(_head(mark, latent, histograms[latent]))
+    largest = max((max(window.acts) for window in windows), default=0.0)
+    for kind, group in itertools.groupby(windows, key=lambda window: window.kind):
+        console.print(Text(f"\n{_TITLES[kind]}", style="bold"))
+        for window in group:
+            console.print(window_line(window, largest, text_of), soft_wrap=False)
+
+
+def token_text(
+    mark: SamplesMark, folder: Path, tokenizer: str | None, note: Callable[[str], None]
+) -> Callable[[int], str]:
+    """A function from a token id to its text; to its number when the tokenizer cannot be had, which `note` is told."""
+    try:
+        texts = TokenTexts.read(tokenizer or mark.tokenizer, revision=mark.shard_set.model_revision, near=folder)
+    except UserError as error:
+        if tokenizer is not None:
+            raise
+        note(f"token ids are shown, not text: {error}")
+        return lambda token: f"[{token}]"
+    return texts.text
+
+
+def window_line(window: Window, largest: float, text_of: Callable[[int], str]) -> Text:
+    """One window: its number and activation, then its tokens, shaded by activation / `largest`."""
+    label = f"{window.decile}/10" if window.decile is not None else f"{window.rank}"
+    line = Text(f"{label:>5} {window.act:8.3f}  ", style="dim")
+    for index, (token, act) in enumerate(zip(window.tokens, window.acts, strict=True)):
+        style = ""
+        if act > 0:
+            shade = _SHADES[min(int(act / largest * len(_SHADES)), len(_SHADES) - 1)]
+            style = f"{'black' if shade in _SHADES[3:] else 'white'} on {shade}"
+        if index == window.peak and window.kind != "random":
+            style += " bold underline"
+        # Text, not markup: brackets in a token mean nothing. Control characters would reach the terminal.
+        line.append(visible(text_of(token)), style=style.strip())
+    return line
+
+
+def visible(text: str) -> str:
+    """The text with what is not printable made so: newlines and tabs as symbols, other controls as U+FFFD."""
+    text = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return "".join("\ufffd" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co") else char for char in text)
+
+
+def _head(mark: SamplesMark, latent: int, histogram: Histogram) -> Text:
+    sizes = mark.transcoder.config["group_sizes"]
+    group = next(i for i, end in enumerate(itertools.accumulate(sizes), 1) if latent < end)
+    density = histogram.n_rows / mark.n_rows
+    head = Text(f"latent {latent}", style="bold")
+    head.append(
+        f"  group {group} of {len(sizes)}  fires on {histogram.n_rows:,} of {mark.n_rows:,} {mark.split} rows "
+        f"({density:.3%})\n",
+        style="not bold",
+    )
+    if histogram.n_rows == 0:
+        return head.append("it never fires on these rows", style="not bold")
+    used = max(i for i, count in enumerate(histogram.counts) if count > 0) + 1
+    most = max(histogram.counts)
+    bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in histogram.counts[:used])
+    return head.append(f"0 {bars} {used * histogram.width:.3g}", style="not bold")
