@@ -139,3 +139,34 @@ def show(
     from .show import show_latent
 
     show_latent(run, latent, shards, tokenizer)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run such as data/runs/l17-k96.")],
+    shards: Annotated[
+        Path | None, typer.Option(help="Shard set; numbers and samples are made from it where they are missing.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer folder or hub name. (the one of the shard set)")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with an evaluate section. (./pipeline.yaml if there)")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="evaluate.key=value, any setting; repeatable.")
+    ] = None,
+) -> None:
+    """One folder of pages to look at a run and each of its latents; opens from the disk, no server needed."""
+    from matryoshka.config import find_file, load_config
+
+    from .config import EvaluateConfig
+    from .report.build import make_report
+    from .screen import Screen
+
+    flags = {"shards": shards, "device": device}
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    with Screen("report") as screen:
+        pages = make_report(run, settings, tokenizer=tokenizer, progress=screen)
+    screen.pages(pages)

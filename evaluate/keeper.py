@@ -30,12 +30,17 @@ class Keeper:
         """[d_sae, n_kept] int64"""
         self.value = torch.zeros(d_sae, n_kept, device=device)
         """[d_sae, n_kept] float32: activation at the place"""
-        self.acts = torch.zeros(d_sae, n_kept, width, device=device)
-        """[d_sae, n_kept, width] float32: activations in the window"""
+        self._acts = torch.zeros(d_sae, n_kept, width, device=device)
+        self._drawer = torch.zeros_like(self.score)
+        """[d_sae, n_kept] int64: where in _acts the window lies, so that windows stay where they are put"""
 
     def floor(self) -> Tensor:
         """[d_sae] int64: a score must be above it to be kept."""
         return self.score[:, -1]
+
+    def acts(self, latent: Tensor, slot: Tensor) -> Tensor:
+        """Activations [n, width] in windows, by latent and place in the order of the scores."""
+        return self._acts[latent, self._drawer[latent, slot]]
 
     def offer(
         self,
@@ -70,12 +75,26 @@ class Keeper:
             column = joined[name].new_full((n_touched, n_kept), fill)
             column[of, rank] = joined[name][chosen]
             getattr(self, name)[touched] = column
+        self._file(touched, of, rank, chosen, n_old, acts_of)
+
+    def _file(
+        self, touched: Tensor, of: Tensor, rank: Tensor, chosen: Tensor, n_old: int, acts_of: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Put the windows that are new into the drawers that those dropped leave empty."""
         is_old = chosen < n_old
-        acts = self.acts.new_zeros(n_touched, n_kept, self.acts.shape[2])
-        old = chosen[is_old]
-        acts[of[is_old], rank[is_old]] = self.acts[touched[old // n_kept], old % n_kept]
-        acts[of[~is_old], rank[~is_old]] = acts_of(chosen[~is_old] - n_old)
-        self.acts[touched] = acts
+        drawers = self._drawer[touched]
+        stayed, old_of = drawers.flatten()[chosen[is_old]], of[is_old]
+        taken = torch.zeros_like(drawers, dtype=torch.uint8)
+        taken[old_of, stayed] = 1
+        # Empty ones first, in order: the j-th new window of a latent goes into its j-th empty drawer.
+        empty = taken.sort(dim=1, stable=True).indices
+        new_of = of[~is_old]
+        number = torch.arange(len(new_of), device=of.device) - torch.searchsorted(new_of, new_of)
+        placed = empty[new_of, number]
+        drawers[old_of, rank[is_old]] = stayed
+        drawers[new_of, rank[~is_old]] = placed
+        self._drawer[touched] = drawers
+        self._acts[touched[new_of], placed] = acts_of(chosen[~is_old] - n_old)
 
 
 def _best_of_each(owner: Tensor, score: Tensor, key: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def deciles_of(value: Tensor, is_there: Tensor) -> Tensor:
 
     Equal values are ranked in the order they stand in.
     """
-    order = torch.where(is_there, value, torch.inf).sort(1, stable=True).indices
+    order = torch.where(is_there, value, torch.inf).sort(dim=1, stable=True).indices
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order).contiguous())
     return rank * N_DECILES // is_there.sum(1, keepdim=True).clamp_min(1) + 1
 
@@ -145,7 +145,7 @@ def _random(sampling: Sampling, latents: slice, n_random: int) -> Columns:
     numbers = torch.arange(silent.shape[0])[:, None] + latents.start
     draw = mixed(numbers * silent.shape[1] + torch.arange(silent.shape[1]))
     draw = torch.where(silent, draw, torch.iinfo(torch.int64).max)
-    chosen = draw.argsort(1, stable=True)[:, :n_random]
+    chosen = draw.argsort(dim=1, stable=True)[:, :n_random]
     latent, rank = silent.gather(1, chosen).nonzero(as_tuple=True)
     place = sampling.pool_place[chosen[latent, rank]]
     zeros = torch.zeros_like(latent)

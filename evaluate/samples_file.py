@@ -176,8 +176,8 @@ def _columns(sampling: Sampling, rows: SampleRows, text: WindowTokens, here: sli
     acts = torch.zeros(tokens.shape)
     for code, keeper in ((TOP, sampling.top), (DECILE, sampling.sample)):
         chosen = kind == code
-        device = keeper.acts.device
-        acts[chosen] = keeper.acts[latent[chosen].to(device), slot[chosen].to(device)].cpu()
+        device = keeper.score.device
+        acts[chosen] = keeper.acts(latent[chosen].to(device), slot[chosen].to(device)).cpu()
     inside = tokens >= 0
     offsets = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0)).int().numpy()
     before = -int(sampling.shape.offsets()[0])

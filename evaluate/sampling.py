@@ -29,6 +29,8 @@ from .windows import Windows, WindowShape, mixed, windows_of
 BLOCK_ROWS = 16_384
 POOL = 512
 _PRIORITY_BITS = (1 << 62) - 1
+_PRIORITY_FACTOR = 2862933555777941757
+_SEED_FACTOR = 1_000_000_007_000_003
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,10 @@ class Sampling:
         hopeful = (strength > self.top.floor()[fires.latent]).nonzero().squeeze(1)
         peaks = hopeful[self._is_peak(fires, hopeful)]
         offer(self.top, peaks, strength[peaks])
-        priority = mixed(mixed(fires.row + offset + self._choice.seed * 1_000_003) + fires.latent) & _PRIORITY_BITS
+        places = torch.arange(offset, offset + block.keep.numel(), device=device)
+        of_row = mixed(places + self._choice.seed * _SEED_FACTOR)
+        of_latent = mixed(torch.arange(self._transcoder.config.d_sae, device=device) - _SEED_FACTOR)
+        priority = ((of_row[fires.row] ^ of_latent[fires.latent]) * _PRIORITY_FACTOR) & _PRIORITY_BITS
         drawn = (priority > self.sample.floor()[fires.latent]).nonzero().squeeze(1)
         offer(self.sample, drawn, priority[drawn])
 
@@ -189,8 +194,9 @@ def encode_by_latent(transcoder: Transcoder, shards: ShardSet, block: ContextBlo
     for start in range(0, transcoder.config.d_sae, tile):
         end = start + tile
         pre_acts = torch.addmm(transcoder.b_enc[start:end, None], transcoder.W_enc[:, start:end].T, columns)
-        latent, row = (pre_acts > floor[start:end, None]).nonzero(as_tuple=True)
-        parts.append((latent + start, rows[row], pre_acts[latent, row]))
+        found = (pre_acts > floor[start:end, None]).flatten().nonzero().squeeze(1)
+        latent = found // len(rows)
+        parts.append((latent + start, rows[found - latent * len(rows)], pre_acts.flatten()[found]))
     latent, row, value = (torch.cat(part) for part in zip(*parts, strict=True))
     return Fires(latent, row, value)
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .report.build import Pages
 from .report_file import Report
 from .run import Evaluation
 from .samples import Sampled
@@ -87,6 +88,12 @@ class Screen:
             else "nothing left to do, these samples were there already"
         )
         self._console.print(f"{sampled.path}: {state}", markup=False)
+
+    def pages(self, pages: Pages) -> None:
+        """Say where the pages lie and how to open them."""
+        for note in pages.notes:
+            self._console.print(note, markup=False)
+        self._console.print(f"{pages.index}: written; open {pages.index.resolve().as_uri()}", markup=False)
 
     def table(self, table: Table, path: Path | None) -> None:
         """Print a table, and where its numbers lie."""

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from matryoshka.shards import ShardSet
-from matryoshka.shards.layout import SIDES
 from matryoshka.shards.scaled import SINK_NORM
 from matryoshka.shards.writer import measure_codec
 
 from .estimate import gigabytes
 
+SIDES = ("source", "target")
 FP16_LIMIT = 65504.0
 """The largest number that float16 holds (IEEE 754 binary16)."""
 

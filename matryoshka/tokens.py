@@ -47,8 +47,9 @@ class TokenTexts:
             return f"[{token}]".encode()
         if token in self._special:
             return piece.encode()
-        if self._bytes_of is not None:
-            return b"".join(self._bytes_of.get(char, char.encode()) for char in piece)
+        alphabet = self._bytes_of
+        if alphabet is not None:
+            return b"".join([alphabet[char] if char in alphabet else char.encode() for char in piece])
         match = _BYTE_TOKEN.fullmatch(piece)
         return bytes([int(match[1], 16)]) if match is not None else piece.replace(_METASPACE, " ").encode()
 

@@ -86,9 +86,9 @@ def test_help_shows_defaults_in_full(tmp_path: Path) -> None:
 
 def test_unknown_flags_are_errors(tmp_path: Path) -> None:
     script = str(Path(sys.executable).with_name("harvest"))
-    done = subprocess.run([script, "run", "--layers", "3"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([script, "run", "--leyers", "3"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "--layers" in ANSI.sub("", done.stderr)
+    assert "--leyers" in ANSI.sub("", done.stderr)
 
 
 def test_data_is_never_committed(tmp_path: Path) -> None:

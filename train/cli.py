@@ -91,7 +91,8 @@ def run(
     rank = Rank.from_environment()
     with Screen() as screen:
         result = train_fleet(settings, screen if rank.index == 0 else Silent(), rank)
-    screen.report(result)
+    if rank.index == 0 or settings.parallel == "configs":
+        screen.report(result)
     if result.stopped_by is not None:
         # What a shell reports of a process that a signal ended: whoever waits for us must not take it for finished.
         raise typer.Exit(128 + result.stopped_by)
@@ -108,19 +109,25 @@ def export(
         ),
     ],
     form: Annotated[
-        str, typer.Option("--format", help="saelens, circuit-tracer, gemma-scope, gemma-scope-2 or native.")
+        str,
+        typer.Option(
+            "--format", help="saelens, circuit-tracer, gemma-scope, gemma-scope-2, delphi, neuronpedia or native."
+        ),
     ],
     prefix: Annotated[int | None, typer.Option(help="Keep this many nested groups, from 1. [all]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make. [data/exports/<run>-<format>]")] = None,
     n_layers: Annotated[
         int | None, typer.Option(help="Layers of the model, for circuit-tracer. [asked of the run's shard set]")
     ] = None,
+    shards: Annotated[
+        Path | None, typer.Option(help="Shard set whose val rows make delphi's cache. [the run's own]")
+    ] = None,
     push: Annotated[str | None, typer.Option(help="Upload it to this repository, user/repo. [not uploaded]")] = None,
 ) -> None:
     """Write a trained transcoder, or a nested prefix of it, in a format that other tools open."""
     from .export import export_runs
 
-    exported = export_runs(runs, form, prefix=prefix, out=out, n_layers=n_layers)
+    exported = export_runs(runs, form, prefix=prefix, out=out, n_layers=n_layers, shards=shards)
     typer.echo(f"{exported.folder} {'is there already' if exported.already_there else 'written'}")
     if push is not None:
         from matryoshka.interop.hub import upload

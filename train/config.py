@@ -45,8 +45,8 @@ class TrainConfig(Config):
     """Several runs from one stream: for each the settings in which it differs from the rest, and maybe a name."""
     grid: dict[str, list[Any]] | None = None
     """Several runs from one stream: setting -> values, every combination of them (for each entry of fleet)."""
-    parallel: Literal["configs"] = "configs"
-    """Under torchrun, what is spread over the ranks: the runs of the fleet."""
+    parallel: Literal["configs", "data"] = "configs"
+    """Under torchrun, what is spread over the ranks: the runs of the fleet, or the rows of every batch."""
     group_sizes: Sizes | None = None
     """Latents of each nested group (not cumulative); by default 8 x d_in latents in 4 groups: 1/16, 1/8, 1/4, rest."""
     d_sae: Count | None = None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from matryoshka.errors import UserError
-from matryoshka.interop.export import Exported, export
+from matryoshka.interop.export import Exported, Material, export
+from matryoshka.interop.neuronpedia import MARK_FILE, Samples
 from matryoshka.interop.origin import Origin
 from matryoshka.runs import RUN_FILE, read_json
-from matryoshka.shards.manifest import Manifest
+from matryoshka.shards import ShardSet
 from matryoshka.shards.reader import has_manifest, read_manifest
 from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE, Transcoder
 
@@ -24,6 +26,7 @@ def export_runs(
     prefix: int | None = None,
     out: Path | None = None,
     n_layers: int | None = None,
+    shards: Path | None = None,
 ) -> Exported:
     """Export the transcoders of `runs` (run directories or checkpoint folders) to `out`.
 
@@ -31,20 +34,44 @@ def export_runs(
         prefix: number of nested groups to keep, 1 for the first alone; all by default.
         out: data/exports/<run>-<format>[-prefix<i>] by default.
         n_layers: blocks of the language model, where the run's shard set cannot be asked.
+        shards: set whose val rows delphi's cache is made of; by default the one the run was trained on.
     """
     transcoders, origins = [], []
     for run in runs:
         folder = checkpoint_folder(run)
         transcoder = Transcoder.load(folder)
         transcoders.append(transcoder if prefix is None else _cut(transcoder, prefix, run))
-        origins.append(_origin(run, folder, n_layers))
+        origins.append(_origin(folder, n_layers))
     if not transcoders:
         raise UserError("no run was named; give one, such as data/runs/l17-k96")
     origin = origins[0]
     if out is None:
         cut = "" if prefix is None else f"-prefix{prefix}"
         out = Path("data") / "exports" / f"{origin.run}-{form}{cut}"
-    return export(transcoders, form, out, origin)
+    if form == "delphi" and shards is None:
+        shards = _shard_folder(runs[0])
+    material = Material(
+        shards=None if form != "delphi" or shards is None else ShardSet.open(shards),
+        samples=_samples(runs[0]) if form == "neuronpedia" else None,
+    )
+    return export(transcoders, form, out, origin, material)
+
+
+def _samples(run: Path) -> Samples | None:
+    """The samples of a run's newest checkpoint; raises UserError when they are of other weights or of several sets."""
+    folder = checkpoint_folder(run)
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    found = [
+        Samples.open(mark.parent) for mark in sorted((_run_folder(folder) or run).glob(f"eval/*/samples/{MARK_FILE}"))
+    ]
+    own = [samples for samples in found if samples.weights_sha256 == digest]
+    if len(own) > 1:
+        names = ", ".join(samples.folder.parent.name for samples in own)
+        raise UserError(f"{run} has samples of several shard sets ({names}); delete all but one of them")
+    if found and not own:
+        raise UserError(f"the samples of {run} are of an older checkpoint; run `evaluate samples {run}` again")
+    return own[0] if own else None
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -70,13 +97,14 @@ def _cut(transcoder: Transcoder, prefix: int, run: Path) -> Transcoder:
     return transcoder.prefix(prefix)
 
 
-def _origin(run: Path, folder: Path, n_layers: int | None) -> Origin:
+def _origin(folder: Path, n_layers: int | None) -> Origin:
     """What the run and its shard set, where they are still there, say beyond the weights."""
     state: dict[str, Any] = {}
     if (folder / STATE_FILE).is_file():
         state = read_json(folder / STATE_FILE, what="checkpoint")
-    root = next((place for place in (run, *folder.resolve().parents[:2]) if (place / RUN_FILE).is_file()), None)
-    manifest = None if root is None else _manifest(read_json(root / RUN_FILE, what="run"))
+    root = _run_folder(folder)
+    shards = _shard_folder(folder)
+    manifest = None if shards is None else read_manifest(shards)
     facts: dict[str, Any] = {}
     if manifest is not None:
         facts = {
@@ -91,13 +119,18 @@ def _origin(run: Path, folder: Path, n_layers: int | None) -> Origin:
     return Origin(run=(root or folder).resolve().name, step=state.get("step"), **facts)
 
 
-def _manifest(record: dict[str, Any]) -> Manifest | None:
-    """The manifest of the shard set that a run was trained on, where it still lies there."""
-    config = record.get("config")
+def _run_folder(folder: Path) -> Path | None:
+    """The run that a checkpoint folder, or itself, belongs to."""
+    folder = folder.resolve()
+    return next((place for place in (folder, *folder.parents[:2]) if (place / RUN_FILE).is_file()), None)
+
+
+def _shard_folder(folder: Path) -> Path | None:
+    """The shard set that a run was trained on, where it still lies there."""
+    root = _run_folder(folder)
+    config = None if root is None else read_json(root / RUN_FILE, what="run").get("config")
     shards = config.get("shards") if isinstance(config, dict) else None
-    if not isinstance(shards, str) or not has_manifest(Path(shards)):
-        return None
-    return read_manifest(Path(shards))
+    return Path(shards) if isinstance(shards, str) and has_manifest(Path(shards)) else None
 
 
 def _portable(name: str) -> str:

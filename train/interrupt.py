@@ -31,6 +31,17 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def agree(self) -> bool:
+        """Whether a signal has come to any process of the process group; all call this together."""
+        import torch
+        import torch.distributed as dist
+
+        number = torch.tensor(0 if self.signal is None else int(self.signal))
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        if int(number):
+            self.signal = signal.Signals(int(number))
+        return self.signal is not None
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt

@@ -20,7 +20,9 @@ from .conditioning import Conditioning
 from .fleet import MemberConfig
 from .initial import initial_state
 from .measurements import measurements
+from .parallel import ParallelStep
 from .plan import Plan
+from .ranks import Rank
 from .record import publish_parked
 from .rows import Rows
 from .saving import BackgroundWriter
@@ -72,8 +74,12 @@ class Member:
         first_rows: FirstRows,
         *,
         group: str | None,
+        team: Rank | None = None,
     ) -> None:
-        """`group` is the name under which W&B shows the runs of a fleet together."""
+        """`group` is the name under which W&B shows the runs of a fleet together.
+
+        `team`: this rank of several that share every batch. They hold the same state, and the first writes it.
+        """
         self.entry = entry
         self.outcome: Outcome = "training"
         self._config = entry.settings.config
@@ -83,14 +89,18 @@ class Member:
         self._writer = writer
         last = max(list_checkpoints(entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
         state = self._fresh(device, first_rows) if last is None else _restored(last.tensors())
-        self._take_step = TrainStep(self._step_settings(), state, device)
+        self._writes = team is None or team.index == 0
+        if team is None:
+            self._take_step = TrainStep(self._step_settings(), state, device)
+        else:
+            self._take_step = ParallelStep(self._step_settings(), state, device, team)
         self.first = self.done = int(state.step)
         self._saved = self.first
         self._schedule = self._plan.schedule(self._config)
         self._k_schedule = self._plan.k_schedule(self._config)
-        self._jsonl = JsonlSink(entry.folder, self.first)
-        self._sinks: list[MetricSink] = [self._jsonl]
-        if self._config.wandb != "off":
+        self._jsonl = JsonlSink(entry.folder, self.first) if self._writes else None
+        self._sinks: list[MetricSink] = [] if self._jsonl is None else [self._jsonl]
+        if self._config.wandb != "off" and self._writes:
             self._sinks.append(self._wandb(group))
         self._logged_step, self._logged_at, self._waited = self.first, time.perf_counter(), 0.0
 
@@ -143,6 +153,9 @@ class Member:
         self._logged_step, self._logged_at, self._waited = self.done, now, waiting.seconds
 
     def _finish(self) -> None:
+        self.outcome = "finished"
+        if not self._writes:
+            return
         threshold = calibrate_threshold(
             self._take_step.state,
             self._conditioning,
@@ -151,9 +164,11 @@ class Member:
             max_rows=self._config.calibration_tokens,
         )
         self._save(threshold)
-        self.outcome = "finished"
 
     def _park(self, error: NonFiniteLoss) -> None:
+        self.outcome = "parked"
+        if not self._writes:
+            return
         self._writer.wait()
         last = max(list_checkpoints(self.entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
         publish_parked(
@@ -162,10 +177,12 @@ class Member:
             loss=error.loss,
             checkpoint=None if last is None else last.folder,
         )
-        self.outcome = "parked"
 
     def _save(self, calibrated: float | None) -> None:
         """Snapshot the state and hand it to the writer; `calibrated` is the threshold of a finished run."""
+        jsonl = self._jsonl
+        if jsonl is None:
+            return
         self._writer.wait()
         state, step, finished = self._take_step.state, self.done, calibrated is not None
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors().items()}
@@ -174,7 +191,7 @@ class Member:
         folder, config = self.entry.folder, self._config
 
         def write() -> None:
-            self._jsonl.sync()
+            jsonl.sync()
             transcoder = self._transcoder()
             transcoder.set_weights(self._conditioning.fold(weights, threshold))
             save_checkpoint(folder, step, tensors, transcoder, finished=finished)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -45,6 +46,18 @@ class Rank:
         if self.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local % torch.cuda.device_count()}"
         return device
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Join the other ranks, so that collectives of torch.distributed work; on the CPU, through gloo."""
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", rank=self.index, world_size=self.world)
+        try:
+            yield
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
 
 
 _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

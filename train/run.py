@@ -119,14 +119,21 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
         raise UserError("no shard set: pass --shards with the folder that harvest wrote, such as data/l17")
     shards = ShardSet.open(config.shards)
     device = resolve_device(rank.device(config.device))
-    stream = _stream(config, shards, config.order_seed, pin_memory=device.type == "cuda")
+    team = rank if config.parallel == "data" and rank.world > 1 else None
+    if team is not None and device.type != "cpu":
+        raise UserError(
+            f"--parallel data shares batches between CPU processes only, and the device is {device}; use --device cpu, "
+            "or --parallel configs with one run for each GPU"
+        )
+    part = (0, 1) if team is None else (team.index, team.world)
+    stream = _stream(config, shards, config.order_seed, part=part, pin_memory=device.type == "cuda")
     every = [_entry(member, shards, stream.n_rows) for member in members(config)]
     group: str | None = None
     if is_fleet(config):
         folder, facts = fleet_folder(config), stream_record(config, shards)
         refuse_other_fleet(folder, facts)
         group = folder.name
-    entries = rank.share(every)
+    entries = rank.share(every) if team is None else every
     for entry in entries:
         refuse_other_run(entry.folder, entry.record)
     left = [entry for entry in entries if not _is_over(entry)]
@@ -139,12 +146,14 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
         make_directory(fleet_folder(config))
         publish_fleet(fleet_folder(config), stream_record(config, shards), [entry.name for entry in every])
     with ExitStack() as held:
-        for entry in left:
+        if team is not None:
+            held.enter_context(team.together())
+        for entry in left if team is None or team.index == 0 else ():
             make_directory(entry.folder)
             held.enter_context(exclusive(entry.folder))
             if not (entry.folder / RUN_FILE).exists():
                 publish_json(entry.folder / RUN_FILE, entry.record)
-        fleet = _Fleet(config, shards, stream, device)
+        fleet = _Fleet(config, shards, stream, device, team)
         taken = fleet.go(left, progress or Silent(), group)
     return FleetResult(tuple(_result(entry, taken.get(entry.name, 0)) for entry in entries), fleet.stopped_by)
 
@@ -152,11 +161,14 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
 class _Fleet:
     """The runs that are left, and what they share."""
 
-    def __init__(self, config: TrainConfig, shards: ShardSet, stream: Stream, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, shards: ShardSet, stream: Stream, device: torch.device, team: Rank | None
+    ) -> None:
         self._config = config
         self._shards = shards
         self._stream = stream
         self._device = device
+        self._team = team
         self.stopped_by: signal.Signals | None = None
 
     def go(self, entries: Sequence[Entry], progress: Progress, group: str | None) -> dict[str, int]:
@@ -172,7 +184,9 @@ class _Fleet:
             first_rows = _FirstRows(self._config, self._shards)
             for entry in entries:
                 conditioning = conditionings[entry.plan.input, entry.settings.config.condition]
-                run = Member(entry, self._shards, conditioning, self._device, writer, first_rows, group=group)
+                run = Member(
+                    entry, self._shards, conditioning, self._device, writer, first_rows, group=group, team=self._team
+                )
                 runs.append(run)
                 closing.callback(run.close)
             first_rows.clear()
@@ -190,7 +204,7 @@ class _Fleet:
         """One pass over the stream: each batch goes through every run whose step it is."""
         waiting = Waiting()
         active = list(runs)
-        while active and stop.signal is None:
+        while active and not self._is_stopped(stop):
             # Runs that were at different steps are trained up in one pass; a pass ends early only when nobody needs
             # its next batch.
             first, last = min(run.done for run in active), max(run.entry.plan.n_steps for run in active)
@@ -198,7 +212,7 @@ class _Fleet:
             try:
                 for step in range(first, last):
                     taking = [run for run in active if run.done == step]
-                    if not taking or stop.signal is not None:
+                    if not taking or self._is_stopped(stop):
                         break
                     asked = time.perf_counter()
                     rows = Rows(next(batches), self._device)
@@ -212,6 +226,10 @@ class _Fleet:
             finally:
                 with suppress(AttributeError):
                     batches.close()  # pyright: ignore[reportAttributeAccessIssue] -- a generator
+
+    def _is_stopped(self, stop: StopRequest) -> bool:
+        """Whether a signal has come, to any of the ranks that share the batches."""
+        return stop.signal is not None if self._team is None else stop.agree()
 
     def _conditionings(self, entries: Sequence[Entry]) -> dict[tuple[str, str], Conditioning]:
         wanted = {(entry.plan.input, entry.settings.config.condition) for entry in entries}
@@ -228,7 +246,7 @@ class _FirstRows:
 
     def __call__(self, seed: int, n_rows: int) -> tuple[Tensor, Tensor]:
         """Up to `n_rows` rows; those of a smaller `n_rows` are the first of a larger one."""
-        stream = _stream(self._config, self._shards, seed ^ _INIT_SEED, pin_memory=False)
+        stream = _stream(self._config, self._shards, seed ^ _INIT_SEED)
         n_batches = max(1, min(-(-n_rows // stream.batch_rows), stream.n_rows // stream.batch_rows))
         held = self._read.get(seed)
         if held is None or len(held[0]) < n_batches * stream.batch_rows:
@@ -243,7 +261,9 @@ class _FirstRows:
         self._read.clear()
 
 
-def _stream(config: TrainConfig, shards: ShardSet, seed: int, *, pin_memory: bool) -> Stream:
+def _stream(
+    config: TrainConfig, shards: ShardSet, seed: int, *, part: tuple[int, int] = (0, 1), pin_memory: bool = False
+) -> Stream:
     return Stream(
         shards,
         batch_rows=config.batch_tokens,
@@ -251,6 +271,7 @@ def _stream(config: TrainConfig, shards: ShardSet, seed: int, *, pin_memory: boo
         seed=seed,
         max_norm=config.max_norm,
         n_readers=config.readers,
+        part=part,
         pin_memory=pin_memory,
     )
 

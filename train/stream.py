@@ -69,11 +69,13 @@ class Stream:
         seed: int,
         max_norm: float | None = None,
         n_readers: int = 1,
+        part: tuple[int, int] = (0, 1),
         pin_memory: bool = False,
     ) -> None:
         """`max_norm` leaves out rows whose source norm exceeds that multiple of the median.
 
-        `n_readers` threads read and decode blocks ahead; the batches do not depend on it.
+        `n_readers` threads read and decode blocks ahead; the batches do not depend on it. `part` (i, n) gives the i-th
+        of n equal parts of every batch, and reads only what that needs: the parts one after another are the batch.
         """
         self._shards = shards
         self._split = shards.train
@@ -82,6 +84,14 @@ class Stream:
         self._n_readers = n_readers
         self.batch_rows = batch_rows
         self.n_streams = next(n for n in range(min(MAX_STREAMS, batch_rows), 0, -1) if batch_rows % n == 0)
+        index, n_parts = part
+        if self.n_streams % n_parts:
+            raise UserError(
+                f"a batch of {batch_rows} rows is dealt from {self.n_streams} streams, which {n_parts} ranks cannot "
+                f"share equally; use 1, 2, 4 or {MAX_STREAMS} ranks and a batch that is a multiple of {MAX_STREAMS}"
+            )
+        per_part = self.n_streams // n_parts
+        self._own = range(index * per_part, (index + 1) * per_part)
         self._block_rows = max(1, buffer_rows // self.n_streams)
         self._norm_bound = None if max_norm is None else max_norm * shards.norm_quantiles("source")[0.5]
         self._chunks = self._count_chunks()
@@ -115,7 +125,7 @@ class Stream:
     ) -> None:
         try:
             with ThreadPoolExecutor(max_workers=self._n_readers, thread_name_prefix="chunks") as executor:
-                cursors = [_LaneCursor(self, stream, executor) for stream in range(self.n_streams)]
+                cursors = [_LaneCursor(self, stream, executor) for stream in self._own]
                 for step in range(start, stop):
                     batch = self._assemble(step, cursors)
                     while not ended.is_set():
@@ -137,10 +147,11 @@ class Stream:
 
     def _assemble(self, step: int, cursors: list[_LaneCursor]) -> Batch:
         n = self.batch_rows // self.n_streams
-        source = torch.empty(self.batch_rows, self._shards.d_in, dtype=torch.bfloat16, pin_memory=self._pin)
-        target = torch.empty(self.batch_rows, self._shards.d_out, dtype=torch.bfloat16, pin_memory=self._pin)
-        for stream, cursor in enumerate(cursors):
-            here = slice(stream * n, (stream + 1) * n)
+        n_rows = n * len(cursors)
+        source = torch.empty(n_rows, self._shards.d_in, dtype=torch.bfloat16, pin_memory=self._pin)
+        target = torch.empty(n_rows, self._shards.d_out, dtype=torch.bfloat16, pin_memory=self._pin)
+        for number, cursor in enumerate(cursors):
+            here = slice(number * n, (number + 1) * n)
             cursor.copy(step * n, source[here], target[here])
         return Batch(source, target)
 

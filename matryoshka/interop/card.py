@@ -17,6 +17,8 @@ _LIBRARY = {
     "gemma-scope": "saelens",
     "gemma-scope-2": "saelens",
     "circuit-tracer": "circuit-tracer",
+    "delphi": "matryoshka-transcoders",
+    "neuronpedia": "matryoshka-transcoders",
     "native": "matryoshka-transcoders",
 }
 
@@ -40,6 +42,13 @@ y_hat = (pre_acts.relu() * (pre_acts > w["threshold"])) @ w["w_dec"] + w["b_dec"
     "circuit-tracer": """from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
 
 transcoders, config = load_transcoder_from_hub("user/repo")""",
+    "delphi": """from delphi.latents import LatentDataset
+
+dataset = LatentDataset("user/repo", sampler_cfg, constructor_cfg)  # the folder that holds {place}/""",
+    "neuronpedia": """import json
+
+batch = json.load(open("{place}/batch-0.json"))
+print(batch["features"][0]["activations"][0]["tokens"])""",
     "native": """from matryoshka import Transcoder
 
 transcoder = Transcoder.load("{place}")

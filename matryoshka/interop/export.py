@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.errors import UserError
-from matryoshka.interop import circuit_tracer, gemma_scope, gemma_scope_2, saelens
+from matryoshka.interop import circuit_tracer, delphi, gemma_scope, gemma_scope_2, neuronpedia, saelens
 from matryoshka.interop.card import model_card
 from matryoshka.interop.origin import Origin
 from matryoshka.interop.weight_files import write_json
 from matryoshka.runs import FORMAT_VERSION, changed_fields, check_directory, fsync_path, make_directory, read_json
+from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 RECORD_FILE = "export.json"
 CARD_FILE = "README.md"
 
-FORMATS = ("saelens", "circuit-tracer", "gemma-scope", "gemma-scope-2", "native")
+FORMATS = ("saelens", "circuit-tracer", "gemma-scope", "gemma-scope-2", "delphi", "neuronpedia", "native")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +37,37 @@ class Exported:
     """Whether the folder held just this already, so that nothing was written."""
 
 
-def export(transcoders: Sequence[Transcoder], form: str, out: Path, origin: Origin | None = None) -> Exported:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Material:
+    """What some formats are made of besides the weights."""
+
+    shards: ShardSet | None = None
+    """For delphi: the set whose val rows go into the cache."""
+    samples: neuronpedia.Samples | None = None
+    """For neuronpedia: the examples of each latent."""
+
+
+def export(
+    transcoders: Sequence[Transcoder],
+    form: str,
+    out: Path,
+    origin: Origin | None = None,
+    material: Material | None = None,
+) -> Exported:
     """Publish `transcoders` at `out` in the format `form`; all formats but circuit-tracer take one.
 
-    The folder is written beside its place and renamed. Raises UserError when the format cannot express the transcoder,
-    or `out` holds anything else.
+    The folder is written beside its place and renamed. Raises UserError when the format cannot express the transcoder
+    or lacks its material, or `out` holds anything else.
     """
-    origin = origin or Origin()
+    origin, material = origin or Origin(), material or Material()
     if form not in FORMATS:
         raise UserError(f"there is no format {form!r}; the formats are {', '.join(FORMATS)}")
     if len(transcoders) != 1 and form != "circuit-tracer":
         raise UserError(f"the format {form} holds one transcoder, and {len(transcoders)} were given; export each alone")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
-    record = _record(transcoders, form, origin)
-    place = _place(transcoders[0], form)
+    record = _record(transcoders, form, origin, material)
+    place = _place(transcoders[0], form, origin)
     check_directory(out)
     if out.is_dir() and any(out.iterdir()):
         _refuse_other(out, record)
@@ -59,7 +76,7 @@ def export(transcoders: Sequence[Transcoder], form: str, out: Path, origin: Orig
     shutil.rmtree(partial, ignore_errors=True)
     make_directory(partial / place)
     try:
-        _write(transcoders, form, partial / place, origin)
+        _write(transcoders, form, partial / place, origin, material)
         (partial / CARD_FILE).write_text(model_card(transcoders, form, place, origin), encoding="utf-8")
         write_json(partial / RECORD_FILE, record)
         for path in partial.rglob("*"):
@@ -73,25 +90,36 @@ def export(transcoders: Sequence[Transcoder], form: str, out: Path, origin: Orig
     return Exported(out, out / place, already_there=False)
 
 
-def _place(transcoder: Transcoder, form: str) -> str:
-    """Where inside the folder the weights belong; "." where the format leaves it open."""
-    if form == "gemma-scope":
-        return gemma_scope.place(transcoder)
-    return gemma_scope_2.place(transcoder) if form == "gemma-scope-2" else "."
+def _place(transcoder: Transcoder, form: str, origin: Origin) -> str:
+    """Where inside the folder the files belong; "." where the format leaves it open."""
+    if form == "neuronpedia":
+        return neuronpedia.place(transcoder, origin)
+    modules = {"gemma-scope": gemma_scope, "gemma-scope-2": gemma_scope_2, "delphi": delphi}
+    return modules[form].place(transcoder) if form in modules else "."
 
 
-def _write(transcoders: Sequence[Transcoder], form: str, folder: Path, origin: Origin) -> None:
+def _write(transcoders: Sequence[Transcoder], form: str, folder: Path, origin: Origin, material: Material) -> None:
+    first = transcoders[0]
     if form == "circuit-tracer":
         circuit_tracer.write(transcoders, folder, origin)
     elif form == "native":
-        transcoders[0].save(folder)
+        first.save(folder)
+    elif form == "delphi":
+        if material.shards is None:
+            raise UserError("delphi's cache is made from activations, and the run's shard set is gone; pass --shards")
+        delphi.write(first, folder, material.shards)
+    elif form == "neuronpedia":
+        if material.samples is None:
+            raise UserError("Neuronpedia's data is made from samples; run `evaluate samples RUN --shards DIR` first")
+        texts = material.samples.token_texts()
+        neuronpedia.write(first, folder, origin, material.samples, texts.text)
     else:
         {"saelens": saelens, "gemma-scope": gemma_scope, "gemma-scope-2": gemma_scope_2}[form].write(
-            transcoders[0], folder, origin
+            first, folder, origin
         )
 
 
-def _record(transcoders: Sequence[Transcoder], form: str, origin: Origin) -> dict[str, Any]:
+def _record(transcoders: Sequence[Transcoder], form: str, origin: Origin, material: Material) -> dict[str, Any]:
     """What was exported: the same record means the same bytes."""
     return {
         "format_version": FORMAT_VERSION,
@@ -99,6 +127,8 @@ def _record(transcoders: Sequence[Transcoder], form: str, origin: Origin) -> dic
         "run": origin.run,
         "step": origin.step,
         "n_layers": origin.n_layers,
+        "shard_set": None if material.shards is None else material.shards.digest,
+        "samples": None if material.samples is None else material.samples.digest,
         "transcoders": {
             transcoder.config.source_hook: {
                 "config": transcoder.config.model_dump(mode="json"),

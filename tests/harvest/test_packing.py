@@ -194,3 +194,31 @@ def test_share_and_seed_of_the_split() -> None:
         "train",
         "val",
     ]
+
+
+def test_unpacked_contexts_are_of_one_document() -> None:
+    texts = make_texts(LENGTHS)
+    packing = Packing(ctx_len=CTX, bos_id=BOS, val_fraction=0.3, seed=0, pad_id=0)
+    found = jobs(texts, 100_000, packing)
+    wanted: dict[str, list[list[int]]] = {"train": [], "val": []}
+    for text in texts:
+        document = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        ids = tokenize([text])[0]
+        for number, start in enumerate(range(0, len(ids), CTX - 1)):
+            context = [BOS, *ids[start : start + CTX - 1]]
+            split = assign_split(document, number // BLOCK_CONTEXTS, packing)
+            wanted[split].append(context + [0] * (CTX - len(context)))
+    for split, contexts in wanted.items():
+        assert [c.tolist() for job in found if job.split == split for c in job.tokens] == contexts
+        assert all(bool((job.doc_ids == job.doc_ids[:, :1]).all()) for job in found)
+
+
+def test_long_documents_are_cut_on_request() -> None:
+    texts = make_texts(LENGTHS)
+    packing = Packing(ctx_len=CTX, bos_id=BOS, val_fraction=0.3, seed=0, max_doc_tokens=20)
+    short = [" ".join(text.split()[:20]) for text in texts]
+    # The split goes by the hash of the whole text, so it is not that of the short one.
+    tokens = {t for job in jobs(texts, 100_000, packing) for t in job.tokens.flatten().tolist()} - {BOS}
+    kept = {t for text in short for t in tokenize([text])[0]}
+    assert tokens <= kept
+    assert len(kept) - len(tokens) < 2 * (CTX - 1)

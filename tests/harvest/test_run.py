@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from matryoshka import launch
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.runs import exclusive
@@ -29,26 +28,6 @@ FAR = 120.0
 """Seconds after which a process that should have done something is given up."""
 
 Harvest = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture(scope="module")
-def arguments(tiny_gemma2: Path, tiny_text: Path) -> list[str]:
-    return [
-        *("run", "--layer", str(LAYER), "--model", str(tiny_gemma2), "--dataset", str(tiny_text)),
-        *(
-            "--tokens",
-            "4k",
-            "--ctx-len",
-            str(CTX_LEN),
-            "--batch-size",
-            str(BATCH),
-            "--dtype",
-            "fp32",
-            "--device",
-            "cpu",
-        ),
-        *("--set", "harvest.val_fraction=0.1"),
-    ]
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -73,37 +52,6 @@ def done(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tupl
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == ""
     return folder / "l1", finished.stderr
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_gemma2: Path) -> LanguageModel:
-    return LanguageModel.load(str(tiny_gemma2), dtype="fp32", device="cpu")
-
-
-@pytest.fixture
-def harvest(
-    arguments: list[str],
-    lm: LanguageModel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> Harvest:
-    """`harvest run ...` in this process, with a model that is loaded already: (exit code, stderr)."""
-
-    def run(*extra: str, out: Path | None = None) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["harvest", *arguments, "--out", str(out or tmp_path / "out"), *extra])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            launch.harvest()
-        out_text, err = capfd.readouterr()
-        assert out_text == ""
-        assert isinstance(end.value.code, int)
-        return end.value.code, err
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: lm)
-    return run
 
 
 @pytest.fixture
@@ -387,12 +335,14 @@ def test_a_set_in_use_is_left_alone(harvest: Harvest, tmp_path: Path) -> None:
     assert harvest()[0] == 0
 
 
-def test_too_large_a_batch_says_so(harvest: Harvest, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_for_one_context_says_so(
+    harvest: Harvest, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def capture(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(lm, "capture", capture)
-    assert "use a smaller --batch-size" in refused(harvest())
+    assert "does not hold a forward pass of a single context of 16 tokens" in refused(harvest())
 
 
 def test_nan_activations_are_refused(

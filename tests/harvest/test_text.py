@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
 import pytest
 
 from harvest.config import HarvestConfig
@@ -149,6 +152,9 @@ def test_hub_rows_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = documents(config("some/name", **settings))
     assert [next(found), next(found)] == ["one", "two"]
     assert calls == [(("some/name", "sample"), {"split": "test", "revision": "abc", "streaming": True})]
+    # the commit that the manifest names wins: a branch moves on
+    next(documents(config("some/name", **settings), {"commit": "c0ffee"}))
+    assert calls[-1][1]["revision"] == "c0ffee"
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -181,5 +187,50 @@ def test_facts_show_a_changed_folder(tmp_path: Path) -> None:
     assert (facts["n_files"], facts["n_bytes"]) == (2, 10)
     (tmp_path / "b.txt").rename(tmp_path / "0.txt")  # the same files and sizes in another order
     assert dataset_facts(config(tmp_path))["files_digest"] != facts["files_digest"]
-    hub = dataset_facts(config("some/name", dataset_revision="abc"))
-    assert (hub["name"], hub["revision"], hub["split"]) == ("some/name", "abc", "train")
+
+
+class Hub:
+    """Stands for the hub's client."""
+
+    def dataset_info(self, name: str, *, revision: str | None, timeout: float) -> Any:
+        assert timeout < 60
+        if name != "some/name":
+            raise ConnectionError("offline")
+        return SimpleNamespace(sha=f"commit of {revision}")
+
+
+def test_a_hub_dataset_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    facts = dataset_facts(config("some/name", dataset_revision="main"))
+    assert (facts["name"], facts["revision"], facts["split"]) == ("some/name", "main", "train")
+    assert facts["commit"] == "commit of main"
+    assert dataset_facts(config("other/name"))["commit"] is None
+    # a set that was begun keeps to its commit, also when the hub cannot be asked; the first sets had none
+    begun = {**facts, "commit": "older"}
+    assert dataset_facts(config("some/name", dataset_revision="main"), begun)["commit"] == "older"
+    assert "commit" not in dataset_facts(config("some/name"), {"name": "some/name"})
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files(suffix: str, tmp_path: Path) -> None:
+    compress = gzip.compress if suffix == ".gz" else lambda data: bytes(pyarrow.compress(data, codec="zstd"))
+    (tmp_path / f"b.txt{suffix}").write_bytes(compress("caf\u00e9\n".encode() * 3))
+    rows = "".join(json.dumps({"text": f"row {i} " + "x" * 50}) + "\n" for i in range(5000)).encode()
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(rows))
+    found = read(tmp_path)
+    assert found[:-1] == [f"row {i} " + "x" * 50 for i in range(5000)]
+    assert found[-1] == "caf\u00e9\n" * 3
+    assert read(tmp_path / f"b.txt{suffix}") == found[-1:]
+    assert "does not exist" in refused(f"missing.jsonl{suffix}")
+    for broken in (b"not packed at all", compress(rows)[:-40]):
+        (tmp_path / f"a.jsonl{suffix}").write_bytes(broken)
+        assert f"a.jsonl{suffix} cannot be read as UTF-8 text in {suffix}" in refused(tmp_path)
+    (tmp_path / f"c.csv{suffix}").write_bytes(b"x")
+    assert "is none of .txt, .jsonl, .parquet" in refused(tmp_path / f"c.csv{suffix}")
+
+
+def test_repeated_documents_are_left_out_on_request(tmp_path: Path) -> None:
+    texts = ["one", "two", "one", "two ", "three", "two", "one"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    assert read(path) == texts
+    assert read(path, dedup=True) == ["one", "two", "two ", "three"]

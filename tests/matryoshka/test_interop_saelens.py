@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from matryoshka.errors import UserError
 from matryoshka.interop.export import export
 from matryoshka.interop.origin import Origin
+from matryoshka.lm import LanguageModel
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 # sae_lens imports a deprecated module of TransformerLens, and tells how to load the language model.
@@ -170,3 +171,36 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     file.write_bytes(b"no tensors")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         Transcoder.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("convention", ["resid_mid", "normalized", "mlp_in"])
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gemma2"])
+def test_saelens_runs_a_model_with_it(
+    name: str, convention: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """add_sae on SAELens's own model gives the logits of our splice: the hook names are those it wants."""
+    from sae_lens import SAE
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    folder = str(request.getfixturevalue(name))
+    config = make().config.model_dump() | {"d_in": 24, "d_out": 24, "input": convention, "model": folder}
+    config |= {"source_hook": "blocks.1.hook_resid_mid", "target_hook": "blocks.1.hook_mlp_out"}
+    transcoder = Transcoder(TranscoderConfig(**config))
+    generator = torch.Generator().manual_seed(3)
+    transcoder.set_weights(
+        {name: torch.randn(p.shape, generator=generator) * 0.3 for name, p in transcoder.named_parameters()}
+    )
+    export([transcoder], "saelens", tmp_path / "out")
+    model = LanguageModel.load(folder, dtype="float32", device="cpu")
+    tokens = torch.randint(4, 90, (2, 11), generator=torch.Generator().manual_seed(0))
+    with transcoder.spliced_into(model):
+        expected = model.logits(tokens)
+    bridge: Any = model._bridge
+    # What SAETransformerBridge.boot_transformers does to a bridge it has booted.
+    bridge.__class__ = SAETransformerBridge
+    bridge._acts_to_saes, bridge._transcoder_output_hooks = {}, {}
+    clean = bridge(tokens)
+    bridge.add_sae(SAE.load_from_disk(tmp_path / "out"), use_error_term=False)
+    spliced = bridge(tokens)
+    torch.testing.assert_close(spliced, expected, atol=1e-4, rtol=1e-4)
+    assert (spliced - clean).norm() > 0.01 * clean.norm()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from train.run import FleetResult, Silent, TrainResult, train, train_fleet
 from train.step import StepReport
 from train.stream import Batch, Stream
 
+ROOT = Path(__file__).resolve().parents[2]
 FILES = ("transcoder.safetensors", "optimizer.safetensors", "config.json", "state.json")
 LIST = (
     {"name": "plain"},
@@ -213,6 +216,22 @@ def test_ranks_share_the_fleet(run_settings: dict[str, Any], tmp_path: Path) -> 
     assert [list(runs) for runs in ranks] == [["plain", "other"], ["wide"]]
     for name, run in (ranks[0] | ranks[1]).items():
         assert trained(run) == trained(whole[name])
+
+
+def test_torchrun_spreads_the_runs_over_its_ranks(run_settings: dict[str, Any], tmp_path: Path) -> None:
+    whole = by_name(train_fleet(config_of(run_settings, tmp_path / "whole", fleet=LIST)))
+    config = tmp_path / "sweep.yaml"
+    config.write_text(json.dumps({"train": run_settings | {"fleet": LIST, "out": str(tmp_path / "shared")}}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [*launcher, "-m", "train", "run", "--config", str(config), "--parallel", "configs"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, run in whole.items():
+        assert run.checkpoint is not None
+        shared = TrainResult(
+            tmp_path / "shared" / name, tmp_path / "shared" / run.checkpoint.relative_to(tmp_path / "whole"), 0, 0
+        )
+        assert trained(shared) == trained(run)
 
 
 def test_more_ranks_than_runs(run_settings: dict[str, Any], tmp_path: Path) -> None:

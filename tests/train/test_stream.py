@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +29,7 @@ def keys(source: Tensor, target: Tensor) -> list[bytes]:
     return [row.numpy().tobytes() for row in pairs]
 
 
-def stream_of(
-    shards: ShardSet, batch_rows: int = 64, buffer_rows: int = 300, seed: int = 3, **options: float
-) -> Stream:
+def stream_of(shards: ShardSet, batch_rows: int = 64, buffer_rows: int = 300, seed: int = 3, **options: Any) -> Stream:
     return Stream(shards, batch_rows=batch_rows, buffer_rows=buffer_rows, seed=seed, **options)  # pyright: ignore
 
 
@@ -115,3 +116,55 @@ def test_a_reading_error_reaches_the_trainer(random_shards: ShardSet, monkeypatc
 def test_a_batch_larger_than_the_set_is_refused(random_shards: ShardSet) -> None:
     with pytest.raises(UserError, match="fewer than one batch"):
         stream_of(random_shards, batch_rows=100_000)
+
+
+class Documents:
+    """A large set as the stream sees it, whose activations are the number of each row's document: a context each."""
+
+    def __init__(self, n_shards: int, contexts: int, ctx_len: int, chunk_positions: int) -> None:
+        self.path, self.d_in, self.d_out = Path("documents"), 2, 2  # the 32 bits of a number as two bfloat16
+        keep = torch.ones(ctx_len, contexts, dtype=torch.bool)
+        keep[0] = False
+
+        def activations(_side: str, shard: int, start: int, stop: int) -> Tensor:
+            ids = torch.arange(contexts, dtype=torch.int32) + shard * contexts
+            return ids.expand(stop - start, contexts).contiguous().unsqueeze(2).view(torch.bfloat16)
+
+        self.train = SimpleNamespace(
+            n_shards=n_shards, chunk_positions=chunk_positions, keep=lambda _: keep.clone(), activations=activations
+        )
+
+
+def test_few_rows_of_a_batch_share_a_document() -> None:
+    """The layout of 15M tokens, 64 contexts of 1024 a shard in chunks of 8 positions, with a buffer of 131k rows."""
+    documents: Any = Documents(n_shards=228, contexts=64, ctx_len=1024, chunk_positions=8)
+    stream = Stream(documents, batch_rows=4096, buffer_rows=131_072, seed=0)
+    for start in (0, 100):
+        (batch,) = stream.batches(start, start + 1)
+        counts = torch.unique(batch.source.contiguous().view(torch.int32), return_counts=True)[1].double()
+        others = float((counts * (counts - 1)).sum()) / 4096
+        # Drawn at random it would be 4096 / 14592 = 0.28; in the order of the contexts, 16 and more.
+        assert others < 1
+
+
+@pytest.mark.parametrize("n_readers", [2, 4])
+def test_reader_threads_change_nothing(random_shards: ShardSet, n_readers: int) -> None:
+    one = list(stream_of(random_shards).batches(0, 60))
+    many = list(stream_of(random_shards, n_readers=n_readers).batches(0, 60))
+    assert all(
+        torch.equal(a.source, b.source) and torch.equal(a.target, b.target) for a, b in zip(one, many, strict=True)
+    )
+
+
+@pytest.mark.parametrize("n_parts", [2, 4])
+def test_the_parts_of_the_ranks_are_the_batch(random_shards: ShardSet, n_parts: int) -> None:
+    whole = list(stream_of(random_shards).batches(3, 50))
+    parts = [list(stream_of(random_shards, part=(i, n_parts)).batches(3, 50)) for i in range(n_parts)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part[step].source for part in parts]), batch.source)
+        assert torch.equal(torch.cat([part[step].target for part in parts]), batch.target)
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused(random_shards: ShardSet) -> None:
+    with pytest.raises(UserError, match="8 streams, which 3 ranks cannot share"):
+        stream_of(random_shards, part=(0, 3))

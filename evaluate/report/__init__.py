@@ -1,0 +1,1 @@
+"""`evaluate report`: a folder of pages that opens from the disk."""

@@ -1,0 +1,108 @@
+"""The data files of the latent pages: windows in chunks, and the text that is searched."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..samples_file import Histogram, Window
+from ..show import visible
+from .data_file import write_data
+
+CHUNK_LATENTS = 32
+TEXT_LATENTS = 1024
+SEARCHED_WINDOWS = 8
+"""Top windows of a latent that the search looks at."""
+WORDS = 6
+WINDOW_FIELDS = ("kind", "decile", "rank", "context", "position", "doc", "peak", "act", "tokens", "acts")
+"""`acts` is index, activation, index, activation, ... of the tokens on which the latent fires."""
+
+
+class ChunkWriter:
+    """Writes chunk-N.js and text-N.js as windows come, in the order of the latents."""
+
+    def __init__(
+        self,
+        folder: Path,
+        histograms: list[Histogram],
+        near: list[list[tuple[int, float]]],
+        text_of: Callable[[int], str],
+    ) -> None:
+        self._folder, self._histograms, self._near = folder, histograms, near
+        self._text_of = cache(lambda token: visible(text_of(token)))
+        self._words: list[str] = []
+        self._texts: list[str] = []
+        self._chunk: list[dict[str, Any]] = []
+        self._strings: dict[str, int] = {}
+
+    def add(self, windows: list[Window]) -> int:
+        """Take the windows of the next latents; returns how many latents were written."""
+        before = len(self._words)
+        for latent, own in itertools.groupby(windows, key=lambda window: window.latent):
+            # Latents without a single window, such as in a set without silent contexts, come as empty ones.
+            while len(self._words) < latent:
+                self._latent([])
+            self._latent(list(own))
+        return len(self._words) - before
+
+    def finish(self) -> list[str]:
+        """Write what is left; returns for each latent the tokens it fires on most."""
+        while len(self._words) < len(self._histograms):
+            self._latent([])
+        self._flush_chunk()
+        self._flush_text()
+        return self._words
+
+    def _latent(self, windows: list[Window]) -> None:
+        histogram = self._histograms[len(self._words)]
+        counts = histogram.counts
+        while counts and counts[-1] == 0:
+            counts = counts[:-1]
+        self._chunk.append(
+            {
+                "n": histogram.n_rows,
+                "width": histogram.width,
+                "counts": counts,
+                "near": self._near[len(self._words)],
+                "windows": [self._window(window) for window in windows],
+            }
+        )
+        top = [window for window in windows if window.kind == "top"]
+        peaks = dict.fromkeys(self._text_of(window.tokens[window.peak]).strip() for window in top)
+        self._words.append("  ".join(list(peaks)[:WORDS]))
+        texts = ["".join(map(self._text_of, window.tokens)) for window in top[:SEARCHED_WINDOWS]]
+        self._texts.append("\n".join(texts).lower())
+        if len(self._words) % CHUNK_LATENTS == 0:
+            self._flush_chunk()
+        if len(self._words) % TEXT_LATENTS == 0:
+            self._flush_text()
+
+    def _window(self, window: Window) -> list[Any]:
+        """In the order of WINDOW_FIELDS; a list and not an object, which would be half again as large."""
+        acts = [x for i, act in enumerate(window.acts) if act > 0 for x in (i, _short(act))]
+        strings = self._strings
+        tokens = [strings.setdefault(self._text_of(token), len(strings)) for token in window.tokens]
+        place = [window.context, window.position, window.doc_id, window.peak]
+        return [window.kind, window.decile, window.rank, *place, _short(window.act), tokens, acts]
+
+    def _flush_chunk(self) -> None:
+        if self._chunk:
+            number = (len(self._words) - 1) // CHUNK_LATENTS
+            write_data(
+                self._folder,
+                f"chunk-{number}",
+                {"fields": WINDOW_FIELDS, "texts": list(self._strings), "latents": self._chunk},
+            )
+        self._chunk, self._strings = [], {}
+
+    def _flush_text(self) -> None:
+        if self._texts:
+            write_data(self._folder, f"text-{(len(self._words) - 1) // TEXT_LATENTS}", self._texts)
+        self._texts = []
+
+
+def _short(act: float) -> float:
+    return float(f"{act:.7g}")

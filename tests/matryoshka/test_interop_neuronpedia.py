@@ -1,0 +1,137 @@
+"""SAEDashboard's JSON from a folder of samples made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from matryoshka.errors import UserError
+from matryoshka.interop import neuronpedia
+from matryoshka.interop.export import Material, export
+from matryoshka.interop.neuronpedia import Samples
+from matryoshka.interop.origin import Origin
+from matryoshka.transcoder import Transcoder, TranscoderConfig
+
+ORIGIN = Origin(run="l3-k4", ctx_len=10, dataset="pile")
+PLACE = "gemma-2-2b_l3-k4_blocks.3.ln2.hook_normalized_16"
+
+
+def make() -> Transcoder:
+    config = TranscoderConfig(
+        d_in=12,
+        d_out=10,
+        group_sizes=(5, 11),
+        k=4,
+        input="normalized",
+        source_hook="blocks.3.hook_resid_mid",
+        target_hook="blocks.3.hook_mlp_out",
+        model="google/gemma-2-2b",
+    )
+    transcoder = Transcoder(config)
+    generator = torch.Generator().manual_seed(0)
+    transcoder.set_weights(
+        {name: torch.randn(p.shape, generator=generator) for name, p in transcoder.named_parameters()}
+    )
+    return transcoder
+
+
+def window(latent: int, kind: str, act: float, decile: int | None = None) -> dict[str, Any]:
+    acts = [0.0, 0.25, act, 0.0]
+    return {
+        "latent": latent,
+        "kind": kind,
+        "decile": decile,
+        "act": act,
+        "peak": 2,
+        "tokens": [7, 8, 9, 7],
+        "acts": acts,
+    }
+
+
+WINDOWS = [
+    window(1, "top", 5.0),
+    window(1, "decile", 3.0, 9),
+    window(1, "decile", 2.5, 9),
+    window(1, "decile", 0.5, 1),
+    window(1, "random", 0.0),
+    window(4, "random", 0.0),
+    window(9, "top", 1.23456),
+]
+
+
+@pytest.fixture
+def samples(tmp_path: Path, tiny_llama: Path) -> Samples:
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(WINDOWS), folder / "samples.parquet", row_group_size=3)
+    counts = [[0, 0, 0, 0] for _ in range(16)]
+    counts[1] = [6, 0, 2, 0]
+    counts[9] = [1, 0, 0, 0]
+    table = {"n_rows": [sum(row) for row in counts], "width": [2.0] * 16, "counts": counts}
+    pq.write_table(pa.table(table), folder / "histograms.parquet")
+    mark = {
+        "format_version": 1,
+        "transcoder": {"sha256": "abc"},
+        "shard_set": {"model_revision": None},
+        "tokenizer": str(tiny_llama),
+        "n_rows": 80,
+    }
+    (folder / "samples.json").write_text(json.dumps(mark))
+    return Samples.open(folder)
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / PLACE / name).read_text())
+
+
+def test_features(samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neuronpedia, "LATENTS_PER_BATCH", 4)
+    transcoder = make()
+    export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, Material(samples=samples))
+    batches = [read(tmp_path / "out", f"batch-{i}.json") for i in range(3)]
+    assert [[f["feature_index"] for f in batch["features"]] for batch in batches] == [[1], [], [9]]
+    head = {"model_id": "gemma-2-2b", "layer": 3, "sae_set": "l3-k4", "sae_id_suffix": None}
+    assert all(head.items() <= batch.items() for batch in batches)
+    feature = batches[0]["features"][0]
+    assert feature["frac_nonzero"] == 8 / 80
+    assert feature["freq_hist_data_bar_values"] == [1.0, 3.0, 5.0]
+    assert feature["freq_hist_data_bar_heights"] == [6, 0, 2]
+    assert (feature["n_prompts_total"], feature["n_tokens_in_prompt"], feature["dataset"]) == (8, 10, "pile")
+    row = transcoder.W_dec[1].tolist()
+    largest = sorted(range(10), key=lambda i: -row[i])[:3]
+    assert feature["neuron_alignment_indices"] == largest
+    assert feature["neuron_alignment_values"] == [round(row[i], 3) for i in largest]
+    total = sum(abs(value) for value in row)
+    assert feature["neuron_alignment_l1"] == pytest.approx([row[i] / total for i in largest], abs=1e-3)
+    bins = [(a["bin_min"], a["bin_max"], a["bin_contains"]) for a in feature["activations"]]
+    assert bins == [(-1, 5.0, -1), (2.5, 3.0, 0.1), (2.5, 3.0, 0.1), (0.5, 0.5, 0.1)]
+    assert feature["activations"][0]["tokens"] == ["w3", "w4", "w5", "w3"]  # four special tokens come first
+    assert feature["activations"][0]["values"] == [0.0, 0.25, 5.0, 0.0]
+    assert feature["activations"][0]["qualifying_token_index"] == 2
+    assert batches[2]["features"][0]["activations"][0]["values"][2] == 1.235
+    skipped = read(tmp_path / "out", "skipped_indexes.json")["skipped_indexes"]
+    assert skipped == [latent for latent in range(16) if latent not in (1, 9)]
+
+
+def test_a_prefix_has_only_its_latents(samples: Samples, tmp_path: Path) -> None:
+    export([make().prefix(1)], "neuronpedia", tmp_path / "out", ORIGIN, Material(samples=samples))
+    place = tmp_path / "out" / PLACE.replace("_16", "_5")
+    assert [f["feature_index"] for f in json.loads((place / "batch-0.json").read_text())["features"]] == [1]
+    assert json.loads((place / "skipped_indexes.json").read_text())["skipped_indexes"] == [0, 2, 3, 4]
+
+
+def test_without_samples_it_says_how_to_make_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="evaluate samples RUN"):
+        export([make()], "neuronpedia", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="holds no samples"):
+        Samples.open(tmp_path)
+    (tmp_path / "samples.json").write_text('{"format_version": 2}')
+    with pytest.raises(UserError, match="format_version 2"):
+        Samples.open(tmp_path)
