@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := matryoshka harvest train evaluate tests examples benchmarks
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test check lint format browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_inputs.py data/demo/inputs
 	$(BIN)/pipeline run examples/demo.yaml
+	$(BIN)/evaluate report data/demo/runs/l15-k32 --shards data/demo/l15
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	$(BIN)/python -m pytest
 
 check: lint test
@@ -25,6 +26,11 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+# The report's tests open it in a real browser. Elsewhere than on Debian, install chromium and chromedriver by hand.
+browser:
+	@command -v chromium chromedriver >/dev/null || { apt-get -qq update && \
+		apt-get -qq install -y --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; }
 
 # torch first and alone: resolved together with the rest, some indexes would bring gigabytes of CUDA.
 $(VENV)/.torch: constraints.txt

@@ -34,34 +34,49 @@ def command(args: argparse.Namespace, out: Path) -> list[str]:
     return [sys.executable, "-m", "harvest", "run", *options, "--out", str(out), "--set", "harvest.val_fraction=0.1"]
 
 
+def until_it_writes(process: subprocess.Popen[str]) -> None:
+    """Until the harvest has said its estimate: the model is loaded, and the first shard about to be made."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "tokens to harvest" in line:
+            return
+
+
 def kill_at_random(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
-    """The kills. A process is given a random share of the time that a whole harvest takes."""
+    """The kills, at random moments of the time in which an uninterrupted harvest makes and finishes its shards."""
     wanted, out = folder / "wanted", folder / "out"
-    started = time.monotonic()
-    subprocess.run(command(args, wanted), check=True, capture_output=True, cwd=folder)
-    whole = time.monotonic() - started
-    n_killed, committed = 0, []
-    while n_killed < args.kills:
-        process = subprocess.Popen(command(args, out), cwd=folder, stderr=subprocess.DEVNULL)
-        # Early moments are those of loading; the writing begins in the last third.
-        time.sleep(whole * draw.uniform(0.3, 1.0))
-        if process.poll() is not None:
-            # Finished before its end came: begin anew, this kill did not happen.
+    with subprocess.Popen(command(args, wanted), cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+        until_it_writes(process)
+        started = time.monotonic()
+        process.communicate()
+        writing = time.monotonic() - started
+    assert process.returncode == 0
+    n_shards = len(list(wanted.glob("manifest/*.json")))
+    committed = []
+    while len(committed) < args.kills:
+        left = 1 - len(list(out.glob("manifest/*.json"))) / n_shards
+        with subprocess.Popen(command(args, out), cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+            until_it_writes(process)
+            time.sleep(writing * draw.uniform(0, 0.2 + 0.8 * left))
+            killed = process.poll() is None
+            process.kill()
+        if killed:
+            committed.append(len(list(out.glob("manifest/*.json"))))
+        else:
+            # It was done before its end came: compare, and begin anew.
             assert files(out) == files(wanted), "a set that was killed and continued differs"
             subprocess.run(["rm", "-rf", str(out)], check=True)
-            continue
-        process.kill()
-        process.wait()
-        n_killed += 1
-        committed.append(len(list(out.glob("manifest/*.json"))))
     subprocess.run(command(args, out), check=True, capture_output=True, cwd=folder)
     found = files(out)
-    same = found == files(wanted)
-    print(f"kill -9: {n_killed}, shards committed at each: {committed}")
+    whole_set = files(wanted)
+    names = sorted({*found, *whole_set})
+    other = [name for name in names if found.get(name) != whole_set.get(name)]
+    same = not other
+    print(f"kill -9: {len(committed)}, shards committed at each: {committed}")
     print(
         f"the set in the end: {len(found)} files, {'all equal to' if same else 'DIFFERENT from'} the uninterrupted one"
     )
-    assert same
+    assert same, other
 
 
 def flip_bits(args: argparse.Namespace, path: Path, draw: random.Random) -> None:

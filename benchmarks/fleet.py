@@ -2,8 +2,9 @@
 
     python benchmarks/fleet.py [--shards data/demo/l15] [--steps 24] [--rounds 3]
 
-Each round trains the fleet and then every member alone, so that a busy machine slows both sides. Times are medians over
-steps, from the end of one to the end of the next; the ratio is the median over rounds.
+Each round trains the fleet and then every member alone. Times are medians over steps, from the end of one to the end of
+the next; the ratio is the median over rounds. On a machine that others use, run it with OMP_NUM_THREADS=1 and read the
+ratio of the training thread's processor time, which leaves out the turns that others had; the data wait is beside it.
 """
 
 from __future__ import annotations
@@ -43,15 +44,20 @@ class Rounds(Silent):
     def __init__(self, last: str) -> None:
         self.last = last
         self.ends: list[float] = []
+        self.worked: list[float] = []
 
     def advanced(self, name: str, step: int, report: StepReport | None) -> None:  # noqa: ARG002
         if name == self.last:
             self.ends.append(time.perf_counter())
+            self.worked.append(time.thread_time())
 
-    def median(self) -> float:
-        """Of all but the first steps, and the last, which calibrates."""
-        seconds = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
-        return statistics.median(seconds[2:-1])
+    def median(self) -> tuple[float, float]:
+        """Seconds, and seconds of this thread's processor time, of all but the first steps and the last: it calibrates."""
+        return _median_step(self.ends), _median_step(self.worked)
+
+
+def _median_step(ends: list[float]) -> float:
+    return statistics.median([b - a for a, b in zip(ends, ends[1:], strict=False)][2:-1])
 
 
 class PeakMemory:
@@ -101,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     shards = ShardSet.open(options.shards)
     settings = {"shards": options.shards, "k": 32, "steps": options.steps, "batch_tokens": 2048, "lr": 3e-3}
-    settings |= {"log_every": 10, "calibration_tokens": 2048, "device": "cpu", "fleet": FLEET}
+    settings |= {"log_every": 2, "calibration_tokens": 2048, "device": "cpu", "fleet": FLEET}
     config = TrainConfig.model_validate(settings)
     stream = Stream(shards, batch_rows=2048, buffer_rows=config.buffer_tokens, seed=0)
     held = list(stream.batches(0, options.steps))
@@ -116,8 +122,9 @@ def main() -> None:
         return load(self, pieces)  # type: ignore[arg-type]
 
     load = Stream.load
-    ratios, waits, peaks = [], [], []
-    print("| round | fleet, s a step | sum of the four alone | ratio | data wait |\n|---|---|---|---|---|")
+    ratios, worked, waits, peaks = [], [], [], []
+    print("| round | fleet, s a step | sum of the four alone | ratio | of processor time | data wait |")
+    print("|---|---|---|---|---|---|")
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             progress = Rounds(FLEET[-1]["name"])
@@ -127,17 +134,21 @@ def main() -> None:
             Stream.load = load  # type: ignore[method-assign]
             lines = (Path(folder) / "fleet/base/timing.jsonl").read_text().splitlines()
             waits.append(statistics.mean(json.loads(line)["data_wait"] for line in lines[1:]))
-            alone = 0.0
+            alone, alone_worked = 0.0, 0.0
             Stream.batches = from_memory  # type: ignore[method-assign]
             for entry in members(config):
                 mine = Rounds(entry.name)
                 train(entry.config.model_copy(update={"out": Path(folder) / entry.name}), mine)
-                alone += mine.median()
+                seconds = mine.median()
+                alone, alone_worked = alone + seconds[0], alone_worked + seconds[1]
             Stream.batches = from_disk  # type: ignore[method-assign]
-            ratios.append(progress.median() / alone)
-            print(f"| {number} | {progress.median():.3f} | {alone:.3f} | {ratios[-1]:.3f} | {100 * waits[-1]:.2f}% |")
+            together = progress.median()
+            ratios.append(together[0] / alone)
+            worked.append(together[1] / alone_worked)
+            cells = f"{together[0]:.3f} | {alone:.3f} | {ratios[-1]:.3f} | {worked[-1]:.3f} | {100 * waits[-1]:.2f}%"
+            print(f"| {number} | {cells} |", flush=True)
         peaks.append((memory.peak - memory.before) / 1e6)
-    print(f"\nratio, median over rounds: {statistics.median(ratios):.3f}")
+    print(f"\nmedian over rounds: {statistics.median(ratios):.3f}; of processor time {statistics.median(worked):.3f}")
     reckoned, rows = estimate(config, shards) / 1e6, loads["rows"] // options.rounds
     print(f"memory above the start: {peaks[0]:.0f} MB at its peak; the estimate was {reckoned:.0f} MB")
     print(f"rows read for 4 runs of {options.steps} steps of 2048: {rows:,} (with those to start from and read-ahead)")

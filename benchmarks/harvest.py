@@ -1,6 +1,8 @@
 """What a harvest costs on top of the language model's own forward pass. Prints one table.
 
-    python benchmarks/harvest.py data/demo/inputs/model data/demo/inputs/text
+    python -m benchmarks.harvest data/demo/inputs/model data/demo/inputs/text
+
+(Not as a script: the folder of this file would come first on the path, and its name is that of the package.)
 
 Speeds are of the time in which the model runs: a harvest of a few thousand tokens ends with a fraction of a second
 (the last shard, statistics, fsync) that a long one does not notice. The contestants take turns in one process, and

@@ -24,7 +24,7 @@ from ..latent_table import LATENTS_FILE
 from ..report_file import REPORT_FILE, Report, read_report
 from ..run import Progress, Silent, evaluate
 from ..samples import find_samples, make_samples
-from ..samples_file import SamplesMark, all_windows, read_histograms, read_mark
+from ..samples_file import SAMPLES_FOLDER, SamplesMark, all_windows, read_histograms, read_mark
 from ..show import token_text
 from .chunks import CHUNK_LATENTS, TEXT_LATENTS, ChunkWriter
 from .data_file import write_data
@@ -56,7 +56,7 @@ def make_report(
     if config.shards is not None:
         evaluate([run], config, progress)
         make_samples(run, config, progress)
-    samples = find_samples(run, None if config.shards is None else str(config.shards))
+    samples = _samples_folder(run, config)
     checkpoint, mark, report = find_checkpoint(run), read_mark(samples), read_report(samples.parent)
     assert mark is not None
     if report is None or not (samples.parent / LATENTS_FILE).is_file():
@@ -82,6 +82,14 @@ def make_report(
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return Pages(folder / INDEX_FILE, tuple(notes))
+
+
+def _samples_folder(run: Path, config: EvaluateConfig) -> Path:
+    if config.out is None:
+        return find_samples(run, None if config.shards is None else str(config.shards))
+    if read_mark(config.out / SAMPLES_FOLDER) is None:
+        raise UserError(f"{config.out} has no samples yet; make them with: evaluate samples {run} --shards DIR")
+    return config.out / SAMPLES_FOLDER
 
 
 def _overview(checkpoint: Checkpoint, report: Report, mark: SamplesMark) -> dict[str, Any]:

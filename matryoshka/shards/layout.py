@@ -26,12 +26,12 @@ SCALED = {"logical_dtype": "bfloat16", "encoding": "int8 * channel * scale"}
 """Attributes of an int8 array; the factors lie beside it in <side>_channel and <side>_scale."""
 
 
-def open_root(path: Path, *, writable: bool) -> zarr.Group:
-    """The Zarr group at `path`, which must exist."""
+def open_root(path: Path, *, writable: bool, finished: bool = True) -> zarr.Group:
+    """The Zarr group at `path`, which must exist. `finished` says whether the set is."""
     import zarr
 
-    # A writer changes arrays, which the copy of their metadata in the root's does not follow.
-    use_consolidated = False if writable else None
+    # A writer changes arrays, which the copy of their metadata in the root's does not follow until the end.
+    use_consolidated = False if writable or not finished else None
     return zarr.open_group(str(path), mode="r+" if writable else "r", zarr_format=3, use_consolidated=use_consolidated)
 
 

@@ -57,7 +57,7 @@ def verify(path: Path, checked: Callable[[str, int, int], None] = lambda *_: Non
     `checked(split, shard, n_bytes)` is called after each shard. Raises UserError when `path` is no shard set.
     """
     manifest = read_manifest(path)
-    root = layout.open_root(path, writable=False)
+    root = layout.open_root(path, writable=False, finished=manifest.complete)
     damage: list[Damage] = []
     records: list[CommitRecord] = []
     n_bytes = 0

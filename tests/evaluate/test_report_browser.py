@@ -168,6 +168,11 @@ def test_sort_and_filter(browser: Browser) -> None:
     browser.one("#low").send_keys(f"{middle:.3f}")
     wanted = sum(table["density"][i] * 100 >= float(f"{middle:.3f}") for i in range(48))
     browser.count(f"{wanted} of 48")
+    browser.go("#/latents", "latents")
+    strongest = sorted(table["max"][i] for i in alive)
+    browser.one("#weak").send_keys(str(strongest[10]))
+    browser.one("#strong").send_keys(str(strongest[29]))
+    browser.count("20 of 48")
 
 
 def test_search_in_the_contexts(browser: Browser) -> None:

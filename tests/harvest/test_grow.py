@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from matryoshka.errors import UserError
-from matryoshka.shards import ShardSet, layout
+from matryoshka.shards import ShardSet, ShardSetWriter, layout
+from matryoshka.shards.verify import verify
 
 Harvest = Callable[..., tuple[int, str]]
 
@@ -130,3 +131,25 @@ def test_growth_that_is_cut_short_goes_on(
             ShardSet.open(tmp_path / "out")
     assert harvest("--tokens", "4k")[0] == 0
     assert files(tmp_path / "out") == files(tmp_path / "other")
+
+
+def test_a_set_that_has_not_grown_up_is_verified_as_far_as_it_is(
+    harvest: Harvest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert harvest("--tokens", "2k")[0] == 0
+    n_before = len(list(out.glob("manifest/*.json")))
+
+    def stop(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardSetWriter, "finish", stop)
+        with pytest.raises(Killed):
+            harvest("--tokens", "4k")
+    verdict = verify(out)
+    assert verdict.is_whole
+    assert not verdict.complete
+    assert verdict.n_committed == verdict.n_planned > n_before
+    assert harvest("--tokens", "4k")[0] == 0
+    assert verify(out).complete

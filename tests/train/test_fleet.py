@@ -222,7 +222,7 @@ def test_torchrun_spreads_the_runs_over_its_ranks(run_settings: dict[str, Any], 
     whole = by_name(train_fleet(config_of(run_settings, tmp_path / "whole", fleet=LIST)))
     config = tmp_path / "sweep.yaml"
     config.write_text(json.dumps({"train": run_settings | {"fleet": LIST, "out": str(tmp_path / "shared")}}))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "train", "run", "--config", str(config), "--parallel", "configs"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ def on_ranks(settings: dict[str, Any], folder: Path, world: int) -> None:
     """Train in `world` processes, as a user would start them."""
     config = folder / "p.yaml"
     config.write_text(json.dumps({"train": settings}))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     command = [*launcher, "-m", "train", "run", "--config", str(config), "--parallel", "data"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr

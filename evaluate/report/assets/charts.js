@@ -19,14 +19,15 @@ function chart(box, { title, note, x, series, xLabel, kind = "line", height = 23
   const hues = HUES[document.documentElement.dataset.theme === "dark" ? "dark" : "light"];
   const paths = kind === "bars" ? uPlot.paths.bars({ size: [0.95, 60], align: 1 }) : kind === "steps" ? uPlot.paths.stepped({ align: 1 }) : undefined;
   const axis = { stroke: ink, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 }, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif" };
+  const decades = log ? { filter: (u, ticks) => ticks.map((v) => v >= 1 && Number.isInteger(Math.log10(v)) ? v : null) } : {};
   const options = {
     width: 300, height,
     legend: { show: legend },
     cursor: { drag: { x: true, y: false } },
     scales: { x: { time: false }, y: log ? { distr: 3, range: (u, low, high) => [0.5, Math.max(high * 1.5, 10)] } : { range: (u, low, high) => [Math.min(0, low), high * 1.05 || 1] } },
     axes: [{ ...axis, label: xLabel, labelSize: 20, size: 34, values: xFormat ? (u, ticks) => ticks.map(xFormat) : undefined },
-      { ...axis, size: 52, values: format ? (u, ticks) => ticks.map(format) : undefined,
-        filter: log ? (u, ticks) => ticks.map((v) => v >= 1 && Number.isInteger(Math.log10(v)) ? v : null) : undefined }],
+      { ...axis, size: 52, values: format ? (u, ticks) => ticks.map(format) : undefined, ...decades,
+        grid: { ...axis.grid, ...decades }, ticks: { ...axis.ticks, ...decades } }],
     series: [{ label: xLabel, value: (u, v) => v === null ? "-" : xFormat ? xFormat(v) : String(+v.toPrecision(4)) },
       ...series.map((item, i) => ({
         label: item.label, stroke: hues[i % hues.length], width: 2, dash: kind === "bars" ? [] : DASHES[i % DASHES.length],

@@ -56,7 +56,7 @@ function contextWindow(w, texts, largest) {
     if (act > 0) {
       const share = Math.min(1, act / largest);
       span.classList.add("on");
-      if (share > 0.45) span.classList.add("strong");
+      if (share > 0.72) span.classList.add("strong");
       span.style.setProperty("--share", share.toFixed(3));
     }
     if (i === w.peak && w.kind !== "random") span.classList.add("peak");

@@ -1,6 +1,6 @@
 "use strict";
 // The browser: all latents in one table, of which only the visible rows exist.
-const Browser = { sort: "density", falling: true, group: 0, low: "", high: "", dead: false, query: "", top: 0 };
+const Browser = { sort: "density", falling: true, group: 0, low: "", high: "", weak: "", strong: "", dead: false, query: "", top: 0 };
 const ROW = 34, SPARE = 8;
 
 Report.pages.latents = async (main) => {
@@ -16,12 +16,13 @@ Report.pages.latents = async (main) => {
   const group = el("select", { id: "group", "aria-label": "Group" }, el("option", { value: "0" }, "all groups"),
     ...o.group_sizes.map((size, i) => el("option", { value: String(i + 1) }, `group ${i + 1} (${whole(size)})`)));
   group.value = String(Browser.group);
-  const field = (id, key, hint) => { const f = el("input", { type: "number", id, step: "any", min: "0", max: "100", placeholder: hint, "aria-label": id }); f.value = Browser[key];
+  const field = (id, key, hint) => { const f = el("input", { type: "number", id, step: "any", min: "0", placeholder: hint, "aria-label": { low: "Density from, percent", high: "Density to, percent", weak: "Max activation from", strong: "Max activation to" }[id] }); f.value = Browser[key];
     f.addEventListener("input", () => { Browser[key] = f.value; update(); }); return f; };
   const dead = el("input", { type: "checkbox", id: "dead" });
   dead.checked = Browser.dead;
   main.append(el("h1", {}, "Latents"), el("div", { class: "controls" }, search, group,
-    el("label", {}, "density", field("low", "low", "from %"), field("high", "high", "to %")), el("label", {}, dead, "dead too"), count));
+    el("label", {}, "density", field("low", "low", "from %"), field("high", "high", "to %")),
+    el("label", {}, "max act", field("weak", "weak", "from"), field("strong", "strong", "to")), el("label", {}, dead, "dead too"), count));
   const heads = columns.map(([key, label]) => el("button", { type: "button", "data-key": key, disabled: key === "words" ? "" : null, onclick: () => {
     if (Browser.sort === key) Browser.falling = !Browser.falling; else { Browser.sort = key; Browser.falling = key !== "latent" && key !== "group"; }
     update();
@@ -44,11 +45,13 @@ Report.pages.latents = async (main) => {
 
   function update(scroll = 0) {
     const low = Browser.low === "" ? 0 : Browser.low / 100, high = Browser.high === "" ? 1 : Browser.high / 100;
+    const weak = Browser.weak === "" ? 0 : +Browser.weak, strong = Browser.strong === "" ? Infinity : +Browser.strong;
     shown = [];
     for (let i = 0; i < n; i++) {
       if (Browser.group && groups[i] !== Browser.group) continue;
       if (!Browser.dead && table.density[i] === 0) continue;
       if (table.density[i] < low || table.density[i] > high) continue;
+      if ((table.max[i] ?? 0) < weak || (table.max[i] ?? 0) > strong) continue;
       if (matches && !matches.has(i)) continue;
       shown.push(i);
     }
