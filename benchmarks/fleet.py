@@ -52,7 +52,7 @@ class Rounds(Silent):
             self.worked.append(time.thread_time())
 
     def median(self) -> tuple[float, float]:
-        """Seconds, and seconds of this thread's processor time, of all but the first steps and the last: it calibrates."""
+        """Seconds, and seconds of this thread's processor time, without the first steps and the last: it calibrates."""
         return _median_step(self.ends), _median_step(self.worked)
 
 
@@ -114,8 +114,9 @@ def main() -> None:
     from_disk = Stream.batches
     loads = {"rows": 0}
 
-    def from_memory(_stream: Stream, start: int, stop: int) -> Iterator[Batch]:
-        yield from held[start:stop]
+    def from_memory(self: Stream, start: int, stop: int) -> Iterator[Batch]:
+        # The rows that latents start from have a seed of their own, and must be the same ones.
+        yield from held[start:stop] if self._seed == config.order_seed else from_disk(self, start, stop)
 
     def counted(self: Stream, pieces: Sequence[Any]) -> Any:
         loads["rows"] += sum(piece.stop - piece.start for piece in pieces)
