@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from matryoshka.errors import UserError
-from matryoshka.runs import CHECKPOINTS, RUN_FILE, read_json
+from matryoshka.runs import CHECKPOINTS, FLEET_FILE, RUN_FILE, read_json
 from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE
 
 STATE_FILE = "state.json"
@@ -39,6 +39,23 @@ class Checkpoint:
         """Identity of the weights: sha256 of the safetensors file."""
         with (self.folder / WEIGHTS_FILE).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expand_fleets(runs: list[Path]) -> list[Path]:
+    """`runs` with each fleet's folder replaced by the runs of its members that have a checkpoint, in their order."""
+    expanded = []
+    for run in runs:
+        if not (run / FLEET_FILE).is_file():
+            expanded.append(run)
+            continue
+        members = [run / str(name) for name in read_json(run / FLEET_FILE, what="fleet").get("members", [])]
+        # Names come from a file: a member lies directly in its fleet's folder, nowhere else.
+        members = [member for member in members if member.resolve().parent == run.resolve()]
+        trained = [member for member in members if any((member / CHECKPOINTS).glob("step-*"))]
+        if not trained:
+            raise UserError(f"no member of the fleet {run} has a checkpoint yet; let `train run` go on first")
+        expanded += trained
+    return expanded
 
 
 def find_checkpoint(run: Path) -> Checkpoint:

@@ -12,7 +12,7 @@ from matryoshka.runs import changed_fields, make_directory
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
-from .checkpoint import Checkpoint, find_checkpoint
+from .checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from .config import EvaluateConfig
 from .fits import check_fits, portable_name
 from .latent_table import LATENTS_FILE, write_latents
@@ -81,7 +81,7 @@ def evaluate(runs: list[Path], config: EvaluateConfig, progress: Progress | None
     shards = ShardSet.open(config.shards)
     if count_rows(shards, "val") == 0:
         raise UserError(f"the val split of {shards.path} holds only special tokens; harvest more text")
-    checkpoints = [find_checkpoint(run) for run in runs]
+    checkpoints = [find_checkpoint(run) for run in expand_fleets(runs)]
     folders = _folders(checkpoints, shards, config)
     return [
         evaluate_checkpoint(checkpoint, shards, config, folder, progress)

@@ -15,6 +15,7 @@ from matryoshka.errors import UserError
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
+FLEET_FILE = "fleet.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 

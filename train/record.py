@@ -8,6 +8,7 @@ from typing import Any
 
 from matryoshka.errors import UserError
 from matryoshka.runs import (
+    FLEET_FILE,
     FORMAT_VERSION,
     RUN_FILE,
     changed_fields,
@@ -22,7 +23,6 @@ from .config import TrainConfig
 from .fleet import STREAM_SETTINGS
 from .plan import Plan
 
-FLEET_FILE = "fleet.json"
 PARKED_FILE = "parked.json"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from evaluate.checkpoint import find_checkpoint
+from evaluate.checkpoint import expand_fleets, find_checkpoint
 from matryoshka.errors import UserError
 
 
@@ -42,3 +43,17 @@ def test_refusals(made: Any, tmp_path: Path) -> None:
     (run / "checkpoints" / "step-000010").rename(run / "checkpoints" / "step-000010.partial")
     with pytest.raises(UserError, match="no checkpoint yet"):
         find_checkpoint(run)
+
+
+def test_a_fleet_means_its_trained_members(made: Any, tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet"
+    for name in ("b", "a"):
+        made.run(fleet / name, made.transcoder(), steps=(10,))
+    (fleet / "waiting").mkdir()
+    outside = made.run(tmp_path / "outside", made.transcoder(), steps=(10,))
+    record = {"format_version": 1, "members": ["b", "a", "waiting", "../outside"]}
+    (fleet / "fleet.json").write_text(json.dumps(record))
+    assert expand_fleets([outside, fleet]) == [outside, fleet / "b", fleet / "a"]
+    (fleet / "fleet.json").write_text(json.dumps({"format_version": 1, "members": ["waiting"]}))
+    with pytest.raises(UserError, match="no member of the fleet"):
+        expand_fleets([fleet])
