@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .options import ConfigFile, Device, Overrides, Run, Runs, Shards, Tokenizer, Tokens
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -23,21 +25,13 @@ def _evaluate() -> None:
 
 @app.command()
 def run(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Runs such as data/runs/l17-k96, or checkpoint folders.")
-    ],
-    shards: Annotated[
-        Path | None, typer.Option(help="Shard set whose val split is used. Required here or in the file.")
-    ] = None,
-    tokens: Annotated[str | None, typer.Option(help="Val rows to use, such as 200k. (all of them)")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
+    runs: Runs,
+    shards: Shards = None,
+    tokens: Tokens = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. (RUN/eval/<shard set>-<digest>)")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with an evaluate section. (./pipeline.yaml if there)")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="evaluate.key=value, any setting; repeatable.")
-    ] = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
 ) -> None:
     """FVU, L0, cosine, dead and dense latents of each nested prefix, as a table and as RUN/eval/.../report.json."""
     from matryoshka.config import find_file, load_config
@@ -62,21 +56,15 @@ def compare(
             help="Two or more of: RUN, RUN@PREFIX, gemma-scope:PATH, a Gemma Scope 2 folder, a SAELens folder.",
         ),
     ],
-    shards: Annotated[
-        Path | None, typer.Option(help="Shard set whose val split is used. Required here or in the file.")
-    ] = None,
+    shards: Shards = None,
     l0: Annotated[
         list[float] | None, typer.Option(help="L0 to compare at; repeatable. (that of the first at its threshold)")
     ] = None,
-    tokens: Annotated[str | None, typer.Option(help="Val rows to use, such as 200k. (all of them)")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
+    tokens: Tokens = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder for comparison.json. (it is only printed)")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with an evaluate section. (./pipeline.yaml if there)")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="evaluate.key=value, any setting; repeatable.")
-    ] = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
 ) -> None:
     """FVU of transcoders of any origin at equal L0 on identical held-out rows, with 95% intervals."""
     from matryoshka.config import find_file, load_config
@@ -96,19 +84,13 @@ def compare(
 
 @app.command()
 def samples(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Runs such as data/runs/l17-k96.")],
-    shards: Annotated[
-        Path | None, typer.Option(help="Shard set whose val split is used. Required here or in the file.")
-    ] = None,
-    tokens: Annotated[str | None, typer.Option(help="Rows to choose from, such as 1M. (all of them)")] = None,
+    runs: Runs,
+    shards: Shards = None,
+    tokens: Tokens = None,
     split: Annotated[str | None, typer.Option(help="val or train. (val)")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with an evaluate section. (./pipeline.yaml if there)")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="evaluate.samples.key=value, any setting; repeatable.")
-    ] = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
 ) -> None:
     """The contexts in which each latent fires most, in which it fires at all, and in which it does not."""
     from matryoshka.config import find_file, load_config
@@ -128,12 +110,10 @@ def samples(
 
 @app.command()
 def show(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that has samples.")],
+    run: Run,
     latent: Annotated[int, typer.Argument(help="Number of the latent, from 0.")],
     shards: Annotated[str | None, typer.Option(help="Shard set, when the run has samples of several.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer folder or hub name. (the one of the shard set)")
-    ] = None,
+    tokenizer: Tokenizer = None,
 ) -> None:
     """Print one latent: its histogram, and its windows with the tokens shaded by activation."""
     from .show import show_latent
@@ -143,20 +123,14 @@ def show(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run such as data/runs/l17-k96.")],
+    run: Run,
     shards: Annotated[
         Path | None, typer.Option(help="Shard set; numbers and samples are made from it where they are missing.")
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer folder or hub name. (the one of the shard set)")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with an evaluate section. (./pipeline.yaml if there)")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="evaluate.key=value, any setting; repeatable.")
-    ] = None,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
 ) -> None:
     """One folder of pages to look at a run and each of its latents; opens from the disk, no server needed."""
     from matryoshka.config import find_file, load_config

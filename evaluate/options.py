@@ -1,0 +1,25 @@
+"""Options that several commands of `evaluate` share, each written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Runs = Annotated[
+    list[Path], typer.Argument(metavar="RUN", help="Runs such as data/runs/l17-k96, fleets, or checkpoint folders.")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run such as data/runs/l17-k96, or a checkpoint folder.")]
+Shards = Annotated[
+    Path | None, typer.Option("--shards", help="Shard set whose val split is used. Required here or in the file.")
+]
+Tokens = Annotated[str | None, typer.Option("--tokens", help="Val rows to use, such as 200k. (all of them)")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps. (auto)")]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="Tokenizer folder or hub name. (the one of the shard set)")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with an evaluate section. (./pipeline.yaml if there)")
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="evaluate.key=value, any setting; repeatable.")]
