@@ -138,8 +138,12 @@ class Member:
 
     def close(self) -> None:
         """Close the sinks; nothing may be written in the background any more."""
+        finished = None
+        if self.outcome == "finished" and self._writes:
+            whole = [checkpoint.folder for checkpoint in list_checkpoints(self.entry.folder) if checkpoint.finished]
+            finished = whole[-1] if whole else None
         for sink in self._sinks:
-            sink.close()
+            sink.close(finished)
 
     def _log(self, report: StepReport, waiting: Waiting) -> None:
         now = time.perf_counter()

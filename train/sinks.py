@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from matryoshka.errors import UserError
 from matryoshka.runs import METRICS_FILE, publish_bytes
+from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE
+from matryoshka.wandb_artifacts import log_folder
 
 TIMING_FILE = "timing.jsonl"
 """Seconds and rates. Apart from the metrics, which are the same bytes however often a run was interrupted."""
@@ -25,8 +27,8 @@ class MetricSink(Protocol):
         """`step` counts finished optimizer steps."""
         ...
 
-    def close(self) -> None:
-        """Write out what is held back."""
+    def close(self, finished: Path | None = None) -> None:
+        """Write out what is held back. `finished`: the folder of the last checkpoint of a run that is done."""
         ...
 
 
@@ -52,7 +54,7 @@ class JsonlSink:
         for file in self._files:
             os.fsync(file.fileno())
 
-    def close(self) -> None:
+    def close(self, finished: Path | None = None) -> None:  # noqa: ARG002 -- the checkpoint lies beside the files
         """Close the files."""
         for file in self._files:
             file.close()
@@ -68,6 +70,8 @@ class WandbSink:
         import wandb
 
         online = mode == "online"
+        self._uploads = online
+        self._folder = folder
         try:
             self._run = wandb.init(
                 project=project,
@@ -91,8 +95,18 @@ class WandbSink:
         """Log one step."""
         self._run.log({**wandb_metrics(metrics), **timing}, step=step)
 
-    def close(self) -> None:
-        """Finish the run."""
+    def close(self, finished: Path | None = None) -> None:
+        """Finish the run; online, the transcoder of a finished one becomes its artifact."""
+        if finished is not None and self._uploads:
+            log_folder(
+                self._run,
+                finished,
+                name=f"{self._folder.name}-transcoder",
+                kind="model",
+                # Not the optimizer's state: it is twice as large, and a run is resumed where it lies.
+                files=(CONFIG_FILE, WEIGHTS_FILE),
+                metadata={"checkpoint": finished.name},
+            )
         self._run.finish()
 
 

@@ -76,6 +76,15 @@ def history(path: Path) -> list[dict[str, float]]:
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items} for items in found]
 
 
+def artifacts(path: Path) -> list[Any]:
+    return [
+        record.request.log_artifact.artifact if record.request.HasField("log_artifact") else record.artifact
+        for record in whole(path)
+        if record.WhichOneof("record_type") == "artifact"
+        or (record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"))
+    ]
+
+
 def test_wandb_offline_leaves_its_files(tmp_path: Path) -> None:
     sink = WandbSink(tmp_path, mode="offline", project="test", config={"k": 4})
     sink.log(1, {"loss": 0.5}, {"data_wait": 0.0})
@@ -83,6 +92,29 @@ def test_wandb_offline_leaves_its_files(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     (line,) = history(file)
     assert (line["_step"], line["loss"], line["data_wait"]) == (1, 0.5, 0.0)
+
+
+def test_a_finished_run_becomes_an_artifact_without_its_optimizer(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000004"
+    checkpoint.mkdir(parents=True)
+    for name in ("config.json", "transcoder.safetensors", "optimizer.safetensors"):
+        (checkpoint / name).write_text(name)
+    sink = WandbSink(tmp_path / "run", mode="offline", project="test", config={"k": 4})
+    sink.log(1, {"loss": 0.5}, {})
+    sink._uploads = True  # as online, but into the offline file: there is no server here
+    sink.close(checkpoint)
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    (artifact,) = artifacts(file)
+    assert (artifact.type, artifact.name) == ("model", "run-transcoder")
+    assert sorted(entry.path for entry in artifact.manifest.contents) == ["config.json", "transcoder.safetensors"]
+
+
+def test_offline_nothing_is_copied(tmp_path: Path) -> None:
+    sink = WandbSink(tmp_path, mode="offline", project="test", config={})
+    sink.log(1, {"loss": 0.5}, {})
+    sink.close(tmp_path)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert artifacts(file) == []
 
 
 def test_every_member_of_a_fleet_has_the_promised_metrics(run_settings: dict[str, Any], tmp_path: Path) -> None:
