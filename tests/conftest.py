@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import struct
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,42 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [" ".join(words[j : j + 17]) for j in range(0, len(words), 17)]
         (folder / f"{i:02d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def _wandb_records(path: Path) -> Iterator[Any]:
+    """The protobuf records of an offline file: after 7 bytes of header a LevelDB log of 32 KiB blocks, in which each
+    fragment is crc (4 bytes), length (2), type (1: whole, 2: first, 3: middle, 4: last) and payload."""
+    from wandb.proto import wandb_internal_pb2
+
+    content = path.read_bytes()
+    assert content[:4] == b":W&B"
+    at, held = 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        held += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(held)
+            yield record
+            held = b""
+
+
+def _whole_wandb_file(path: Path) -> list[Any]:
+    """All records of a finished run; wandb's own process may still be writing the last of them."""
+    for _ in range(300):
+        found = list(_wandb_records(path))
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end")
+
+
+@pytest.fixture
+def wandb_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], list[Any]]:
+    """A function: offline file -> its records. What W&B copies on the way to a server stays in the test's folder."""
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+    return _whole_wandb_file

@@ -4,8 +4,8 @@
     <folder>/skipped_indexes.json   latents without an example
     <folder>/run_settings.json      where it comes from
 
-No language model is run. What would need one is left empty: the logit lens (pos_str, neg_str, logits_hist_data_bar_*)
-and correlations.
+No language model is run. The logit lens (pos_str, neg_str) is filled in where `evaluate logits` has made it; the
+histogram of all logits and the correlations are left empty.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch import Tensor
 from matryoshka.config import digest
 from matryoshka.errors import UserError
 from matryoshka.interop.hook_names import input_hook, split_hook
+from matryoshka.interop.logit_effects import MARK_FILE as LOGITS_MARK
+from matryoshka.interop.logit_effects import Effects, LogitEffects
 from matryoshka.interop.origin import Origin
 from matryoshka.interop.weight_files import read_json_object, write_json
 from matryoshka.tokens import TokenTexts
@@ -48,7 +50,9 @@ class Samples:
     n_rows: int
     """Rows the examples are chosen from."""
     digest: str
-    """Of the mark, which says what decides every byte of the samples."""
+    """Of the marks, which say what decides every byte of the samples and of the logit effects."""
+    logits: LogitEffects | None = None
+    """Of the same weights, where they were made."""
 
     @classmethod
     def open(cls, folder: Path) -> Samples:
@@ -58,13 +62,17 @@ class Samples:
         mark = read_json_object(folder / MARK_FILE)
         if mark.get("format_version") != _FORMAT_VERSION:
             raise UserError(f"{folder} has format_version {mark.get('format_version')!r}; this version reads 1")
+        sha256 = mark["transcoder"]["sha256"]
+        logits = LogitEffects.open(folder.parent, sha256)
+        marks = mark if logits is None else {**mark, "logits": read_json_object(folder.parent / LOGITS_MARK)}
         return cls(
             folder,
-            mark["transcoder"]["sha256"],
+            sha256,
             mark["tokenizer"],
             mark["shard_set"]["model_revision"],
             mark["n_rows"],
-            digest(mark),
+            digest(marks),
+            logits,
         )
 
     def token_texts(self) -> TokenTexts:
@@ -126,6 +134,7 @@ def write(
         own = {
             "feature_index": latent,
             **_alignment(transcoder.W_dec[latent]),
+            **_logit_lens(latent, samples.logits, text_of),
             **_histogram(histograms[latent], samples.n_rows),
             **shared,
             "activations": [_example(window, chosen, text_of) for window in chosen],
@@ -161,14 +170,22 @@ def _alignment(direction: Tensor) -> dict[str, Any]:
         "correlated_features_indices": [],
         "correlated_features_pearson": [],
         "correlated_features_l1": [],
-        "neg_str": [],
-        "neg_values": [],
-        "pos_str": [],
-        "pos_values": [],
         "logits_hist_data_bar_values": [],
         "logits_hist_data_bar_heights": [],
         "decoder_weights_dist": [],
     }
+
+
+def _logit_lens(latent: int, logits: LogitEffects | None, text_of: Callable[[int], str]) -> dict[str, Any]:
+    def side(name: str, effects: Effects) -> dict[str, Any]:
+        return {
+            f"{name}_str": [text_of(token) for token, _ in effects],
+            f"{name}_values": _rounded([effect for _, effect in effects]),
+        }
+
+    if logits is None:
+        return {**side("neg", []), **side("pos", [])}
+    return {**side("neg", logits.lowered.get(latent, [])), **side("pos", logits.raised.get(latent, []))}
 
 
 def _histogram(histogram: dict[str, Any], n_rows: int) -> dict[str, Any]:

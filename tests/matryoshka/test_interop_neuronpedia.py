@@ -135,3 +135,24 @@ def test_without_samples_it_says_how_to_make_them(tmp_path: Path) -> None:
     (tmp_path / "samples.json").write_text('{"format_version": 2}')
     with pytest.raises(UserError, match="format_version 2"):
         Samples.open(tmp_path)
+
+
+def test_the_logit_lens_is_what_evaluate_logits_left(samples: Samples, tmp_path: Path) -> None:
+    effects = {"latent": [1, 1, 9, 1], "side": [1, 1, 1, -1], "rank": [1, 0, 0, 0], "token": [8, 7, 9, 10]}
+    pq.write_table(pa.table({**effects, "effect": [0.5, 1.25, 2.0, -0.75]}), tmp_path / "logits.parquet")
+    (tmp_path / "logits.json").write_text(json.dumps({"transcoder": {"sha256": "abc"}}))
+    found = Samples.open(samples.folder)
+    assert found.digest != samples.digest  # an export without them is not taken for one with them
+    export([make()], "neuronpedia", tmp_path / "out", ORIGIN, Material(samples=found))
+    (first, last) = read(tmp_path / "out", "batch-0.json")["features"]
+    assert (first["pos_str"], first["pos_values"]) == (["w3", "w4"], [1.25, 0.5])
+    assert (first["neg_str"], first["neg_values"]) == (["w6"], [-0.75])
+    assert (last["pos_values"], last["neg_values"]) == ([2.0], [])
+
+
+def test_logit_effects_of_other_weights_are_left_out(samples: Samples, tmp_path: Path) -> None:
+    (tmp_path / "logits.json").write_text(json.dumps({"transcoder": {"sha256": "other"}}))
+    assert Samples.open(samples.folder).logits is None
+    (tmp_path / "logits.json").write_text(json.dumps({"transcoder": {"sha256": "abc"}}))
+    with pytest.raises(UserError, match="evaluate logits"):
+        Samples.open(samples.folder)
