@@ -15,6 +15,11 @@ _ROUNDING = 1e-12
 """What float64 may leave of sum(y^2) - n mean(y)^2 when y does not vary at all, relative to sum(y^2)."""
 
 
+def float64(values: Tensor) -> Tensor:
+    """`values` in float64, where they lie if that device has it: MPS does not, and gets them on the CPU."""
+    return values.cpu().double() if values.device.type == "mps" else values.double()
+
+
 @dataclass
 class FvuSums:
     """Fraction of variance unexplained, for each nested prefix.
@@ -33,10 +38,10 @@ class FvuSums:
     def add(self, y: Tensor, sq_err: Tensor) -> None:
         """Add a batch: targets `y` [rows, d_out] and squared errors `sq_err` [n_prefixes, rows]."""
         assert sq_err.shape[1] == y.shape[0]
-        y = y.double()
+        y = float64(y)
         self._grow(sq_err.shape[0], y.shape[1])
         self.n_rows += y.shape[0]
-        self.sq_err += sq_err.double().sum(1).cpu()
+        self.sq_err += float64(sq_err).sum(1).cpu()
         self.sum_y += y.sum(0).cpu()
         self.sum_y_sq += float(y.square().sum())
 
@@ -86,7 +91,7 @@ class MeanSums:
         # Torch would stretch a single quantity over several without a word.
         assert len(self.total) == values.shape[0]
         self.n_rows += values.shape[1]
-        self.total += values.double().sum(1).cpu()
+        self.total += float64(values).sum(1).cpu()
 
     def merge(self, other: MeanSums) -> None:
         """Add what another pass over other rows has summed."""
@@ -127,8 +132,8 @@ class NormRatioSums:
         if len(self.sum_y_hat) == 0:
             self.sum_y_hat = torch.zeros(y_hat_norm.shape[0], dtype=torch.float64)
         self.n_rows += y_norm.shape[0]
-        self.sum_y_hat += y_hat_norm.double().sum(1).cpu()
-        self.sum_y += float(y_norm.double().sum())
+        self.sum_y_hat += float64(y_hat_norm).sum(1).cpu()
+        self.sum_y += float(float64(y_norm).sum())
 
     def merge(self, other: NormRatioSums) -> None:
         """Add what another pass over other rows has summed."""
