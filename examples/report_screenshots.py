@@ -1,8 +1,10 @@
 """Pictures of the pages of `evaluate report`, for the README and to look at while changing them.
 
     python examples/report_screenshots.py data/demo/runs/l15-k32/eval/l15-379517cd/report docs/images --latent 17
+    python examples/report_screenshots.py .../report docs/images --root 181 --fleet data/demo/runs/fleet/eval/.../report
 
-Needs Debian's chromium and chromium-driver, and selenium (in the dev extra).
+The hierarchy and the map need `evaluate hierarchy`, the tokens of a latent `evaluate logits`; a page without them says
+so. Needs Debian's chromium and chromium-driver, and selenium (in the dev extra).
 """
 
 from __future__ import annotations
@@ -20,24 +22,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="the folder with index.html")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--latent", type=int, default=0)
+    parser.add_argument("--latent", type=int, default=0, help="latent whose page is taken")
+    parser.add_argument("--root", type=int, default=0, help="latent that the hierarchy is opened at")
+    parser.add_argument("--fleet", type=Path, help="the report of a fleet, for its page")
     words = parser.parse_args()
     words.out.mkdir(parents=True, exist_ok=True)
-    latent = f"latent/{words.latent}"
-    pages = [("overview", "", "overview"), ("latents", "#/latents", "latents"), ("latent", f"#/{latent}", latent)]
-    pages.append(("run", "#/run", "run"))
+    latent, hierarchy = f"latent/{words.latent}", f"hierarchy/{words.root}"
+    pages = {"overview": "", "latents": "latents", "latent": latent, "hierarchy": hierarchy, "map": "map", "run": "run"}
     driver = open_browser()
     try:
         address = (words.report / "index.html").resolve().as_uri()
-        for name, route, ready in pages:
-            shoot(driver, address + route, ready, WIDE, "light", words.out / f"report-{name}.png")
-        shoot(driver, address + pages[2][1], latent, WIDE, "dark", words.out / "report-latent-dark.png")
-        shoot(driver, address + pages[2][1], latent, PHONE, "light", words.out / "report-latent-phone.png")
+        for name, route in pages.items():
+            shoot(driver, f"{address}#/{route}", route or name, WIDE, "light", words.out / f"report-{name}.png")
+        shoot(driver, f"{address}#/{latent}", latent, WIDE, "dark", words.out / "report-latent-dark.png")
+        shoot(driver, f"{address}#/{latent}", latent, PHONE, "light", words.out / "report-latent-phone.png")
+        shoot(driver, f"{address}#/{hierarchy}", hierarchy, WIDE, "dark", words.out / "report-hierarchy-dark.png")
+        if words.fleet is not None:
+            address = (words.fleet / "index.html").resolve().as_uri()
+            shoot(driver, address, "fleet", WIDE, "light", words.out / "report-fleet.png")
     finally:
         driver.quit()
 
 
 def open_browser() -> Any:
+    """Debian's chromium without a window."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -65,8 +73,8 @@ def shoot(driver: Any, address: str, ready: str, size: tuple[int, int], theme: s
     driver.get(address)
     state = "return document.getElementById('main')?.dataset.ready"
     WebDriverWait(driver, 60).until(lambda opened: opened.execute_script(state) == ready)
-    # Charts take the width of their boxes one frame later.
-    time.sleep(0.3)
+    # Charts take the width of their boxes one frame later, contexts in the nest come when their chunk is read.
+    time.sleep(0.8)
     driver.save_screenshot(str(path))
     print(path)
 

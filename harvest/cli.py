@@ -49,12 +49,15 @@ Codec = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of the train/val split (0).")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps (auto).")]
 Out = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the shard set; of several sets their parent, or x/l{layer} (data/l<layer>)."),
+    str | None,
+    typer.Option(
+        help="Folder or URL (s3://bucket/l17) of the shard set; of several sets their parent, or x/l{layer} "
+        "(data/l<layer>)."
+    ),
 ]
 File = Annotated[Path | None, typer.Option(help="YAML with a harvest section (./pipeline.yaml if there).")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="harvest.key=value, any setting; repeatable.")]
-Folder = Annotated[Path, typer.Argument(help="Folder of a shard set, such as data/l17.")]
+Folder = Annotated[str, typer.Argument(help="Folder or URL of a shard set, such as data/l17 or s3://bucket/l17.")]
 
 
 @app.callback()
@@ -140,10 +143,12 @@ def info(folder: Folder) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from matryoshka.locations import location
+
     from .info import describe
 
     table = Table(title=str(folder), show_header=False, title_justify="left")
-    for what, value in describe(folder):
+    for what, value in describe(location(folder)):
         table.add_row(what, value)
     Console(markup=False, highlight=False).print(table)
 
@@ -156,11 +161,13 @@ def verify(
     device: Device = None,
 ) -> None:
     """Read a whole shard set and name every shard that is damaged. Ends with exit code 1 when there is one."""
+    from matryoshka.locations import location
+
     from .repair import verify_and_repair
 
     operational = {"batch_size": batch_size, "device": device}
     operational = {name: value for name, value in operational.items() if value is not None}
-    whole = verify_and_repair(folder, operational, repair=repair, say=lambda line: typer.echo(line))
+    whole = verify_and_repair(location(folder), operational, repair=repair, say=lambda line: typer.echo(line))
     if not whole:
         raise typer.Exit(1)
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from matryoshka.config import Config, Count
 from matryoshka.errors import UserError
+from matryoshka.locations import Location, inside, location
 from matryoshka.sites import HookPair, Site
 
 _OPERATIONAL = frozenset({"out", "batch_size", "device"})
@@ -79,8 +80,9 @@ class HarvestConfig(Config):
     """Seed of the train/val split."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-    out: Path | None = None
-    """Folder of the shard set; data/l<layer> by default. Of several sets: their parent, or a form with {layer}."""
+    out: Location | None = None
+    """Folder or URL (s3://bucket/l17) of the shard set; data/l<layer> by default. Of several sets: their parent, or a
+    form with {layer}."""
 
     @model_validator(mode="after")
     def _check(self) -> HarvestConfig:
@@ -138,12 +140,12 @@ class HarvestConfig(Config):
         (pair,) = self.pairs()
         return pair
 
-    def folder(self) -> Path:
-        """Where the only set lies. Use it on one of the members."""
+    def folder(self) -> Path | str:
+        """Where the only set lies: a folder or a URL. Use it on one of the members."""
         pair = self.pair()
         if self.out is None:
             return Path("data") / set_name(pair, plain=self.layer is not None)
-        return Path(str(self.out).replace("{layer}", str(pair.source.layer)))
+        return location(str(self.out).replace("{layer}", str(pair.source.layer)))
 
     def content(self) -> dict[str, Any]:
         """The settings that decide what one member's set holds; the others only how fast and where."""
@@ -156,13 +158,13 @@ class HarvestConfig(Config):
             del content["layer"], content["source_site"], content["target_site"]
         return content
 
-    def _place(self, pair: HookPair, *, alone: bool) -> Path:
+    def _place(self, pair: HookPair, *, alone: bool) -> Path | str:
         name = set_name(pair, plain=self.source is None)
         if self.out is None:
             return Path("data") / name
         if alone or "{layer}" in str(self.out):
-            return Path(str(self.out).replace("{layer}", str(pair.source.layer)))
-        return self.out / name
+            return location(str(self.out).replace("{layer}", str(pair.source.layer)))
+        return inside(self.out, name)
 
 
 def set_name(pair: HookPair, *, plain: bool) -> str:

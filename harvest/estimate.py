@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from matryoshka.errors import UserError
 from matryoshka.shards import CommitRecord, Manifest
 from matryoshka.shards.layout import RATIO
 from matryoshka.shards.manifest import BYTES_PER_VALUE
+from matryoshka.shards.place import Place, place_of
 
 _RESERVE_BYTES = 64 * 2**20
 """Left free on the disk, so that a full one is not found by the last shard."""
@@ -24,12 +24,13 @@ class Estimate:
 
     n_tokens: int
     n_bytes: int
-    free_bytes: int
+    free_bytes: int | None
+    """None where nobody knows: in an object store."""
     seconds: float | None
 
-    def check(self, folder: Path) -> None:
+    def check(self, folder: Path | str) -> None:
         """Raise UserError when the disk cannot hold it."""
-        if self.n_bytes + _RESERVE_BYTES > self.free_bytes:
+        if self.free_bytes is not None and self.n_bytes + _RESERVE_BYTES > self.free_bytes:
             raise UserError(
                 f"the disk of {folder} has {gigabytes(self.free_bytes)} free, but this harvest needs about "
                 f"{gigabytes(self.n_bytes)}. Use fewer --tokens, --codec compact, or another disk with --out"
@@ -39,18 +40,18 @@ class Estimate:
 def estimate(
     manifest: Manifest,
     n_tokens: int,
-    folder: Path,
+    where: str | Path | Place,
     tokens_per_second: float | None,
     records: Sequence[CommitRecord] = (),
 ) -> Estimate:
-    """Cost of `n_tokens` more tokens in `folder`, which need not exist yet.
+    """Cost of `n_tokens` more tokens at `where`, which need not exist yet.
 
     `records` are those of shards that are there: their bytes per token are taken in place of the codec's usual ratio.
     """
     return Estimate(
         n_tokens=n_tokens,
         n_bytes=int(n_tokens * (_measured_row_bytes(manifest, records) or _row_bytes(manifest))),
-        free_bytes=shutil.disk_usage(_existing(folder)).free,
+        free_bytes=place_of(where).free_bytes(),
         seconds=None if tokens_per_second is None else n_tokens / tokens_per_second,
     )
 
@@ -61,7 +62,7 @@ def together(parts: Iterable[Estimate], n_tokens: int, seconds: float | None) ->
     return Estimate(
         n_tokens=n_tokens,
         n_bytes=sum(part.n_bytes for part in parts),
-        free_bytes=min(part.free_bytes for part in parts),
+        free_bytes=min((part.free_bytes for part in parts if part.free_bytes is not None), default=None),
         seconds=seconds,
     )
 
@@ -81,10 +82,3 @@ def _measured_row_bytes(manifest: Manifest, records: Sequence[CommitRecord]) -> 
     full = [r for r in records if r.n_contexts == manifest.splits[r.split].contexts]
     n_tokens = sum(record.n_contexts for record in full) * manifest.ctx_len
     return sum(file.size for r in full for file in r.files.values()) / n_tokens if n_tokens else None
-
-
-def _existing(folder: Path) -> Path:
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    return place

@@ -17,7 +17,7 @@ FP16_LIMIT = 65504.0
 """The largest number that float16 holds (IEEE 754 binary16)."""
 
 
-def describe(path: Path) -> list[tuple[str, str]]:
+def describe(path: Path | str) -> list[tuple[str, str]]:
     """(what, value) lines of the set at `path`. Only its small arrays are read. Raises UserError as `ShardSet.open`."""
     shards = ShardSet.open(path)
     manifest = shards.manifest

@@ -74,10 +74,8 @@ class Screen:
 def describe(estimate: Estimate) -> str:
     """An estimate as one line."""
     time_needed = "" if estimate.seconds is None else f", about {timedelta(seconds=round(estimate.seconds))}"
-    return (
-        f"{estimate.n_tokens:,} tokens to harvest: about {gigabytes(estimate.n_bytes)} on disk "
-        f"({gigabytes(estimate.free_bytes)} free){time_needed}"
-    )
+    free = " in the store" if estimate.free_bytes is None else f" on disk ({gigabytes(estimate.free_bytes)} free)"
+    return f"{estimate.n_tokens:,} tokens to harvest: about {gigabytes(estimate.n_bytes)}{free}{time_needed}"
 
 
 def describe_codec(measured: Mapping[str, float]) -> str:

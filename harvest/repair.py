@@ -10,8 +10,7 @@ from pydantic import ValidationError
 
 from matryoshka.config import explain
 from matryoshka.errors import UserError
-from matryoshka.runs import exclusive
-from matryoshka.shards.manifest import MANIFEST_FOLDER
+from matryoshka.shards.place import place_of
 from matryoshka.shards.reader import read_manifest
 from matryoshka.shards.verify import Verdict, discard, verify
 
@@ -20,7 +19,9 @@ from .estimate import gigabytes
 from .run import harvest
 
 
-def verify_and_repair(path: Path, operational: Mapping[str, Any], *, repair: bool, say: Callable[[str], None]) -> bool:
+def verify_and_repair(
+    path: Path | str, operational: Mapping[str, Any], *, repair: bool, say: Callable[[str], None]
+) -> bool:
     """Whether the set at `path` is whole, after a repair if one was asked for. `say` gets a line for each finding.
 
     A repair is a harvest with the settings that the manifest records (with batch_size and device from `operational`),
@@ -31,8 +32,9 @@ def verify_and_repair(path: Path, operational: Mapping[str, Any], *, repair: boo
     if verdict.is_whole or not repair:
         return verdict.is_whole
     config = recorded_config(path, operational)
-    with exclusive(path / MANIFEST_FOLDER):
-        discard(path, verdict)
+    place = place_of(path)
+    with place.exclusive():
+        discard(place, verdict)
     for result in harvest(config):
         say(f"{result.path}: {result.n_shards_written} shards harvested again")
     verdict = verify(path)
@@ -40,7 +42,7 @@ def verify_and_repair(path: Path, operational: Mapping[str, Any], *, repair: boo
     return verdict.is_whole
 
 
-def recorded_config(path: Path, operational: Mapping[str, Any]) -> HarvestConfig:
+def recorded_config(path: Path | str, operational: Mapping[str, Any]) -> HarvestConfig:
     """The settings with which the set at `path` was harvested."""
     settings = read_manifest(path).settings
     try:
@@ -49,7 +51,7 @@ def recorded_config(path: Path, operational: Mapping[str, Any]) -> HarvestConfig
         raise UserError(f"the settings in the manifest of {path} cannot be used: {explain(error)}") from error
 
 
-def _report(path: Path, verdict: Verdict, say: Callable[[str], None]) -> None:
+def _report(path: Path | str, verdict: Verdict, say: Callable[[str], None]) -> None:
     for damage in verdict.damage:
         say(f"{path}: {damage}")
     for name in verdict.metadata:

@@ -8,8 +8,8 @@ the model runs on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
-from matryoshka.runs import exclusive, make_directory
 from matryoshka.shards import CommitRecord, Manifest, ShardSetWriter
-from matryoshka.shards.manifest import MANIFEST_FOLDER
 from matryoshka.shards.reader import read_records
 
+from .background import background
+from .batch_memory import forget, remember, remembered
 from .capture import Capture
 from .config import HarvestConfig
 from .estimate import Estimate, estimate, together
@@ -96,23 +96,39 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
         if todo:
             lm, sets, passes = _prepare(config, todo, ranks)
             capture = Capture(lm, _FIRST_BATCH if config.batch_size == "auto" else config.batch_size)
-            if config.batch_size == "auto":
+            known = remembered(todo[0].place, config.batch_size, lm.device)
+            if known is not None:
+                capture.batch_size = known
+            elif config.batch_size == "auto":
                 capture.batch_size = ranks.agree(_tuned(capture, passes[0]) if ranks.is_first else 0)
+            n_noted = capture.batch_size
+
+            def note() -> None:
+                nonlocal n_noted
+                if capture.batch_size != n_noted:
+                    n_noted = capture.batch_size
+                    for target in todo:
+                        remember(target.place, config.batch_size, lm.device, n_noted)
+
             with ExitStack() as stack:
+                rest = None
                 if ranks.is_first:
                     rest = _cost(sets, capture, passes, ranks)
                     rest.check(todo[0].folder)
                     for target in todo:
-                        make_directory(target.folder / MANIFEST_FOLDER)
-                        stack.enter_context(exclusive(target.folder / MANIFEST_FOLDER))
-                    progress.started(rest, sum(max(s.n_tokens for s in one.sets) for one in passes))
+                        target.place.make()
+                        stack.enter_context(target.place.exclusive())
                 writers = _open(sets, lm, ranks)
+                if rest is not None:
+                    progress.started(rest, sum(max(s.n_tokens for s in one.sets) for one in passes))
+                note()
                 for one in passes:
-                    written |= _run_jobs(one, writers, capture, ranks, progress)
+                    written |= _run_jobs(one, writers, capture, ranks, progress, note)
                 ranks.wait()
                 if ranks.is_first:
-                    for writer in writers.values():
-                        writer.finish()
+                    for target in todo:
+                        writers[target.folder].finish()
+                        forget(target.place)
             ranks.wait()
         return [target.result(written[target.folder]) for target in targets]
 
@@ -138,7 +154,7 @@ def estimate_nothing(config: HarvestConfig) -> Estimate:
     target = Target(config.members()[0])
     saved = target.begun()
     assert saved is not None
-    return estimate(saved, 0, target.folder, None)
+    return estimate(saved, 0, target.place, None)
 
 
 def tokenize(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
@@ -196,9 +212,9 @@ def _cost(sets: list[_Set], capture: Capture, passes: list[_Pass], ranks: Ranks)
     missing, parts = {}, []
     for one in sets:
         folder = one.target.folder
-        records = read_records(folder)
+        records = read_records(one.target.place)
         missing[folder] = one.n_tokens - sum(record.n_contexts for record in records) * one.manifest.ctx_len
-        parts.append(estimate(one.manifest, missing[folder], folder, None, records))
+        parts.append(estimate(one.manifest, missing[folder], one.target.place, None, records))
     n_tokens = sum(max(missing[s.target.folder] for s in one.sets) for one in passes)
     speed = capture.speed(passes[0].first.tokens, _hook_points(passes[0].sets)) * ranks.world
     return together(parts, n_tokens, n_tokens / speed)
@@ -209,7 +225,7 @@ def _open(sets: list[_Set], lm: LanguageModel, ranks: Ranks) -> dict[Any, ShardS
 
     def writer(one: _Set) -> ShardSetWriter:
         start = ShardSetWriter.open if ranks.is_first else ShardSetWriter.join
-        return start(one.target.folder, one.manifest, one.target.norm(lm))
+        return start(one.target.place, one.manifest, one.target.norm(lm))
 
     if not ranks.is_first:
         ranks.wait()
@@ -220,15 +236,20 @@ def _open(sets: list[_Set], lm: LanguageModel, ranks: Ranks) -> dict[Any, ShardS
 
 
 def _run_jobs(
-    one: _Pass, writers: dict[Any, ShardSetWriter], capture: Capture, ranks: Ranks, progress: Progress
+    one: _Pass,
+    writers: dict[Any, ShardSetWriter],
+    capture: Capture,
+    ranks: Ranks,
+    progress: Progress,
+    captured: Callable[[], None],
 ) -> dict[Any, int]:
-    """Make the shards of this rank; folder -> how many were written by it."""
+    """Make the shards of this rank; folder -> how many were written by it. `captured` is called after each one."""
     written = {s.target.folder: 0 for s in one.sets}
 
     def advanced(n_tokens: int) -> None:
         progress.advanced(n_tokens, sum(writer.bytes_written() for writer in writers.values()))
 
-    with ThreadPoolExecutor(min(_WRITERS, len(one.sets)), thread_name_prefix="shard-writer") as executor:
+    with background(min(_WRITERS, len(one.sets))) as executor:
         pending: list[Future[CommitRecord]] = []
         for number, job in enumerate(chain([one.first], one.rest)):
             if not ranks.owns(number):
@@ -245,6 +266,7 @@ def _run_jobs(
                 advanced(job.tokens.numel())
                 continue
             found = capture.shard(job.tokens, _hook_points(missing), advanced)
+            captured()
             # One shard is written while one is captured, never more: this bounds the memory.
             _settle(pending)
             for s in missing:

@@ -12,6 +12,7 @@ from matryoshka.lm import LanguageModel
 from matryoshka.runs import changed_fields, provenance, refuse_changes
 from matryoshka.shards import Manifest, ShardSet, SiteFacts, SplitPlan, extend_splits, plan_splits
 from matryoshka.shards.manifest import NormFacts
+from matryoshka.shards.place import Place, place_of
 from matryoshka.shards.reader import has_manifest, read_manifest, read_records
 from matryoshka.shards.writer import check_place
 from matryoshka.sites import HookPair, Norm, Site
@@ -23,7 +24,7 @@ from .config import HarvestConfig
 class HarvestResult:
     """What a harvest leaves behind in one folder."""
 
-    path: Path
+    path: Path | str
     n_shards_written: int
     """0 when an earlier run had finished the set."""
     n_tokens: int
@@ -41,9 +42,14 @@ class Target:
     """The settings as if this set were harvested alone."""
 
     @cached_property
-    def folder(self) -> Path:
-        """Where it lies."""
+    def folder(self) -> Path | str:
+        """Where it lies: a folder, or a URL."""
         return self.config.folder()
+
+    @cached_property
+    def place(self) -> Place:
+        """The same, to work in."""
+        return place_of(self.folder)
 
     @cached_property
     def pair(self) -> HookPair:
@@ -60,10 +66,10 @@ class Target:
 
         Raises UserError when the folder cannot be used, or holds a set of other settings; more tokens are no others.
         """
-        check_place(self.folder)
-        if not has_manifest(self.folder):
+        check_place(self.place)
+        if not has_manifest(self.place):
             return None
-        saved = read_manifest(self.folder)
+        saved = read_manifest(self.place)
         wanted = self.config.content()
         if isinstance(had := saved.settings.get("tokens"), int) and had < self.config.tokens:
             wanted["tokens"] = had
@@ -75,7 +81,7 @@ class Target:
         saved = self.begun()
         if saved is None or not saved.complete or saved.settings.get("tokens") != self.config.tokens:
             return False
-        return len(read_records(self.folder)) == sum(plan.n_shards for plan in saved.splits.values())
+        return len(read_records(self.place)) == sum(plan.n_shards for plan in saved.splits.values())
 
     def norm(self, lm: LanguageModel) -> Norm | None:
         """The norm behind the source site, if there is one."""
@@ -115,7 +121,7 @@ class Target:
 
     def result(self, n_written: int) -> HarvestResult:
         """What is there now. The set must be finished."""
-        shards = ShardSet.open(self.folder)
+        shards = ShardSet.open(self.place)
         n_contexts = shards.train.n_contexts + shards.val.n_contexts
         return HarvestResult(
             path=self.folder,

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from matryoshka.errors import UserError
 
-SECTIONS = ("harvest", "train", "evaluate")
+SECTIONS = ("harvest", "train", "evaluate", "layers")
 DEFAULT_FILE = Path("pipeline.yaml")
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)")

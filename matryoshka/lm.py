@@ -17,8 +17,8 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from matryoshka.devices import resolve_device, resolve_dtype
 from matryoshka.errors import UserError
 from matryoshka.hook_points import HookPoints
+from matryoshka.load_failure import cannot_load
 from matryoshka.sites import Norm, fit_norm, hook_point
 from matryoshka.taps import Captured, Tap
+from matryoshka.unembedding import Unembedding
 
 __all__ = ["LanguageModel", "resolve_device", "resolve_dtype"]
 
@@ -186,6 +188,12 @@ class LanguageModel:
                 for tap in traced:
                     stack.callback(tap.attach(function).remove)
             yield
+
+    @cached_property
+    def unembedding(self) -> Unembedding:
+        """The final norm and W_U. Raises UserError for a model whose logits are made in another way."""
+        probe = self.capture(self._probe_tokens(), [hook_point("resid_post", self.n_layers - 1)]).popitem()[1]
+        return Unembedding.fit(self._bridge, self._plain, probe, self.logits(self._probe_tokens()), self.name)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able facts for a manifest."""
@@ -347,7 +355,7 @@ def _load_plain(name: str, revision: str | None, dtype: torch.dtype) -> tuple[An
         )
         model, report = loaded
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise _cannot_load(name, revision, part, error) from error
+        raise cannot_load(name, revision, part, error) from error
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
         raise UserError(
@@ -356,27 +364,8 @@ def _load_plain(name: str, revision: str | None, dtype: torch.dtype) -> tuple[An
             "convert the model again."
         )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise _cannot_load(name, revision, "tokenizer", ValueError("it has no words, only special tokens"))
+        raise cannot_load(name, revision, "tokenizer", ValueError("it has no words, only special tokens"))
     return model, tokenizer
-
-
-def _cannot_load(name: str, revision: str | None, part: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    reason = reason if len(reason) <= 300 else reason[:297] + "..."
-    if Path(name).is_dir():
-        return UserError(
-            f"The {part} of the model in the folder {name} could not be loaded: {reason} Expected is a folder as "
-            "save_pretrained writes it: config.json, *.safetensors and the tokenizer's files (tokenizer.json, "
-            "tokenizer_config.json), of an architecture that transformers knows without the model's own code."
-        )
-    at = f" at revision {revision}" if revision else ""
-    return UserError(
-        f'The {part} of the model "{name}"{at} could not be loaded, neither from the Hugging Face hub nor from its '
-        f"cache, and it is not a folder here: {reason} Check the name; for a gated model (Gemma, Llama) accept its "
-        "licence on its page at huggingface.co and set HF_TOKEN; without a network give the path of a local folder; "
-        "with the model in the cache set HF_HUB_OFFLINE=1. Only safetensors weights are loaded, and never a model's "
-        "own code."
-    )
 
 
 def _boot_bridge(name: str, model: Any, tokenizer: Any) -> Any:

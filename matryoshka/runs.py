@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.errors import UserError
+from matryoshka.locations import location_name
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -27,9 +28,9 @@ def default_shards_path(layer: int) -> Path:
     return Path("data") / f"l{layer}"
 
 
-def default_run_path(shards: Path, k: int) -> Path:
-    """Where `train run --shards data/l17` writes when no --out is given: data/runs/l17-k96."""
-    return Path("data") / "runs" / f"{shards.resolve().name}-k{k}"
+def default_run_path(shards: Path | str, k: int) -> Path:
+    """Where `train run --shards data/l17` (or s3://bucket/l17) writes when no --out is given: data/runs/l17-k96."""
+    return Path("data") / "runs" / f"{location_name(shards)}-k{k}"
 
 
 def check_directory(path: Path) -> None:
@@ -53,7 +54,7 @@ def make_directory(path: Path) -> None:
         raise UserError(f"the folder {path} is not writable; choose another --out or mend its permissions")
 
 
-def fsync_path(path: Path) -> None:
+def fsync_path(path: Path | str) -> None:
     """Force a file or directory to the disk. A renamed file is only safe once its directory is."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -74,18 +75,31 @@ def publish_bytes(path: Path, content: bytes) -> None:
 
 
 def publish_json(path: Path, content: object) -> None:
-    """`publish_bytes` of indented JSON with sorted keys: equal content gives equal bytes. NaN is refused."""
-    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=True)
-    publish_bytes(path, text.encode() + b"\n")
+    """`publish_bytes` of `json_bytes`."""
+    publish_bytes(path, json_bytes(content))
+
+
+def json_bytes(content: object) -> bytes:
+    """Indented JSON with sorted keys: equal content gives equal bytes. NaN is refused."""
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=True).encode() + b"\n"
 
 
 def read_json(path: Path, *, what: str) -> dict[str, Any]:
     """Read a JSON object written by `publish_json`; `what` names it in the error."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} is not a {what}: it has no {path.name}") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as the record of a {what}: {error}") from error
+    return parse_json(content, str(path), what=what)
+
+
+def parse_json(text: bytes, path: str, *, what: str) -> dict[str, Any]:
+    """The JSON object in the content of a file that `publish_json` wrote; `path` and `what` name it in the error."""
+    try:
+        content = json.loads(text.decode("utf-8"))
+    except ValueError as error:
         raise UserError(f"{path} cannot be read as the record of a {what}: {error}") from error
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
@@ -105,7 +119,7 @@ def changed_fields(saved: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     return changes
 
 
-def refuse_changes(folder: Path, made_by: str, changes: Sequence[str]) -> None:
+def refuse_changes(folder: object, made_by: str, changes: Sequence[str]) -> None:
     """Raise UserError when `folder` holds results of other settings; mixing them is never right."""
     if changes:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,36 +20,45 @@ from matryoshka.transcoder import Transcoder
 _SAME_NORM = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _PROBE_ROWS = 8
 
+Edit = Callable[[Tensor, Tensor], Tensor]
+"""(x [..., d_in] as the transcoder reads it, target [..., d_out]) -> what goes on in the target's place."""
+
 
 class _Splice:
     """What passes from the source to the target of one forward."""
 
-    def __init__(self, transcoder: Transcoder, n_groups: int | None, norm: Norm | None) -> None:
-        self._transcoder = transcoder
-        self._n_groups = n_groups
+    def __init__(self, transcoder: Transcoder, norm: Norm | None, edit: Edit) -> None:
+        self._config = transcoder.config
         self._norm = norm
+        self._edit = edit
         self._source: Tensor | None = None
 
     def take_raw(self, source: Tensor) -> None:
         """Keep what the transcoder reads of a raw source activation [..., d_in]."""
-        config = self._transcoder.config
+        config = self._config
         self._source = apply_convention(source, config.input, source_site=config.source_site, norm=self._norm)
 
     def take_input(self, x: Tensor) -> None:
         """Keep x [..., d_in], which is in the transcoder's convention already."""
         self._source = x
 
-    def reconstruct(self, target: Tensor) -> Tensor:
-        """y_hat [..., d_out] of the source that this forward has passed, in the dtype of `target`."""
+    def replace(self, target: Tensor) -> Tensor:
+        """The edit of this forward's source and target, as a tensor like `target` [..., d_out]."""
         if self._source is None:
             raise UserError(
                 "the model came to the transcoder's target before its source in this forward; the two sites are not of "
                 "this model's order"
             )
         x, self._source = self._source, None
-        rows = x.reshape(-1, x.shape[-1]).to(self._transcoder.device)
-        y_hat = self._transcoder(rows, self._n_groups)
-        return y_hat.view(*x.shape[:-1], -1).to(device=target.device, dtype=target.dtype)
+        return self._edit(x, target).to(device=target.device, dtype=target.dtype)
+
+
+def _reconstruction(transcoder: Transcoder, n_groups: int | None) -> Edit:
+    def y_hat(x: Tensor, _target: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(transcoder.device)
+        return transcoder(rows, n_groups).view(*x.shape[:-1], -1)
+
+    return y_hat
 
 
 def spliced_into(transcoder: Transcoder, model: Any, n_groups: int | None = None) -> AbstractContextManager[None]:
@@ -64,13 +73,13 @@ def spliced_into(transcoder: Transcoder, model: Any, n_groups: int | None = None
         UserError: the transcoder does not belong to this model, or the model cannot give what it reads.
     """
     if isinstance(model, LanguageModel):
-        return _into_language_model(transcoder, model, n_groups)
+        return edited(transcoder, model, _reconstruction(transcoder, n_groups))
     if hasattr(model, "hooks") and hasattr(model, "hook_dict"):
-        splice = _Splice(transcoder, n_groups, None)
+        splice = _Splice(transcoder, None, _reconstruction(transcoder, n_groups))
         return model.hooks(
             fwd_hooks=[
                 (input_hook(transcoder.config), lambda tensor, hook: splice.take_input(tensor)),  # noqa: ARG005
-                (output_hook(transcoder.config), lambda tensor, hook: splice.reconstruct(tensor)),  # noqa: ARG005
+                (output_hook(transcoder.config), lambda tensor, hook: splice.replace(tensor)),  # noqa: ARG005
             ]
         )
     raise UserError(
@@ -105,19 +114,22 @@ def spliced_between(
         reads = torch.randn(_PROBE_ROWS, config.d_in, generator=torch.Generator().manual_seed(0)).to(weight)
         with torch.no_grad():
             norm = fit_norm(source, reads, source(reads), tolerance=_SAME_NORM.get(weight.dtype, 1e-5))
-    splice = _Splice(transcoder, n_groups, norm)
+    splice = _Splice(transcoder, norm, _reconstruction(transcoder, n_groups))
     with contextlib.ExitStack() as stack:
         stack.callback(Tap(source, "in").attach(splice.take_raw).remove)
-        stack.callback(Tap(target, "out").attach(splice.reconstruct).remove)
+        stack.callback(Tap(target, "out").attach(splice.replace).remove)
         yield
 
 
 @contextlib.contextmanager
-def _into_language_model(transcoder: Transcoder, model: LanguageModel, n_groups: int | None) -> Iterator[None]:
-    norm = check_model(transcoder, model)
-    splice = _Splice(transcoder, n_groups, norm)
+def edited(transcoder: Transcoder, model: LanguageModel, edit: Edit) -> Iterator[None]:
+    """While the context lasts, each forward of `model` goes on with `edit(x, target)` in place of the target.
+
+    `spliced_into` is the edit that forgets the target. Raises UserError as it does.
+    """
+    splice = _Splice(transcoder, check_model(transcoder, model), edit)
     config = transcoder.config
-    with model.tapped({config.source_hook: splice.take_raw, output_hook(config): splice.reconstruct}):
+    with model.tapped({config.source_hook: splice.take_raw, output_hook(config): splice.replace}):
         yield
 
 

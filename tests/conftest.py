@@ -172,3 +172,35 @@ def wandb_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[
     """A function: offline file -> its records. What W&B copies on the way to a server stays in the test's folder."""
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
     return _whole_wandb_file
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[str]:
+    """The address of a server on the loopback that speaks S3."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it names every request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new bucket; the environment says where it is, also to commands that a test starts."""
+    import urllib.request
+    import uuid
+
+    name = f"bucket-{uuid.uuid4().hex}"
+    with urllib.request.urlopen(urllib.request.Request(f"{_s3_server}/{name}", method="PUT")):
+        pass
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_server)
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+    return f"s3://{name}"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMMANDS = ("harvest", "train", "evaluate", "pipeline")
+FEATURES = ("cloud", "probing", "structure")
+"""Extras that users choose."""
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -112,22 +115,40 @@ def test_data_is_never_committed(tmp_path: Path) -> None:
     assert (ROOT / "data" / "README.md").is_file()
 
 
+def _names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[^\w.-]", item, maxsplit=1)[0].lower() for item in requirements}
+
+
+def _imported(nodes: Iterator[ast.AST] | list[ast.stmt]) -> set[str]:
+    """The distributions' modules that `nodes` import, without our own and Python's."""
+    modules: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            modules.add(node.module.partition(".")[0])
+    return modules - set(sys.stdlib_module_names) - {"matryoshka", "harvest", "train", "evaluate"}
+
+
 def test_what_is_imported_is_declared() -> None:
-    """Not left to come along with something else."""
+    """Not left to come along with something else; what an extra brings is imported only inside of functions."""
     homes = metadata.packages_distributions()
-    declared = {re.split(r"[^\w.-]", item, maxsplit=1)[0].lower() for item in PROJECT["project"]["dependencies"]}
+    always = _names(PROJECT["project"]["dependencies"])
+    extras = PROJECT["project"]["optional-dependencies"]
+    optional = _names([item for name in FEATURES for item in extras[name]])
     missing: dict[str, str] = {}
     for package in PROJECT["tool"]["setuptools"]["packages"]:
         for path in (ROOT / package.replace(".", "/")).glob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                modules: list[str] = []
-                if isinstance(node, ast.Import):
-                    modules = [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-                    modules = [node.module]
-                for top in {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names):
-                    if top not in ("matryoshka", "harvest", "train", "evaluate") and not declared & {
-                        home.lower() for home in homes.get(top, [])
-                    }:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for modules, declared in ((_imported(tree.body), always), (_imported(ast.walk(tree)), always | optional)):
+                for top in modules:
+                    if not declared & {home.lower() for home in homes.get(top, [])}:
                         missing[top] = str(path.relative_to(ROOT))
     assert missing == {}
+
+
+def test_the_tests_run_with_every_feature() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert set(extras) == {*FEATURES, "demo", "dev"}
+    for name in FEATURES:
+        assert f"matryoshka-transcoders[{name}]" in extras["dev"]

@@ -2,13 +2,15 @@
 
 Zarr's own pipeline reaches about a third of the rate at which one core decodes these chunks (benchmarks/stream.py). A
 Zarr v3 shard is chunks one after another, and at its end an index: offset and length of each as little-endian uint64,
-then the crc32c of the index (the specification's sharding_indexed codec). Only what this package writes is read this
-way; of everything else `open_files` says None, and the reader goes through Zarr.
+then the crc32c of the index (the specification's sharding_indexed codec). From an object store the index and the wanted
+chunks alone are fetched. Only what this package writes is read this way; of everything else `open_files` says None, and
+the reader goes through Zarr.
 """
 
 from __future__ import annotations
 
-import mmap
+import math
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from matryoshka.errors import UserError
+from matryoshka.locations import inside
+from matryoshka.shards.place import Place, place_of
 
 _ABSENT = 2**64 - 1
 """Offset of a chunk that was never written."""
@@ -26,85 +30,109 @@ _INDEX_CODECS = [_BYTES, {"name": "crc32c"}]
 class ShardFiles:
     """The files of one array [n_shards, positions, contexts, width] with one file a shard, chunked by positions."""
 
-    def __init__(self, folder: Path, *, shape: tuple[int, ...], step: int, dtype: np.dtype[Any], codec: str) -> None:
-        """`folder`: the array's. `shape`: of one shard. `step`: positions in a chunk. `codec`: blosc, or raw."""
-        self._folder = folder
+    def __init__(
+        self, place: Place, name: str, *, shape: tuple[int, ...], step: int, dtype: np.dtype[Any], codec: str
+    ) -> None:
+        """`name`: the array's. `shape`: of one shard. `step`: positions in a chunk. `codec`: blosc, or raw."""
+        self._place = place
+        self._name = name
         self._shape = shape
         self._step = step
         self._dtype = dtype
         self._blosc = codec == "blosc"
         self._index = lru_cache(maxsize=None)(self._read_index)
+        self._held = threading.local()
+        self._chunk_bytes = dtype.itemsize * step * math.prod(shape[1:])
 
-    def read(self, shard: int, start: int, stop: int) -> np.ndarray | None:
+    def read(self, shard: int, start: int, stop: int, *, reuse: bool = False) -> np.ndarray | None:
         """Positions [start, stop) of a shard, [positions, contexts, width]; None unless they are whole chunks that
-        lie in the file. Of a single raw chunk this is a private map of the file, which costs no copy."""
+        lie in the file. Of a single raw chunk this is a private map of the file, which costs no copy.
+
+        With `reuse` one chunk is read into memory that the thread's next such call overwrites: fresh memory for each
+        costs as much in page faults as a raw chunk's copy.
+        """
         if start % self._step or stop % self._step or not 0 <= start < stop <= self._shape[0]:
             return None
         places = self._index(shard)[start // self._step : stop // self._step]
         if bool((places[:, 0] == _ABSENT).any()):
             return None
-        path = self._path(shard)
-        if len(places) == 1 and not self._blosc:
-            return self._chunk(path, places[0])
+        key = self._key(shard)
+        if reuse and len(places) == 1:
+            return self._read_again(key, int(places[0, 0]), int(places[0, 1]))
+        # Of a folder these are maps, which cost nothing before they are decoded.
+        stored = self._place.ranges(key, [(int(offset), int(length)) for offset, length in places])
+        if len(stored) == 1 and not self._blosc:
+            return self._raw(key, stored[0])
         out = np.empty((stop - start, *self._shape[1:]), self._dtype)
-        for number, place in enumerate(places):
-            self._chunk(path, place, out[number * self._step :][: self._step])
+        for number, chunk in enumerate(stored):
+            part = out[number * self._step :][: self._step]
+            if self._blosc:
+                self._decode(key, chunk, part)
+            else:
+                part[:] = self._raw(key, chunk)
         return out
 
-    def _chunk(self, path: Path, place: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        offset, length = (int(value) for value in place)
-        begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        with path.open("rb") as file:
-            # Mapped, not read: the codec takes its bytes from the page cache, and nothing is held once the map is
-            # dropped. Private and writable, since torch warns of tensors that must not be written.
-            mapped = mmap.mmap(file.fileno(), offset - begin + length, access=mmap.ACCESS_COPY, offset=begin)
-        if hasattr(mmap, "MADV_WILLNEED"):
-            mapped.madvise(mmap.MADV_WILLNEED)
-        stored = np.frombuffer(mapped, np.uint8, count=length, offset=offset - begin)
-        shape = (self._step, *self._shape[1:])
-        if not self._blosc:
-            if length != self._dtype.itemsize * np.prod(shape, dtype=np.int64):
-                raise _damaged(path, f"a chunk has {length} bytes")
-            values = stored.view(self._dtype).reshape(shape)
-            if out is None:
-                return values
-            out[:] = values
-            return out
+    def _read_again(self, key: str, offset: int, length: int) -> np.ndarray:
+        """One chunk, in this thread's own memory."""
+        decoded = self._scratch("decoded", self._chunk_bytes)
+        values = decoded.view(self._dtype).reshape(self._step, *self._shape[1:])
+        if self._blosc:
+            if length > 2 * self._chunk_bytes + 64:
+                raise _damaged(self._place, key, f"a chunk of {self._chunk_bytes} bytes takes {length}")
+            stored = self._scratch("stored", length)
+            self._place.read_into(key, offset, stored)
+            self._decode(key, stored, values)
+        else:
+            self._check_raw(key, length)
+            self._place.read_into(key, offset, decoded)
+        return values
+
+    def _scratch(self, name: str, n_bytes: int) -> np.ndarray:
+        held = getattr(self._held, name, None)
+        if held is None or len(held) < n_bytes:
+            held = np.empty(n_bytes, np.uint8)
+            setattr(self._held, name, held)
+        return held[:n_bytes]
+
+    def _raw(self, key: str, stored: np.ndarray) -> np.ndarray:
+        self._check_raw(key, len(stored))
+        return stored.view(self._dtype).reshape(self._step, *self._shape[1:])
+
+    def _check_raw(self, key: str, length: int) -> None:
+        if length != self._chunk_bytes:
+            raise _damaged(self._place, key, f"a chunk has {length} bytes")
+
+    def _decode(self, key: str, stored: np.ndarray, out: np.ndarray) -> None:
         from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue] -- a compiled module
 
-        if out is None:
-            out = np.empty(shape, self._dtype)
         try:
             blosc.decompress(stored, out)
         except (RuntimeError, ValueError) as error:
-            raise _damaged(path, f"a chunk cannot be decoded ({error})") from error
-        return out
+            raise _damaged(self._place, key, f"a chunk cannot be decoded ({error})") from error
 
     def _read_index(self, shard: int) -> np.ndarray:
         """[chunks, 2] uint64: offset and length of each."""
         import google_crc32c
 
-        path = self._path(shard)
+        key = self._key(shard)
         size = 16 * (self._shape[0] // self._step)
-        with path.open("rb") as file:
-            file.seek(-(size + 4), 2)
-            found = file.read()
+        found = self._place.tail(key, size + 4)
         if google_crc32c.value(found[:size]) != int.from_bytes(found[size:], "little"):
-            raise _damaged(path, "its index differs from its checksum")
+            raise _damaged(self._place, key, "its index differs from its checksum")
         return np.frombuffer(found[:size], "<u8").reshape(-1, 2)
 
-    def _path(self, shard: int) -> Path:
-        return self._folder / "c" / str(shard) / "/".join("0" * len(self._shape))
+    def _key(self, shard: int) -> str:
+        return f"{self._name}/c/{shard}/{'/'.join('0' * len(self._shape))}".removeprefix("/")
 
 
-def open_files(folder: Path, array: Any) -> ShardFiles | None:
-    """The files of a Zarr array below `folder`, or None when it is not of the kind that is read directly.
+def open_files(path: str | Path | Place, array: Any, name: str = "") -> ShardFiles | None:
+    """The files of the Zarr array `name` below `path`, or None when it is not of the kind that is read directly.
 
     Raises nothing for a strange array: Zarr itself may well know how to read it.
     """
     metadata = array.metadata.to_dict()
     codecs = metadata.get("codecs", ())
-    if not folder.is_dir() or metadata.get("storage_transformers") or len(codecs) != 1:
+    if metadata.get("storage_transformers") or len(codecs) != 1:
         return None
     sharding = codecs[0]
     inner = sharding.get("configuration", {})
@@ -132,7 +160,8 @@ def open_files(folder: Path, array: Any) -> ShardFiles | None:
     if names not in ([], ["blosc"]):
         return None
     codec = "blosc" if names else "raw"
-    return ShardFiles(folder, shape=grid[1:], step=chunk[1], dtype=dtype.newbyteorder("<"), codec=codec)
+    dtype = dtype.newbyteorder("<")
+    return ShardFiles(place_of(path), name, shape=grid[1:], step=chunk[1], dtype=dtype, codec=codec)
 
 
 def _plain(codecs: Any) -> list[dict[str, Any]]:
@@ -144,5 +173,6 @@ def _plain(codecs: Any) -> list[dict[str, Any]]:
     return plain
 
 
-def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} is damaged: {problem}. Delete its record in manifest/ and run the same harvest again")
+def _damaged(place: Place, key: str, problem: str) -> UserError:
+    where = inside(place.location, key)
+    return UserError(f"{where} is damaged: {problem}. Delete its record in manifest/ and run the same harvest again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from matryoshka.config import explain
 from matryoshka.errors import UserError
-from matryoshka.runs import read_json
+from matryoshka.locations import inside
+from matryoshka.runs import parse_json
 from matryoshka.shards import layout
-from matryoshka.shards.checksum import checksum
 from matryoshka.shards.direct import ShardFiles, open_files
 from matryoshka.shards.manifest import FORMAT, MANIFEST_FOLDER, SPLITS, CommitRecord, FileRecord, Manifest, record_name
+from matryoshka.shards.place import Place, place_of
 from matryoshka.shards.scaled import unscale
 from matryoshka.sites import Norm
 
@@ -91,10 +92,16 @@ class Split:
         specials = torch.tensor(self._set.manifest.special_ids, dtype=torch.int32)
         return ~torch.isin(self.tokens(shard).T, specials)
 
-    def activations(self, side: str, shard: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Positions [start, stop) of every context of a shard: bfloat16 [positions, n_contexts, width]."""
+    def activations(
+        self, side: str, shard: int, start: int = 0, stop: int | None = None, *, reuse: bool = False
+    ) -> Tensor:
+        """Positions [start, stop) of every context of a shard: bfloat16 [positions, n_contexts, width].
+
+        With `reuse` the thread's next such call for this side may overwrite them; it is for who copies them at once.
+        """
         n_contexts = self.shard_contexts[shard]
-        stored = self._stored(side, shard, start, self._set.ctx_len if stop is None else stop)[:, :n_contexts]
+        stop = self._set.ctx_len if stop is None else stop
+        stored = self._stored(side, shard, start, stop, reuse=reuse)[:, :n_contexts]
         if not layout.is_scaled(self._set.manifest):
             return layout.from_bits(stored)
         channel, scale = self._factors(side, shard)
@@ -117,12 +124,12 @@ class Split:
                     keep=keep[here],
                 )
 
-    def _stored(self, side: str, shard: int, start: int, stop: int) -> np.ndarray:
+    def _stored(self, side: str, shard: int, start: int, stop: int, *, reuse: bool = False) -> np.ndarray:
         """Positions of a shard as they are stored: from its file where that can be read directly, else through Zarr."""
         if side not in self._files:
-            self._files[side] = open_files(self._set.path / self.name / side, self._array(side))
+            self._files[side] = open_files(self._set.place, self._array(side), f"{self.name}/{side}")
         files = self._files[side]
-        found = None if files is None else files.read(shard, start, stop)
+        found = None if files is None else files.read(shard, start, stop, reuse=reuse)
         return self._array(side)[shard, start:stop] if found is None else found
 
     def _ids(self, name: str, shard: int) -> np.ndarray:
@@ -144,8 +151,8 @@ class ShardSet:
     >>> for block in shards.val.blocks(): x, y = block.rows()          # doctest: +SKIP
     """
 
-    def __init__(self, path: Path, manifest: Manifest, records: list[CommitRecord], root: zarr.Group) -> None:
-        self.path = path
+    def __init__(self, place: Place, manifest: Manifest, records: list[CommitRecord], root: zarr.Group) -> None:
+        self.place = place
         self.manifest = manifest
         self.records = records
         self.root = root
@@ -153,15 +160,15 @@ class ShardSet:
         self.val = Split(self, "val")
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False) -> ShardSet:
-        """Open a finished set; with `verify` every file is read and its crc32c checked.
+    def open(cls, path: str | Path | Place, *, verify: bool = False) -> ShardSet:
+        """Open a finished set in a folder or at a URL; with `verify` every file is read and its crc32c checked.
 
-        Raises UserError when the folder is not a shard set, is unfinished, or misses or differs from what was
+        Raises UserError when there is no shard set, when it is unfinished, or misses or differs from what was
         committed.
         """
-        path = Path(path)
-        manifest = read_manifest(path)
-        records = read_records(path)
+        place = place_of(path)
+        manifest = read_manifest(place)
+        records = read_records(place)
         planned = {
             (split, shard): n_contexts
             for split, plan in manifest.splits.items()
@@ -170,22 +177,30 @@ class ShardSet:
         committed = {(record.split, record.shard): record.n_contexts for record in records}
         if not manifest.complete or committed.keys() != planned.keys():
             raise UserError(
-                f"{path} is unfinished: it has {len(records)} of {len(planned)} shards. Run the harvest command that "
+                f"{place} is unfinished: it has {len(records)} of {len(planned)} shards. Run the harvest command that "
                 "made it again, with the same settings, to finish it"
             )
+        sizes = place.sizes(
+            held(place, (key for files in (*(r.files for r in records), manifest.summary) for key in files))
+        )
         for record in records:
             keys = layout.shard_keys(manifest, record.split, record.shard)
             if committed[record.split, record.shard] != planned[record.split, record.shard]:
-                raise _damaged(path, record.name, "does not hold the contexts that the manifest says")
-            _check_files(path, record.files, keys, record.name, verify=verify)
+                raise _damaged(place, record.name, "does not hold the contexts that the manifest says")
+            _check_files(place, record.files, keys, record.name, sizes, verify=verify)
         first = record_name("train", 0)
-        _check_files(path, manifest.summary, layout.summary_keys(manifest), first, verify=verify)
-        return cls(path, manifest, records, layout.open_root(path, writable=False))
+        _check_files(place, manifest.summary, layout.summary_keys(manifest), first, sizes, verify=verify)
+        return cls(place, manifest, records, layout.open_root(place, writable=False))
+
+    @property
+    def path(self) -> Path | str:
+        """Where it lies: a folder as Path, or a URL as str."""
+        return self.place.location
 
     @property
     def name(self) -> str:
-        """Name of the folder: `l17`."""
-        return self.path.resolve().name
+        """Last part of where it lies: `l17`."""
+        return self.place.name
 
     @property
     def d_in(self) -> int:
@@ -260,63 +275,86 @@ class ShardSet:
         return array[:]
 
 
-def has_manifest(path: Path) -> bool:
+def has_manifest(path: str | Path | Place) -> bool:
     """Whether there is the root metadata of some Zarr group or array at `path`."""
-    return (path / ROOT_FILE).is_file()
+    return ROOT_FILE in place_of(path).sizes([ROOT_FILE])
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: str | Path | Place) -> Manifest:
     """The manifest of the shard set at `path`, finished or not; raises UserError when there is none."""
-    if not has_manifest(path):
-        raise UserError(f"{path} is not a shard set (no {ROOT_FILE}); make one with: harvest run --out {path} ...")
-    try:
-        # Not through zarr, which has an exception of its own for each way in which a stranger's file can be odd.
-        content = json.loads((path / ROOT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / ROOT_FILE} cannot be read: {error}") from error
+    place = place_of(path)
+    content = read_root(place)
     attributes = content.get("attributes") if isinstance(content, dict) else None
     if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
         raise UserError(
-            f"{path} is not a shard set, though it has a {ROOT_FILE}: its attribute format is not {FORMAT!r}"
+            f"{place} is not a shard set, though it has a {ROOT_FILE}: its attribute format is not {FORMAT!r}"
         )
     try:
         return Manifest.model_validate(attributes)
     except ValidationError as error:
-        raise UserError(f"the manifest of {path} cannot be read by this version: {explain(error)}") from error
+        raise UserError(f"the manifest of {place} cannot be read by this version: {explain(error)}") from error
 
 
-def read_records(path: Path) -> list[CommitRecord]:
+def read_root(place: Place) -> Any:
+    """The JSON of the root's metadata. Raises UserError when there is none, or it is no JSON."""
+    try:
+        text = place.read(ROOT_FILE)
+        if text is None:
+            raise UserError(
+                f"{place} is not a shard set (no {ROOT_FILE}); make one with: harvest run --out {place} ..."
+            )
+        # Not through zarr, which has an exception of its own for each way in which a stranger's file can be odd.
+        return json.loads(text.decode("utf-8"))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{inside(place.location, ROOT_FILE)} cannot be read: {error}") from error
+
+
+def read_records(path: str | Path | Place) -> list[CommitRecord]:
     """The commit records of a shard set, sorted by name."""
-    return [read_record(file) for file in sorted((path / MANIFEST_FOLDER).glob("*.json"))]
+    place = place_of(path)
+    keys = [key for key in place.keys(MANIFEST_FOLDER) if key.endswith(".json")]
+    return [parse_record(place, key, text) for key, text in zip(keys, place.read_all(keys), strict=True)]
 
 
-def read_record(file: Path) -> CommitRecord:
-    """One commit record. Raises UserError when it cannot be read or is that of another shard than its name says."""
-    content = read_json(file, what="shard set")
+def parse_record(place: Place, key: str, text: bytes | None) -> CommitRecord:
+    """One commit record, from its file. Raises UserError when it cannot be read or is that of another shard than its
+    name says."""
+    where = str(inside(place.location, key))
+    content = parse_json(text or b"", where, what="shard set")
     try:
         record = CommitRecord.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"the commit record {file} cannot be read: {explain(error)}") from error
-    if file.name != record_name(record.split, record.shard):
-        raise UserError(f"the commit record {file} is that of shard {record.shard} of {record.split}")
+        raise UserError(f"the commit record {where} cannot be read: {explain(error)}") from error
+    if key != f"{MANIFEST_FOLDER}/{record_name(record.split, record.shard)}":
+        raise UserError(f"the commit record {where} is that of shard {record.shard} of {record.split}")
     return record
 
 
-def problem_with(path: Path, files: Mapping[str, FileRecord], keys: Sequence[str], *, verify: bool) -> str | None:
+def held(place: Place, keys: Iterable[str]) -> list[str]:
+    """`keys` from records, which are not to be trusted. Raises UserError for one that points outside the set."""
+    keys = list(keys)
+    for key in keys:
+        if not place.holds(key):
+            raise UserError(f"{place}: a commit record points outside the shard set ({key}); it is not to be trusted")
+    return keys
+
+
+def problem_with(
+    place: Place, files: Mapping[str, FileRecord], keys: Sequence[str], sizes: Mapping[str, int], *, verify: bool
+) -> str | None:
     """What is wrong with the files of one record, or None. Presence and size always, crc32c on request.
 
-    Zarr itself would read a missing file as zeros. Raises UserError for a record that points outside the set.
+    Zarr itself would read a missing file as zeros. `sizes` are those of the files there are.
     """
     for key, expected in files.items():
-        file = (path / key).resolve()
-        if not file.is_relative_to(path.resolve()):
-            raise UserError(f"{path}: a commit record points outside the shard set ({key}); it is not to be trusted")
-        size = file.stat().st_size if file.is_file() else None
+        size = sizes.get(key)
         if size is None:
             return f"misses {key}"
         if size != expected.size:
             return f"has {size} bytes in {key}, not {expected.size}"
-        if verify and checksum(file) != expected:
+        if verify and place.checksum(key) != expected:
             return f"differs from its checksum in {key}"
     if files.keys() != set(keys):
         return "does not vouch for exactly the files of its shard"
@@ -324,15 +362,21 @@ def problem_with(path: Path, files: Mapping[str, FileRecord], keys: Sequence[str
 
 
 def _check_files(
-    path: Path, files: Mapping[str, FileRecord], keys: Sequence[str], record: str, *, verify: bool
+    place: Place,
+    files: Mapping[str, FileRecord],
+    keys: Sequence[str],
+    record: str,
+    sizes: Mapping[str, int],
+    *,
+    verify: bool,
 ) -> None:
     """`record` names the commit record that has to go for the files to be written again."""
-    problem = problem_with(path, files, keys, verify=verify)
+    problem = problem_with(place, files, keys, sizes, verify=verify)
     if problem is not None:
-        raise _damaged(path, record, problem)
+        raise _damaged(place, record, problem)
 
 
-def _damaged(path: Path, record: str, problem: str) -> UserError:
+def _damaged(path: Place, record: str, problem: str) -> UserError:
     return UserError(
         f"{path} is damaged: what {MANIFEST_FOLDER}/{record} stands for {problem}. Delete that record and run the same "
         f"harvest command again to rewrite this shard alone; `harvest verify {path} --repair` does both"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.shards.manifest import Loss
+from matryoshka.shards.row_sums import row_blocks
 
 SINK_NORM = 10.0
 """A row is an attention sink when its norm is above this multiple of the median."""
@@ -41,42 +42,46 @@ class Scaled:
 
 def unscale(q: Tensor, channel: Tensor, scale: Tensor) -> Tensor:
     """bfloat16 values of q [..., width] int8, channel [width] and scale [...] float32; rounded once."""
-    return torch.stack([(q[p].float() * channel * scale[p, :, None]).bfloat16() for p in range(len(q))])
+    values = torch.empty(q.shape, dtype=torch.bfloat16)
+    rows, scales = values.view(-1, len(channel)), scale.reshape(-1, 1)
+    for here, whole in row_blocks(q):
+        rows[here] = whole.mul_(channel).mul_(scales[here])
+    return values
 
 
 def to_scaled(values: Tensor, keep: Tensor) -> tuple[Scaled, Loss]:
     """Code `values` [ctx_len, n_contexts, width] bfloat16; `keep` [ctx_len, n_contexts] says which are not special.
 
-    Position by position, since a float32 copy of a shard would take twice its memory.
+    Block by block, since a float32 copy of a shard would take twice its memory.
     """
-    ordinary = _ordinary(values, keep)
+    ordinary = _ordinary(values, keep).reshape(-1)
     channel = _channel_rms(values, ordinary)
-    q = torch.empty(values.shape, dtype=torch.int8)
-    scale = torch.empty(values.shape[:2], dtype=torch.float32)
+    q = torch.empty(len(ordinary), len(channel), dtype=torch.int8)
+    scale = torch.empty(len(ordinary), dtype=torch.float32)
     error_sq, total_sq = 0.0, 0.0
-    for position, rows in enumerate(values):
-        x = rows.float()
-        relative = x / channel
+    for here, rows in row_blocks(values):
+        relative = rows / channel
         largest = relative.abs().amax(dim=1)
-        scale[position] = torch.where(largest > 0, largest / _LEVELS, 1.0)
-        q[position] = (relative / scale[position, :, None]).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
-        decoded = unscale(q[position : position + 1], channel, scale[position : position + 1])[0].float()
-        here = ordinary[position]
-        error_sq += float((x - decoded)[here].double().square().sum())
-        total_sq += float(x[here].double().square().sum())
-    return Scaled(q=q, channel=channel, scale=scale), Loss(error_sq=error_sq, total_sq=total_sq)
+        scale[here] = torch.where(largest > 0, largest / _LEVELS, 1.0)
+        q[here] = relative.div_(scale[here, None]).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
+        decoded = unscale(q[here], channel, scale[here]).float()
+        kept = ordinary[here]
+        error_sq += float((rows - decoded)[kept].double().square_().sum())
+        total_sq += float(rows[kept].double().square_().sum())
+    coded = Scaled(q=q.view(values.shape), channel=channel, scale=scale.view(values.shape[:-1]))
+    return coded, Loss(error_sq=error_sq, total_sq=total_sq)
 
 
 def _ordinary(values: Tensor, keep: Tensor) -> Tensor:
-    norms = torch.stack([rows.float().norm(dim=1) for rows in values])
+    norms = torch.cat([torch.linalg.vector_norm(rows, dim=1) for _, rows in row_blocks(values)]).view(keep.shape)
     if not bool(keep.any()):
         return torch.ones_like(keep)
     return keep & (norms <= SINK_NORM * norms[keep].median())
 
 
 def _channel_rms(values: Tensor, ordinary: Tensor) -> Tensor:
-    total = torch.zeros(values.shape[2], dtype=torch.float64)
-    for rows, here in zip(values, ordinary, strict=True):
-        total += rows[here].double().square().sum(0)
+    total = torch.zeros(values.shape[-1], dtype=torch.float64)
+    for here, rows in row_blocks(values):
+        total += rows[ordinary[here]].double().square_().sum(0)
     rms = (total / ordinary.sum()).sqrt().float()
     return torch.where(rms > 0, rms, 1.0)

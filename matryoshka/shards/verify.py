@@ -13,7 +13,8 @@ import torch
 from matryoshka.errors import UserError
 from matryoshka.shards import layout
 from matryoshka.shards.manifest import MANIFEST_FOLDER, CommitRecord, Manifest, record_name
-from matryoshka.shards.reader import ROOT_FILE, ShardSet, problem_with, read_manifest, read_record
+from matryoshka.shards.place import Place, place_of
+from matryoshka.shards.reader import ROOT_FILE, ShardSet, held, parse_record, problem_with, read_manifest, read_root
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +50,29 @@ class Verdict:
         return not self.damage and not self.metadata
 
 
-def verify(path: Path, checked: Callable[[str, int, int], None] = lambda *_: None) -> Verdict:
+def verify(path: str | Path | Place, checked: Callable[[str, int, int], None] = lambda *_: None) -> Verdict:
     """Check every planned shard of the set at `path`: its commit record, the presence, sizes and crc32c of its files,
     and what they hold: shapes, finite values, document numbers in order, special tokens where they belong, and the
     facts that the record states of them.
 
     `checked(split, shard, n_bytes)` is called after each shard. Raises UserError when `path` is no shard set.
     """
-    manifest = read_manifest(path)
-    root = layout.open_root(path, writable=False, finished=manifest.complete)
+    place = place_of(path)
+    manifest = read_manifest(place)
+    root = layout.open_root(place, writable=False, finished=manifest.complete)
     damage: list[Damage] = []
     records: list[CommitRecord] = []
     n_bytes = 0
-    shards = ShardSet(path, manifest, records, root)
+    shards = ShardSet(place, manifest, records, root)
     for split, plan in manifest.splits.items():
         for shard in range(plan.n_shards):
-            file = path / MANIFEST_FOLDER / record_name(split, shard)
-            if not file.is_file():
+            key = f"{MANIFEST_FOLDER}/{record_name(split, shard)}"
+            text = place.read(key)
+            if text is None:
                 if manifest.complete:
-                    damage.append(Damage(split, shard, f"has lost its commit record {MANIFEST_FOLDER}/{file.name}"))
+                    damage.append(Damage(split, shard, f"has lost its commit record {key}"))
                 continue
-            record, problem = _checked_record(shards, file)
+            record, problem = _checked_record(shards, key, text)
             if problem is not None:
                 damage.append(Damage(split, shard, problem))
             if record is not None:
@@ -77,7 +80,8 @@ def verify(path: Path, checked: Callable[[str, int, int], None] = lambda *_: Non
                 n_bytes += sum(entry.size for entry in record.files.values())
             checked(split, shard, n_bytes)
     if manifest.complete:
-        problem = problem_with(path, manifest.summary, layout.summary_keys(manifest), verify=True)
+        sizes = place.sizes(held(place, manifest.summary))
+        problem = problem_with(place, manifest.summary, layout.summary_keys(manifest), sizes, verify=True)
         if problem is not None:
             # The statistics of the set are made again when any shard is.
             damage.append(Damage("train", 0, f"is whole, but the statistics of the set are not: the set {problem}"))
@@ -87,28 +91,30 @@ def verify(path: Path, checked: Callable[[str, int, int], None] = lambda *_: Non
         n_bytes=n_bytes,
         complete=manifest.complete,
         damage=tuple(damage),
-        metadata=tuple(name for name, _ in _changed_metadata(path, manifest)),
+        metadata=tuple(name for name, _ in _changed_metadata(place, manifest)),
     )
 
 
-def discard(path: Path, verdict: Verdict) -> None:
+def discard(path: str | Path | Place, verdict: Verdict) -> None:
     """Take back what `verify` found to be damaged, so that the same harvest command makes it again.
 
     The metadata of arrays is mended at once, from the copy in the root's.
     """
-    for name, wanted in _changed_metadata(path, read_manifest(path)):
-        (path / name / ROOT_FILE).write_text(json.dumps(wanted, indent=2))
+    place = place_of(path)
+    for name, wanted in _changed_metadata(place, read_manifest(place)):
+        place.publish(f"{name}/{ROOT_FILE}", json.dumps(wanted, indent=2).encode())
     for damage in verdict.damage:
-        (path / MANIFEST_FOLDER / record_name(damage.split, damage.shard)).unlink(missing_ok=True)
+        place.delete(f"{MANIFEST_FOLDER}/{record_name(damage.split, damage.shard)}")
 
 
-def _checked_record(shards: ShardSet, file: Path) -> tuple[CommitRecord | None, str | None]:
-    """The record in `file`, and what is wrong with it or with what it stands for."""
-    path, manifest = shards.path, shards.manifest
+def _checked_record(shards: ShardSet, key: str, text: bytes) -> tuple[CommitRecord | None, str | None]:
+    """The record in the file `key`, and what is wrong with it or with what it stands for."""
+    place, manifest = shards.place, shards.manifest
     try:
-        record = read_record(file)
+        record = parse_record(place, key, text)
         keys = layout.shard_keys(manifest, record.split, record.shard)
-        problem = problem_with(path, record.files, keys, verify=True)
+        sizes = place.sizes(held(place, record.files))
+        problem = problem_with(place, record.files, keys, sizes, verify=True)
     except UserError as error:
         return None, f"has a bad commit record: {error}"
     if problem is None:
@@ -153,18 +159,18 @@ def _wrong_content(shards: ShardSet, record: CommitRecord) -> str | None:
     return None
 
 
-def _changed_metadata(path: Path, manifest: Manifest) -> list[tuple[str, Any]]:
+def _changed_metadata(place: Place, manifest: Manifest) -> list[tuple[str, Any]]:
     """Arrays whose own zarr.json is not what the root's has of them, with what it should be."""
     if not manifest.complete:
         return []  # the copy is made when the set is finished
-    content = json.loads((path / ROOT_FILE).read_text(encoding="utf-8"))
-    copies = (content.get("consolidated_metadata") or {}).get("metadata", {})
+    copies = (read_root(place).get("consolidated_metadata") or {}).get("metadata", {})
+    texts = place.read_all([f"{name}/{ROOT_FILE}" for name in copies])
     changed = []
-    for name, wanted in copies.items():
+    for (name, wanted), text in zip(copies.items(), texts, strict=True):
         wanted = {key: value for key, value in wanted.items() if key != "consolidated_metadata"}
         try:
-            found = json.loads((path / name / ROOT_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = json.loads((text or b"").decode("utf-8"))
+        except ValueError:
             found = None
         if found != wanted and name.partition("/")[0] != MANIFEST_FOLDER:
             changed.append((name, wanted))

@@ -49,11 +49,14 @@ def test_a_file_that_does_not_say_enough_is_refused(tmp_path: Path, text: str, m
 
 @pytest.mark.parametrize("file", sorted([ROOT / "pipeline.yaml", *ROOT.glob("examples/*.yaml")]), ids=lambda f: f.name)
 def test_every_shipped_file_is_valid(file: Path) -> None:
-    assert len(stage_commands(file)) == 3
+    commands = stage_commands(file)
+    stages = [words[0] for words in commands if words[0] != "harvest"]
+    assert stages == ["train", "evaluate"] * (len(stages) // 2)
+    assert len(stages) >= 2
     harvest = load_config(HarvestConfig, "harvest", file=file)
     train = load_config(TrainConfig, "train", file=file)
     assert harvest.tokens >= 200_000
-    assert train.group_sizes is not None
+    assert train.group_sizes is not None or harvest.layers is not None
 
 
 def test_the_shipped_recipes_are_the_owners() -> None:
@@ -80,3 +83,64 @@ def test_pipeline_yaml_lists_every_key_with_its_default() -> None:
         for key, field in model.model_fields.items():
             if key not in ("layer", "group_sizes", "d_sae"):
                 assert getattr(chosen, key) == field.get_default(call_default_factory=True), f"{name}.{key}"
+
+
+def test_several_layers_have_recipes_of_their_own() -> None:
+    """Each token count is reached by one pass for all layers that want as many: no context runs twice."""
+    commands = stage_commands(ROOT / "examples" / "gemma2-layers.yaml")
+    harvests = [words[4:] for words in commands if words[0] == "harvest"]
+    assert harvests == [
+        ["--layers", "8,12,17", "--out", "data", "--tokens", "1000000"],
+        ["--layers", "12,17", "--out", "data", "--tokens", "15000000"],
+        ["--layer", "12", "--out", "data/l12", "--tokens", "20000000"],
+    ]
+    wanted = {
+        8: ((2304, 4608, 9216, 2304), 18432, 48),
+        12: ((2304, 4608, 9216, 20736), 36864, 96),
+        17: ((1152, 2304, 4608, 10368), 18432, 96),
+    }
+    for layer, train_words, evaluate_words in zip(wanted, commands[3::2], commands[4::2], strict=True):
+        given = [word for flag, word in zip(train_words, train_words[1:], strict=False) if flag == "--set"]
+        train = load_config(TrainConfig, "train", file=Path(train_words[3]), overrides=given)
+        run = f"data/runs/l{layer}-k{train.k}"
+        assert (train.group_sizes, train.d_sae, train.k) == wanted[layer]
+        assert train.lr == 4e-4
+        assert train_words[-2:] == ["--out", run]
+        assert train_words[4:6] == evaluate_words[-2:] == ["--shards", f"data/l{layer}"]
+        assert evaluate_words[2] == run
+
+
+def test_a_set_that_has_grown_is_not_asked_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matryoshka.pipeline._tokens_of", lambda place: {"l12": 15_000_000}.get(Path(place).name, 0))
+    commands = stage_commands(ROOT / "examples" / "gemma2-layers.yaml")
+    assert [words[5] for words in commands if words[0] == "harvest"] == ["8,17", "12,17", "12"]
+    monkeypatch.setattr("matryoshka.pipeline._tokens_of", lambda _: 20_000_000)
+    commands = stage_commands(ROOT / "examples" / "gemma2-layers.yaml")
+    assert [words[4:6] for words in commands if words[0] == "harvest"] == [["--layer", "12"]]
+
+
+def test_layers_with_one_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text('harvest: {layers: [3, 5], out: "s3://b/l{layer}"}\ntrain: {k: 4, out: "runs/{layer}"}\n')
+    harvest, *rest = stage_commands(file)
+    assert harvest[4:] == ["--layers", "3,5", "--out", "s3://b/l{layer}"]
+    assert [words[-1] for words in rest] == ["runs/3", "s3://b/l3", "runs/5", "s3://b/l5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("harvest: {layer: 3}\nlayers: {3: {tokens: 1M}}", "needs harvest.layers"),
+        ("harvest: {layers: [3]}\nlayers: {4: {tokens: 1M}}", r"4 is none of harvest.layers = \[3\]"),
+        ("harvest: {layers: [3]}\nlayers: {3: {k: 4}}", "3 can have tokens and train"),
+        ("harvest: {layers: [3, 4]}\nlayers: {3: {tokens: 1M}}\ntrain: {k: 4}", "say harvest.tokens"),
+        ("harvest: {layers: [3, 4]}\ntrain: {k: 4, out: here}", r"train.out has to hold \{layer\}"),
+        ("harvest: {layers: [3, 4]}", "train.k is missing"),
+        ("harvest: {layers: all}", "expected a number"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        stage_commands(file)

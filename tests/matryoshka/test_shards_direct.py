@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,36 @@ def test_a_shard_set_reads_the_same_either_way(make_toy: Any, tmp_path: Path, co
             for side in ("source", "target"):
                 assert torch.equal(split.activations(side, shard), other.activations(side, shard))
                 assert split._files[side] is not None
+
+
+@pytest.mark.parametrize(("dtype", "codec"), [("uint16", COMPACT), ("uint16", None), ("int8", COMPACT)])
+def test_memory_that_is_used_again_holds_the_chunk_that_was_asked_for_last(
+    tmp_path: Path, dtype: str, codec: Any
+) -> None:
+    array = make_array(tmp_path / "a", dtype=dtype, codec=codec)
+    files = files_of(tmp_path / "a", array)
+    places = set()
+    for shard in (2, 0, 1):
+        for start in (6, 0, 4, 2):
+            found = files.read(shard, start, start + 2, reuse=True)
+            assert found is not None
+            assert np.array_equal(found, array[shard, start : start + 2])
+            places.add(found.ctypes.data)
+    assert len(places) == 1
+    with ThreadPoolExecutor(1) as executor:
+        elsewhere = executor.submit(files.read, 0, 0, 2, reuse=True).result()
+    assert elsewhere is not None
+    assert np.array_equal(found, array[1, 2:4])  # another thread has memory of its own
+    whole = files.read(0, 0, 8, reuse=True)  # several chunks are new memory
+    assert whole is not None
+    assert np.array_equal(whole, array[0])
+
+
+@pytest.mark.parametrize("codec", [COMPACT, None])
+def test_a_file_that_ends_early_is_damaged(tmp_path: Path, codec: Any) -> None:
+    files = files_of(tmp_path / "a", make_array(tmp_path / "a", codec=codec))
+    assert files.read(1, 6, 8, reuse=True) is not None  # the index is known now
+    (path,) = (tmp_path / "a/c/1").rglob("0/0/0")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="is damaged: it ends before byte"):
+        files.read(1, 6, 8, reuse=True)

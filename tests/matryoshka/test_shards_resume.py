@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from matryoshka.errors import UserError
-from matryoshka.shards import ShardSet, ShardSetWriter, layout, writer
+from matryoshka.shards import ShardSet, ShardSetWriter, layout, place
+from matryoshka.shards.place import Folder
 
 
 class Killed(Exception):
@@ -22,33 +23,34 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-class Bomb:
-    """Calls the real function `after` times, then ends the process, before or after doing its work."""
+def bomb(real: Any, after: int, *, late: bool) -> Any:
+    """The real function, which after `after` calls ends the process, before or after doing its work."""
+    n_calls = 0
 
-    def __init__(self, real: Any, after: int, *, late: bool) -> None:
-        self.real, self.left, self.late = real, after, late
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.left -= 1
-        if self.left < 0 and not self.late:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls > after and not late:
             raise Killed
-        result = self.real(*args, **kwargs)
-        if self.left < 0:
+        result = real(*args, **kwargs)
+        if n_calls > after:
             raise Killed
         return result
+
+    return call
 
 
 STAGES = [
     ("create_arrays", layout, 0),
-    ("_fsync_tree", writer, 0),
-    ("_array", writer, 0),
-    ("_array", writer, 12),
-    ("fsync_path", writer, 30),
-    ("checksum", writer, 5),
-    ("_fsync_folders", writer, 0),
-    ("publish_json", writer, 1),
-    ("publish_json", writer, 9),
-    ("_fsync_tree", writer, 1),
+    ("settle_small", Folder, 0),
+    ("_array", ShardSetWriter, 0),
+    ("_array", ShardSetWriter, 12),
+    ("fsync_path", place, 30),
+    ("written", Folder, 5),
+    ("settle", Folder, 0),
+    ("publish_json", Folder, 1),
+    ("publish_json", Folder, 9),
+    ("settle_small", Folder, 1),
     ("publish", layout, 0),
 ]
 
@@ -60,7 +62,7 @@ def test_continued_equals_uninterrupted(
 ) -> None:
     path = tmp_path / "set"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, name, Bomb(getattr(module, name), after, late=late))
+        patch.setattr(module, name, bomb(getattr(module, name), after, late=late))
         with pytest.raises(Killed):
             toy.write(path)
     if name != "publish":

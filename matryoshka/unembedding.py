@@ -1,0 +1,78 @@
+"""The last step of a language model: from the residual stream to logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from matryoshka.errors import UserError
+from matryoshka.sites import Norm, fit_norm
+
+_SAME_NORM = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# Rank correlation with the model's own logits, above which what follows W_U is monotone; 16-bit logits have many ties.
+_SAME_ORDER = 0.97
+
+
+@dataclass(frozen=True, eq=False)
+class Unembedding:
+    """logits = g(norm(r) @ W_U.T + b_U) of the last residual r, with g monotone in each logit (a soft cap, a scale)."""
+
+    norm: Norm
+    W_U: Float[Tensor, "n_tokens d_model"]
+    """In the model's dtype, on its device; its own weights, not a copy."""
+
+    @classmethod
+    def fit(cls, bridge: Any, plain: Any, residual: Tensor, logits: Tensor, name: str) -> Unembedding:
+        """Read both off a loaded model, and check them.
+
+        Args:
+            bridge, plain: the two module trees of a `LanguageModel`.
+            residual: [..., d_model] of some tokens after the last block, logits: [..., n_tokens] of the same tokens.
+            name: of the model, for messages.
+
+        Raises:
+            UserError: the logits are not made of one norm of a known form and one matrix.
+        """
+        module = getattr(getattr(bridge, "ln_final", None), "original_component", None)
+        head = plain.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        if module is None or weight is None:
+            raise _unknown(name, "it has no final norm or no unembedding")
+        with torch.inference_mode():
+            norm = fit_norm(module, residual, module(residual), tolerance=_SAME_NORM[plain.dtype])
+            if norm is None:
+                raise _unknown(name, f"its final norm, a {type(module).__name__}, is of another form")
+            own = norm.with_gain(residual) @ weight.float().T
+            bias = getattr(head, "bias", None)
+            own = own if bias is None else own + bias.float()
+        if _rank_correlation(own, logits) < _SAME_ORDER:
+            raise _unknown(name, "something more lies between its last block and its logits")
+        return cls(norm, weight)
+
+    def effect_directions(self, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """What reaches W_U of vectors added to the last residual, when the norm's scale is held fixed and is 1.
+
+        norm(r + v) - norm(r) = (v [- mean(v)]) * gain / scale(r); the mean only for a LayerNorm. float32.
+        """
+        v = directions.float()
+        if self.norm.kind == "layer":
+            v = v - v.mean(-1, keepdim=True)
+        return v * self.norm.gain.to(v.device)
+
+
+def _unknown(name: str, why: str) -> UserError:
+    return UserError(
+        f"the effect of a latent on the logits of {name} cannot be computed from its weights: {why}. Use `evaluate "
+        "ablate`, which runs the model"
+    )
+
+
+def _rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's, over the last dimension, the smallest of all rows."""
+    ranks = [x.float().flatten(0, -2).argsort(-1).argsort(-1).double().cpu() for x in (a, b)]
+    a, b = (x - x.mean(-1, keepdim=True) for x in ranks)
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).min())

@@ -1,0 +1,105 @@
+"""The final norm and the unembedding are those of the model: they give its logits again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from matryoshka.errors import UserError
+from matryoshka.lm import LanguageModel
+from matryoshka.unembedding import Unembedding, _rank_correlation
+
+MODELS = {"tiny_gemma2": "rms", "tiny_llama": "rms", "tiny_gpt2": "layer"}
+
+
+@pytest.fixture(scope="module")
+def load(request: pytest.FixtureRequest) -> Callable[..., LanguageModel]:
+    models: dict[tuple[str, str], LanguageModel] = {}
+
+    def get(name: str, dtype: str = "float32") -> LanguageModel:
+        if (name, dtype) not in models:
+            models[name, dtype] = LanguageModel.load(str(request.getfixturevalue(name)), dtype=dtype, device="cpu")
+        return models[name, dtype]
+
+    return get
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_again(name: str, load: Callable[..., LanguageModel]) -> None:
+    model = load(name)
+    tokens = torch.randint(4, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    point = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    residual = model.capture(tokens, [point])[point]
+    found = model.unembedding
+    logits = found.norm.with_gain(residual) @ found.W_U.T
+    if name == "tiny_gemma2":  # final_logit_softcapping of its configuration
+        logits = 30 * torch.tanh(logits / 30)
+    torch.testing.assert_close(logits, model.logits(tokens), atol=1e-4, rtol=1e-4)
+    assert found.norm.kind == MODELS[name]
+    assert found.W_U.shape == (model.logits(tokens).shape[-1], model.d_model)
+    assert model.unembedding is found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_recognised_in_bfloat16_too(name: str, load: Callable[..., LanguageModel]) -> None:
+    assert load(name, "bfloat16").unembedding.norm.kind == MODELS[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_direction_adds(name: str, load: Callable[..., LanguageModel]) -> None:
+    """(norm(r + v) - norm(r)) * scale, with the scale of r + v put in by hand."""
+    model = load(name)
+    norm = model.unembedding.norm
+    generator = torch.Generator().manual_seed(2)
+    r, v = torch.randn(2, 4, model.d_model, generator=generator).double()
+    gain = norm.gain.double()
+
+    def centred(x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(-1, keepdim=True) if norm.kind == "layer" else x
+
+    scale = (centred(r).pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+    with_v, without = (centred(x) / scale * gain for x in (r + v, r))
+    expected = (with_v - without) * scale
+    torch.testing.assert_close(model.unembedding.effect_directions(v).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_does_more_is_refused(load: Callable[..., LanguageModel]) -> None:
+    model = load("tiny_llama")
+    tokens = torch.arange(4, 12)[None]
+    point = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    residual, logits = model.capture(tokens, [point])[point], model.logits(tokens)
+    trees: tuple[Any, Any] = (model._bridge, model._plain)
+    with pytest.raises(UserError, match="something more lies between"):
+        Unembedding.fit(*trees, residual, logits.roll(1, -1), "it")
+    with pytest.raises(UserError, match="no final norm or no unembedding"):
+        Unembedding.fit(object(), trees[1], residual, logits, "it")
+
+
+def test_rank_correlation_by_hand() -> None:
+    """Ranks 0 1 2 3 against 0 1 3 2: 1 - 6 * 2 / (4 * 15) = 0.8; the smaller of two rows counts."""
+    a = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4]])
+    assert _rank_correlation(a, a.exp()) == pytest.approx(1)
+    assert _rank_correlation(a, torch.tensor([[1.0, 2, 4, 3], [5, 6, 7, 8]])) == pytest.approx(0.8)
+
+
+def test_post_norm_models_have_an_unembedding_too(save_tiny_model: Callable[[Any, Any], Path]) -> None:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    config = Olmo2Config(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    model = LanguageModel.load(str(save_tiny_model(Olmo2ForCausalLM, config)), dtype="float32", device="cpu")
+    assert model.unembedding.norm.kind == "rms"
