@@ -1,6 +1,6 @@
 """Harvests that are killed at random moments, and shard sets with a flipped bit: how often is the end result right?
 
-    python benchmarks/crash_harvest.py MODEL TEXT --kills 30 --flips 100
+    python -m benchmarks.crash_harvest MODEL TEXT --kills 30 --flips 100
 
 Every kill -9 is followed by the same command, which is killed in turn; the last one runs to its end, and what it leaves
 is compared, file by file, with a harvest that nobody killed. Then single bits of the files of that set are flipped, one
@@ -15,11 +15,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from matryoshka.shards.verify import verify
+
+# A harvest whose shards are small, so that there are about a hundred of them to be killed between.
+SMALL_SHARDS = """
+import sys
+from matryoshka.shards import manifest
+manifest.SHARD_BYTES = int(sys.argv.pop(1))
+from matryoshka.launch import harvest
+harvest()
+"""
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -28,40 +38,93 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def command(args: argparse.Namespace, out: Path) -> list[str]:
-    """One harvest of about 100 shards, so that there is something to interrupt."""
+    """One harvest of about 100 shards."""
     options = ["--model", args.model, "--dataset", args.text, "--layer", str(args.layer), "--tokens", args.tokens]
     options += ["--ctx-len", str(args.ctx_len), "--batch-size", "4", "--dtype", "fp32", "--device", "cpu"]
-    return [sys.executable, "-m", "harvest", "run", *options, "--out", str(out), "--set", "harvest.val_fraction=0.1"]
+    options += ["--out", str(out), "--set", "harvest.val_fraction=0.1"]
+    return [sys.executable, "-c", SMALL_SHARDS, str(args.shard_bytes), "run", *options]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long an uninterrupted harvest takes, in seconds."""
+
+    load: float
+    """From the start of the process until it has loaded the model, made the folder and said its estimate."""
+    first: float
+    """From there until the first shard is committed."""
+    shard: float
+    """From one commit to the next."""
+    finish: float
+    """From the last commit to the end of the process."""
+    n_shards: int
+
+
+def n_committed(path: Path) -> int:
+    """Commit records in a set."""
+    return len(list(path.glob("manifest/*.json")))
 
 
 def until_it_writes(process: subprocess.Popen[str]) -> None:
-    """Until the harvest has said its estimate: the model is loaded, and the first shard about to be made."""
+    """Until the harvest has said its estimate: the folder is made, and the first shard about to be."""
     assert process.stderr is not None
     for line in process.stderr:
         if "tokens to harvest" in line:
             return
 
 
-def kill_at_random(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
-    """The kills, at random moments of the time in which an uninterrupted harvest makes and finishes its shards."""
-    wanted, out = folder / "wanted", folder / "out"
+def until_it_commits(process: subprocess.Popen[str], out: Path, n_before: int) -> None:
+    """Until it has committed a shard more, or has ended."""
+    while process.poll() is None and n_committed(out) <= n_before:
+        time.sleep(0.002)
+
+
+def undisturbed(args: argparse.Namespace, folder: Path, wanted: Path) -> Pace:
+    """Make the set to compare with."""
+    start = time.monotonic()
     with subprocess.Popen(command(args, wanted), cwd=folder, stderr=subprocess.PIPE, text=True) as process:
         until_it_writes(process)
-        started = time.monotonic()
+        moments = [time.monotonic()]
+        until_it_commits(process, wanted, 0)
+        moments.append(time.monotonic())
+        last = moments[-1]
+        seen = n_committed(wanted)
+        while process.poll() is None:
+            if n_committed(wanted) > seen:
+                seen, last = n_committed(wanted), time.monotonic()
+            time.sleep(0.002)
+        end = time.monotonic()
         process.communicate()
-        writing = time.monotonic() - started
     assert process.returncode == 0
-    n_shards = len(list(wanted.glob("manifest/*.json")))
-    committed = []
+    return Pace(moments[0] - start, moments[1] - moments[0], (last - moments[1]) / max(1, seen - 1), end - last, seen)
+
+
+def kill_at_random(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
+    """The kills: one in six between loading the model and the end, the others after the process has committed a shard,
+    at random moments until an uninterrupted one would have ended."""
+    wanted, out = folder / "wanted", folder / "out"
+    pace = undisturbed(args, folder, wanted)
+    kinds = {"before a commit of its own": 0, "between its first commit and the last": 0, "while finishing": 0}
+    committed: list[int] = []
     while len(committed) < args.kills:
-        left = 1 - len(list(out.glob("manifest/*.json"))) / n_shards
+        before = n_committed(out)
         with subprocess.Popen(command(args, out), cwd=folder, stderr=subprocess.PIPE, text=True) as process:
-            until_it_writes(process)
-            time.sleep(writing * draw.uniform(0, 0.2 + 0.8 * left))
+            rest = (pace.n_shards - before) * pace.shard
+            if draw.random() < 1 / 6 or before == pace.n_shards:
+                time.sleep(pace.load * draw.uniform(0.7, 1) + draw.uniform(0, pace.first + rest + pace.finish))
+            else:
+                until_it_writes(process)
+                until_it_commits(process, out, before)
+                # Not evenly until the end, or a set would be done after two kills.
+                time.sleep(
+                    draw.choice([draw.uniform(0, min(rest, 10 * pace.shard)), draw.uniform(0, rest + pace.finish)])
+                )
             killed = process.poll() is None
             process.kill()
         if killed:
-            committed.append(len(list(out.glob("manifest/*.json"))))
+            n = n_committed(out)
+            committed.append(n)
+            kinds[list(kinds)[0 if n == before < pace.n_shards else 2 if n == pace.n_shards else 1]] += 1
         else:
             # It was done before its end came: compare, and begin anew.
             assert files(out) == files(wanted), "a set that was killed and continued differs"
@@ -72,7 +135,8 @@ def kill_at_random(args: argparse.Namespace, folder: Path, draw: random.Random) 
     names = sorted({*found, *whole_set})
     other = [name for name in names if found.get(name) != whole_set.get(name)]
     same = not other
-    print(f"kill -9: {len(committed)}, shards committed at each: {committed}")
+    print(f"kill -9: {len(committed)} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})")
+    print(f"shards committed at each, of {pace.n_shards}: {committed}")
     print(
         f"the set in the end: {len(found)} files, {'all equal to' if same else 'DIFFERENT from'} the uninterrupted one"
     )
@@ -111,6 +175,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=1)
     parser.add_argument("--tokens", default="20k")
     parser.add_argument("--ctx-len", type=int, default=16)
+    parser.add_argument("--shard-bytes", type=int, default=9216, help="a side; 12 contexts of the tests' tiny model")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--flips", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,17 +1,27 @@
-"""Four runs from one stream, against their four steps alone on batches that are already in memory.
+"""What a fleet costs beside its steps: time, memory, checkpoints.
 
-    python benchmarks/fleet.py [--shards data/demo/l15] [--steps 24] [--rounds 3]
+    python -m benchmarks.fleet [--shards data/demo/l15] [--cycles 12] [--tables time memory checkpoints]
 
-Each round trains the fleet and then every member alone. Times are medians over steps, from the end of one to the end of
-the next; the ratio is the median over rounds. On a machine that others use, run it with OMP_NUM_THREADS=1 and read the
-ratio of the training thread's processor time, which leaves out the turns that others had; the data wait is beside it.
+time         Four runs from one stream, against the same four alone on batches that are already in memory. All five are
+             processes of their own that go on all the time but for being stopped: one runs at a time, for --window
+             seconds, in turn. So a ratio compares moments that are seconds apart, and is the median over the cycles. On
+             a machine that others use read the ratio of processor time (of all threads: the readers' is in it).
+memory       The most that the fleet's process takes, against what train/memory.py reckons before the start; then the
+             same fleet from a quarter of the set, the whole, and the set four times over.
+checkpoints  How long a checkpoint holds up training: the time in which a member makes its snapshot, the wait for the
+             writer included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,15 +31,20 @@ from typing import Any
 
 import torch
 
+from benchmarks.copied_sets import copy_set
 from matryoshka.shards import ShardSet
 from train.config import TrainConfig
 from train.fleet import members
+from train.member import Member
 from train.memory import member_need, stream_need
 from train.plan import make_plan
-from train.run import Silent, train, train_fleet
+from train.run import Silent, train_fleet
 from train.step import StepReport
 from train.stream import Batch, Stream
 
+BATCH = 2048
+N_HELD = 24
+"""Batches in memory for those that train alone; taken again and again."""
 FLEET: list[dict[str, Any]] = [
     {"name": "base", "group_sizes": [288, 576, 1152, 2592]},
     {"name": "plain", "group_sizes": [4608]},
@@ -38,34 +53,68 @@ FLEET: list[dict[str, Any]] = [
 ]
 
 
-class Rounds(Silent):
-    """Seconds from the end of one step of the last member to the end of its next."""
+def settings(shards: Path, out: Path, names: Sequence[str], **changes: Any) -> TrainConfig:
+    """The fleet of those members. No latent ever counts as dead, as their number would differ from run to run."""
+    values = {"shards": shards, "out": out, "k": 32, "batch_tokens": BATCH, "lr": 1e-3, "device": "cpu"}
+    values |= {"steps": 1_000_000, "dead_after_tokens": 10**12, "calibration_tokens": BATCH}
+    values |= {"checkpoint_every": 1_000_000, "fleet": [entry for entry in FLEET if entry["name"] in names]}
+    return TrainConfig.model_validate(values | changes)
 
-    def __init__(self, last: str) -> None:
-        self.last = last
-        self.ends: list[float] = []
-        self.worked: list[float] = []
+
+class Ends(Silent):
+    """Writes a line at the end of each step of the last member: seconds, and the process's processor seconds."""
+
+    def __init__(self, last: str, file: Path, stop_after: int | None = None) -> None:
+        self.last, self.stop_after = last, stop_after
+        self._file = file.open("w", encoding="utf-8")
 
     def advanced(self, name: str, step: int, report: StepReport | None) -> None:  # noqa: ARG002
         if name == self.last:
-            self.ends.append(time.perf_counter())
-            self.worked.append(time.thread_time())
-
-    def median(self) -> tuple[float, float]:
-        """Seconds, and seconds of this thread's processor time, without the first steps and the last: it calibrates."""
-        return _median_step(self.ends), _median_step(self.worked)
+            self._file.write(f"{time.monotonic()} {time.process_time()}\n")
+            self._file.flush()
+            if step == self.stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _median_step(ends: list[float]) -> float:
-    return statistics.median([b - a for a, b in zip(ends, ends[1:], strict=False)][2:-1])
+def run_child(options: argparse.Namespace) -> None:
+    """Train until killed, or for --steps: --child is the name of a member, or `fleet`."""
+    folder: Path = options.folder
+    names = [entry["name"] for entry in FLEET] if options.child == "fleet" else [options.child]
+    changes = {"checkpoint_every": options.checkpoint_every} if options.checkpoint_every else {}
+    config = settings(options.shards, folder / "runs", names, buffer_tokens=options.buffer, **changes)
+    if options.child != "fleet":
+        shards = ShardSet.open(options.shards)
+        held = list(Stream(shards, batch_rows=BATCH, buffer_rows=options.buffer, seed=0).batches(0, N_HELD))
+        from_disk = Stream.batches
+
+        def from_memory(self: Stream, start: int, stop: int) -> Iterator[Batch]:
+            # The rows that latents start from have a seed of their own, and must be the same ones.
+            if self._seed != config.order_seed:
+                return from_disk(self, start, stop)
+            return (held[step % N_HELD] for step in range(start, stop))
+
+        Stream.batches = from_memory  # type: ignore[method-assign]
+    stalls: list[float] = []
+    save = Member._save
+
+    def timed_save(self: Member, calibrated: float | None) -> None:
+        start = time.perf_counter()
+        save(self, calibrated)
+        stalls.append(time.perf_counter() - start)
+
+    Member._save = timed_save  # type: ignore[method-assign]
+    with PeakMemory() as memory:
+        train_fleet(config, Ends(names[-1], folder / "ends.txt", options.steps or None))
+    found = {"stalls": stalls[: -len(names)], "peak": memory.peak - memory.before, "before": memory.before}
+    found["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 class PeakMemory:
     """The most anonymous memory that this process has had, sampled while it is open; pages of files do not count."""
 
     def __init__(self) -> None:
-        self.before = anonymous_bytes()
-        self.peak = self.before
+        self.before = self.peak = anonymous_bytes()
         self._ended = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
@@ -88,6 +137,86 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
+def child(name: str, folder: Path, shards: Path, *flags: object) -> subprocess.Popen[bytes]:
+    """A process of this script that trains in `folder`."""
+    folder.mkdir(parents=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.fleet",
+        "--child",
+        name,
+        "--folder",
+        folder,
+        "--shards",
+        shards,
+        *flags,
+    ]
+    return subprocess.Popen(list(map(str, command)), cwd=Path(__file__).resolve().parents[1])
+
+
+def ends_of(folder: Path) -> list[tuple[float, float]]:
+    file = folder / "ends.txt"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    return [(float(a), float(b)) for a, b in (line.split() for line in lines if line.endswith("\n"))]
+
+
+def time_table(options: argparse.Namespace, folder: Path) -> None:
+    """Fleet against alone, in turns."""
+    names = ["fleet", *(entry["name"] for entry in FLEET)]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    windows: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    try:
+        for name in names:
+            running[name] = child(name, folder / name, options.shards)
+            while len(ends_of(folder / name)) < 3:
+                if running[name].poll() is not None:
+                    raise SystemExit(f"{name} ended before its third step")
+                time.sleep(0.1)
+            running[name].send_signal(signal.SIGSTOP)
+        for _ in range(options.cycles):
+            for name in names:
+                start = time.monotonic()
+                running[name].send_signal(signal.SIGCONT)
+                # The fleet's step is as long as those of the others together.
+                time.sleep(options.window * (len(FLEET) if name == "fleet" else 1))
+                running[name].send_signal(signal.SIGSTOP)
+                windows[name].append((start, time.monotonic()))
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    ends = {name: ends_of(folder / name) for name in names}
+    steps = {name: [_steps(ends[name], *window) for window in windows[name]] for name in names}
+    ratios, worked, rows = [], [], []
+    for number in range(options.cycles):
+        found = {name: steps[name][number] for name in names}
+        if not all(found.values()):
+            continue
+        medians = {
+            name: [statistics.median(values) for values in zip(*one, strict=True)] for name, one in found.items()
+        }
+        alone = [sum(medians[name][kind] for name in names[1:]) for kind in (0, 1)]
+        ratios.append(medians["fleet"][0] / alone[0])
+        worked.append(medians["fleet"][1] / alone[1])
+        rows.append((medians["fleet"][0], alone[0]))
+    if not ratios:
+        raise SystemExit("no window held a whole step of each; use a longer --window")
+    print("\n### Four runs from one stream, against their four steps alone without data\n")
+    print("| | fleet / sum of the four alone | quartiles over cycles |\n|---|---|---|")
+    for name, values in (("seconds", ratios), ("processor seconds, all threads", worked)):
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} |")
+    fleet, alone_ = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(f"\n{len(ratios)} cycles; the fleet's step {fleet:.3f} s, the four alone {alone_:.3f} s", flush=True)
+
+
+def _steps(ends: Sequence[tuple[float, float]], start: float, stop: float) -> list[tuple[float, float]]:
+    """Seconds and processor seconds of the steps that lie in a window. The first after its start was under way."""
+    inside = [end for end in ends if start < end[0] < stop]
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(inside, inside[1:], strict=False)]
+
+
 def estimate(config: TrainConfig, shards: ShardSet) -> int:
     """What train/memory.py reckons for the fleet."""
     widths = {"d_in": shards.d_in, "d_out": shards.d_out}
@@ -99,60 +228,67 @@ def estimate(config: TrainConfig, shards: ShardSet) -> int:
     return held + max(n.step for n in needs) + max(n.snapshot for n in needs) + stream_need(config, **widths)
 
 
+def finished(folder: Path, shards: Path, *flags: object) -> dict[str, Any]:
+    """What a child that ended by itself has found."""
+    if child("fleet", folder, shards, *flags).wait() != 0:
+        raise SystemExit("the benchmark's own training failed")
+    return json.loads((folder / "found.json").read_text(encoding="utf-8"))
+
+
+def memory_table(options: argparse.Namespace, folder: Path) -> None:
+    """Peak memory over sizes of the set; the buffer is smaller than the smallest."""
+    shards = ShardSet.open(options.shards)
+    buffer = 16_384
+    config = settings(options.shards, folder / "none", [e["name"] for e in FLEET], buffer_tokens=buffer)
+    print("\n### Memory of the fleet, one checkpoint of each run included, buffer 16,384 rows\n")
+    print("| train rows | MB on disk | MB above the start, at the peak | of the whole set's | peak resident, MB |")
+    print("|---|---|---|---|---|", flush=True)
+    sets = {0.25: None, 1: options.shards, 4: None}
+    peaks: dict[float, float] = {}
+    for times in (1, 0.25, 4):
+        path = sets[times] or folder / f"set-{times}"
+        one = shards if sets[times] else copy_set(shards, path, times=times)
+        n_rows = sum(int(one.train.keep(number).sum()) for number in range(one.train.n_shards))
+        found = finished(folder / f"run-{times}", path, "--steps", 40, "--checkpoint-every", 15, "--buffer", buffer)
+        peaks[times] = found["peak"] / 1e6
+        numbers = f"{peaks[times]:.0f} | {peaks[times] / peaks[1]:.3f} | {found['resident'] / 1e6:.0f}"
+        print(f"| {n_rows:,} | {one.bytes_on_disk() / 1e6:.0f} | {numbers} |", flush=True)
+    print(f"\nreckoned before the start: {estimate(config, shards) / 1e6:.0f} MB")
+
+
+def checkpoint_table(options: argparse.Namespace, folder: Path) -> None:
+    """Stalls of the training thread."""
+    found = finished(folder / "saving", options.shards, "--steps", 45, "--checkpoint-every", 10)
+    ends = ends_of(folder / "saving")
+    step = statistics.median(b[0] - a[0] for a, b in zip(ends[2:], ends[3:], strict=False)) / len(FLEET)
+    stalls = [1000 * value for value in found["stalls"]]
+    print("\n### What a checkpoint holds up\n")
+    print(f"{len(stalls)} checkpoints of {len(FLEET)} runs in the same steps: {statistics.mean(stalls):.0f} ms each,")
+    print(f"{statistics.median(stalls):.0f} ms in the median, {max(stalls):.0f} ms at most; a step takes", end=" ")
+    share = statistics.mean(stalls) / (1000 * step)
+    print(f"{1000 * step:.0f} ms. One checkpoint in 100 steps: {share:.2f}% of the time", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, default=Path("data/demo/l15"))
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cycles", type=int, default=12)
+    parser.add_argument("--window", type=float, default=1.5, help="seconds of one run; the fleet has four times that")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    for name, kind in (("child", str), ("folder", Path), ("steps", int), ("checkpoint-every", int)):
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--buffer", type=int, default=131_072, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shards = ShardSet.open(options.shards)
-    settings = {"shards": options.shards, "k": 32, "steps": options.steps, "batch_tokens": 2048, "lr": 3e-3}
-    settings |= {"log_every": 2, "calibration_tokens": 2048, "device": "cpu", "fleet": FLEET}
-    config = TrainConfig.model_validate(settings)
-    stream = Stream(shards, batch_rows=2048, buffer_rows=config.buffer_tokens, seed=0)
-    held = list(stream.batches(0, options.steps))
-    from_disk = Stream.batches
-    loads = {"rows": 0}
+    options.shards = options.shards.resolve()
+    if options.child:
+        run_child(options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.tables:
+            TABLES[name](options, Path(folder) / name)
 
-    def from_memory(self: Stream, start: int, stop: int) -> Iterator[Batch]:
-        # The rows that latents start from have a seed of their own, and must be the same ones.
-        yield from held[start:stop] if self._seed == config.order_seed else from_disk(self, start, stop)
 
-    def counted(self: Stream, pieces: Sequence[Any]) -> Any:
-        loads["rows"] += sum(piece.stop - piece.start for piece in pieces)
-        return load(self, pieces)  # type: ignore[arg-type]
-
-    load = Stream.load
-    ratios, worked, waits, peaks = [], [], [], []
-    print("| round | fleet, s a step | sum of the four alone | ratio | of processor time | data wait |")
-    print("|---|---|---|---|---|---|")
-    for number in range(options.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            progress = Rounds(FLEET[-1]["name"])
-            Stream.load = counted  # type: ignore[method-assign,assignment]
-            with PeakMemory() as memory:
-                train_fleet(config.model_copy(update={"out": Path(folder) / "fleet"}), progress)
-            Stream.load = load  # type: ignore[method-assign]
-            lines = (Path(folder) / "fleet/base/timing.jsonl").read_text().splitlines()
-            waits.append(statistics.mean(json.loads(line)["data_wait"] for line in lines[1:]))
-            alone, alone_worked = 0.0, 0.0
-            Stream.batches = from_memory  # type: ignore[method-assign]
-            for entry in members(config):
-                mine = Rounds(entry.name)
-                train(entry.config.model_copy(update={"out": Path(folder) / entry.name}), mine)
-                seconds = mine.median()
-                alone, alone_worked = alone + seconds[0], alone_worked + seconds[1]
-            Stream.batches = from_disk  # type: ignore[method-assign]
-            together = progress.median()
-            ratios.append(together[0] / alone)
-            worked.append(together[1] / alone_worked)
-            cells = f"{together[0]:.3f} | {alone:.3f} | {ratios[-1]:.3f} | {worked[-1]:.3f} | {100 * waits[-1]:.2f}%"
-            print(f"| {number} | {cells} |", flush=True)
-        peaks.append((memory.peak - memory.before) / 1e6)
-    print(f"\nmedian over rounds: {statistics.median(ratios):.3f}; of processor time {statistics.median(worked):.3f}")
-    reckoned, rows = estimate(config, shards) / 1e6, loads["rows"] // options.rounds
-    print(f"memory above the start: {peaks[0]:.0f} MB at its peak; the estimate was {reckoned:.0f} MB")
-    print(f"rows read for 4 runs of {options.steps} steps of 2048: {rows:,} (with those to start from and read-ahead)")
+TABLES = {"time": time_table, "memory": memory_table, "checkpoints": checkpoint_table}
 
 
 if __name__ == "__main__":

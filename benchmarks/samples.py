@@ -1,6 +1,6 @@
 """What choosing windows costs beside encoding: CPU seconds of one thread, block after block.
 
-    python benchmarks/samples.py data/demo/runs/l15-k32 data/demo/l15
+    python -m benchmarks.samples data/demo/runs/l15-k32 data/demo/l15
 
 The target is a pass of at most twice the encoder product. The first blocks cost most, since every window is new then.
 """

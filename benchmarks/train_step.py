@@ -1,7 +1,7 @@
 """What one training step costs, against its own floor and against the ways it is usually written.
 
-    python benchmarks/train_step.py            everything (about half an hour on two cores)
-    python benchmarks/train_step.py --quick    the main table only, fewer rounds
+    python -m benchmarks.train_step            everything (about half an hour on two cores)
+    python -m benchmarks.train_step --quick    the main table only, fewer rounds
 
 Every table interleaves its contestants: one round times each of them once, in turn. A ratio is the median over rounds
 of (contestant / floor) WITHIN a round, so that a machine that is busy for a while slows both sides of it. The floor is
@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from step_contestants import (
+
+from benchmarks.step_contestants import (
     Shape,
     Step,
     make_autograd,
@@ -30,7 +31,6 @@ from step_contestants import (
     make_ours,
     make_saelens,
 )
-
 from train.step import StepState
 
 
@@ -158,9 +158,17 @@ def memory_table(shape: Shape, sizes: list[int]) -> None:
     for precision, dead in (("fp32", False), ("bf16", False), ("fp32", True)):
         cells = []
         for d_sae in sizes:
-            command = [sys.executable, __file__, "--memory-of", str(d_sae), precision, str(int(dead))]
-            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.train_step",
+                "--memory-of",
+                str(d_sae),
+                precision,
+                str(int(dead)),
+            ]
+            root = Path(__file__).resolve().parents[1]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
             cells.append(int(done.stdout) / 2**20)
         label = precision + (", half of the latents dead" if dead else "")
         rows.append([label, *[f"{c:.0f}" for c in cells], f"{cells[-1] / cells[0]:.2f}"])

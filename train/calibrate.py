@@ -10,18 +10,26 @@ from torch import Tensor
 from matryoshka.shards import ShardSet
 
 from .conditioning import Conditioning
+from .ranks import Rank
 from .step import StepState
 
 _ROWS = 2048
 
 
 def calibrate_threshold(
-    state: StepState, conditioning: Conditioning, shards: ShardSet, *, k: int, max_rows: int
+    state: StepState,
+    conditioning: Conditioning,
+    shards: ShardSet,
+    *,
+    k: int,
+    max_rows: int,
+    team: Rank | None = None,
 ) -> float:
     """The k * n-th largest pre-activation among the first n <= max_rows val rows, in the units of the training step.
 
     `acts = relu(pre) where pre > threshold` then keeps k latents a row on average. Never below 0: when fewer than
-    k * n pre-activations are positive, all of them are kept.
+    k * n pre-activations are positive, all of them are kept. `team`: the ranks over which the latents are spread; all
+    of them call this together.
     """
     n_rows = min(max_rows, sum(int(shards.val.keep(shard).sum()) for shard in range(shards.val.n_shards)))
     n_wanted = k * n_rows
@@ -34,9 +42,22 @@ def calibrate_threshold(
         if len(pool) > 2 * n_wanted + 1:
             pool = pool.topk(n_wanted + 1).values
             bound = float(pool.min())
+    if team is not None:
+        pool = _of_all(pool[pool.argsort(descending=True)[: n_wanted + 1]], n_wanted + 1, team)
     if len(pool) <= n_wanted:
         return 0.0
     return float(pool.topk(n_wanted + 1).values.min())
+
+
+def _of_all(own: Tensor, n: int, team: Rank) -> Tensor:
+    """The positive values of all ranks; each gives at most `n`."""
+    import torch.distributed as dist
+
+    padded = torch.zeros(n)
+    padded[: len(own)] = own
+    everyone = torch.empty(team.world, n)
+    dist.all_gather(list(everyone.unbind(0)), padded)
+    return everyone[everyone > 0]
 
 
 def _val_rows(shards: ShardSet, n_rows: int) -> Iterator[Tensor]:

@@ -18,6 +18,8 @@ from matryoshka.errors import UserError
 from matryoshka.runs import CHECKPOINTS, FORMAT_VERSION, fsync_path, publish_json, read_json
 from matryoshka.transcoder import Transcoder
 
+from .slices import LatentSlice, is_by_latent
+
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -32,13 +34,21 @@ class Checkpoint:
     finished: bool
     """Whether the run was over: all steps done and the threshold calibrated."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The state of the training step, for StepState.load_tensors."""
-        from safetensors import SafetensorError
+    def tensors(self, held: LatentSlice | None = None) -> dict[str, Tensor]:
+        """The state of the training step, for StepState.load_tensors; with `held` the latents of one rank alone."""
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
 
         try:
-            return load_file(self.folder / OPTIMIZER_FILE)
+            if held is None:
+                return load_file(self.folder / OPTIMIZER_FILE)
+            with safe_open(self.folder / OPTIMIZER_FILE, "pt") as file:
+                names = file.keys()
+                # One tensor at a time: the whole state need not fit.
+                return {
+                    name: held.part(file.get_tensor(name)) if is_by_latent(name) else file.get_tensor(name)
+                    for name in names
+                }
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the checkpoint {self.folder} cannot be read ({error}); delete that folder to go on "

@@ -47,7 +47,8 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of the initial weights. (0)")] = None,
     wandb: Annotated[str | None, typer.Option(help="off, online or offline. (off)")] = None,
     parallel: Annotated[
-        str | None, typer.Option(help="Under torchrun, spread over the ranks: configs, the runs of a fleet. (configs)")
+        str | None,
+        typer.Option(help="Under torchrun, spread over ranks: configs (runs), data (rows), features. (configs)"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
     config: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from matryoshka.config import Config, Count, Sizes
+from matryoshka.locations import Location
 
 _OPERATIONAL = frozenset(
     {
@@ -37,7 +38,7 @@ recipe: 1152, 2304, 4608, 10368."""
 class TrainConfig(Config):
     """What to learn from a shard set. The facts (widths, sites, model) come from the set itself."""
 
-    shards: Path | None = None
+    shards: Location | None = None
     """Folder of the shard set."""
     out: Path | None = None
     """Folder of the run, data/runs/<shard set>-k<k> by default; of a fleet, data/runs/<shard set>-fleet by default."""
@@ -45,14 +46,18 @@ class TrainConfig(Config):
     """Several runs from one stream: for each the settings in which it differs from the rest, and maybe a name."""
     grid: dict[str, list[Any]] | None = None
     """Several runs from one stream: setting -> values, every combination of them (for each entry of fleet)."""
-    parallel: Literal["configs", "data"] = "configs"
-    """Under torchrun, what is spread over the ranks: the runs of the fleet, or the rows of every batch."""
+    parallel: Literal["configs", "data", "features"] = "configs"
+    """Under torchrun, what is spread over the ranks: the runs of the fleet, the rows of every batch, or the latents of
+    every dictionary, for one that does not fit into the memory of one device."""
     group_sizes: Sizes | None = None
     """Latents of each nested group (not cumulative); by default 8 x d_in latents in 4 groups: 1/16, 1/8, 1/4, rest."""
     d_sae: Count | None = None
     """Total number of latents; only checked against the sum of group_sizes."""
     group_weights: tuple[float, ...] | None = None
     """Weight of each prefix in the loss; 1/G each by default."""
+    sampled_prefixes: Count | None = None
+    """Prefixes in the loss drawn anew for each step, the full width among them, in place of those of group_sizes, which
+    are still measured; off by default. 10 in Nabeshima's Matryoshka SAEs."""
     k: Count = 96
     """Mean number of active latents in a row (BatchTopK keeps k x batch_tokens in a batch)."""
     k_start: Count | None = None
@@ -144,6 +149,8 @@ class TrainConfig(Config):
             raise ValueError("d_sae alone says nothing of the groups; give group_sizes too")
         if self.group_sizes is not None:
             check_group_sizes(self.group_sizes, self.d_sae, self.k)
+        if self.sampled_prefixes is not None and self.group_weights is not None:
+            raise ValueError("group_weights are those of the fixed prefixes; give them or sampled_prefixes, not both")
         if self.k_steps is not None and self.k_start is None:
             raise ValueError("k_steps says how long k changes; give k_start too, the k of the first step")
         return self

@@ -1,5 +1,7 @@
 """The dense backend: five GEMMs of the encoder's size, no gathers. For fast matrix units."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ def dense_gradients(
     target_variance: float,
     aux_coef: Tensor | float,
     bf16: bool = False,
+    join: Callable[[Tensor], Tensor] = lambda planes: planes,
 ) -> Gradients:
     """Loss and gradients by whole matrices; the arguments and the result of `sparse_gradients`.
 
@@ -59,6 +62,7 @@ def dense_gradients(
         planes[i] = matmul(acts[:, start:end], W_dec[start:end])
     if dead_acts is not None:
         planes[n_groups] = matmul(dead_acts, W_dec)
+    planes = join(planes)
     nested = nested_loss_(
         planes,
         base,

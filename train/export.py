@@ -11,6 +11,7 @@ from matryoshka.errors import UserError
 from matryoshka.interop.export import Exported, Material, export
 from matryoshka.interop.neuronpedia import MARK_FILE, Samples
 from matryoshka.interop.origin import Origin
+from matryoshka.locations import location
 from matryoshka.runs import RUN_FILE, read_json
 from matryoshka.shards import ShardSet
 from matryoshka.shards.reader import has_manifest, read_manifest
@@ -26,7 +27,7 @@ def export_runs(
     prefix: int | None = None,
     out: Path | None = None,
     n_layers: int | None = None,
-    shards: Path | None = None,
+    shards: Path | str | None = None,
 ) -> Exported:
     """Export the transcoders of `runs` (run directories or checkpoint folders) to `out`.
 
@@ -125,12 +126,12 @@ def _run_folder(folder: Path) -> Path | None:
     return next((place for place in (folder, *folder.parents[:2]) if (place / RUN_FILE).is_file()), None)
 
 
-def _shard_folder(folder: Path) -> Path | None:
+def _shard_folder(folder: Path) -> Path | str | None:
     """The shard set that a run was trained on, where it still lies there."""
     root = _run_folder(folder)
     config = None if root is None else read_json(root / RUN_FILE, what="run").get("config")
     shards = config.get("shards") if isinstance(config, dict) else None
-    return Path(shards) if isinstance(shards, str) and has_manifest(Path(shards)) else None
+    return location(shards) if isinstance(shards, str) and has_manifest(shards) else None
 
 
 def _portable(name: str) -> str:

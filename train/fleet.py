@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from matryoshka.config import explain
 from matryoshka.errors import UserError
+from matryoshka.locations import location_name
 from matryoshka.runs import default_run_path
 
 from .config import TrainConfig
@@ -37,7 +38,7 @@ def fleet_folder(config: TrainConfig) -> Path:
     if config.out is not None:
         return config.out
     assert config.shards is not None
-    return default_run_path(config.shards, config.k).with_name(f"{config.shards.resolve().name}-fleet")
+    return default_run_path(config.shards, config.k).with_name(f"{location_name(config.shards)}-fleet")
 
 
 def is_fleet(config: TrainConfig) -> bool:

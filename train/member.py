@@ -17,16 +17,19 @@ from matryoshka.transcoder import Transcoder, TranscoderConfig
 from .calibrate import calibrate_threshold
 from .checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
 from .conditioning import Conditioning
+from .features import FeatureStep
 from .fleet import MemberConfig
 from .initial import initial_state
 from .measurements import measurements
 from .parallel import ParallelStep
 from .plan import Plan
+from .prefixes import sampled_sizes
 from .ranks import Rank
 from .record import publish_parked
 from .rows import Rows
 from .saving import BackgroundWriter
 from .sinks import JsonlSink, MetricSink, WandbSink
+from .slices import LatentSlice, is_by_latent
 from .step import NonFiniteLoss, StepReport, StepSettings, StepState, TrainStep
 
 Outcome = Literal["training", "finished", "parked", "stopped"]
@@ -78,7 +81,7 @@ class Member:
     ) -> None:
         """`group` is the name under which W&B shows the runs of a fleet together.
 
-        `team`: this rank of several that share every batch. They hold the same state, and the first writes it.
+        `team`: this rank of several that share every batch, or every dictionary. The first writes what they learn.
         """
         self.entry = entry
         self.outcome: Outcome = "training"
@@ -88,10 +91,15 @@ class Member:
         self._conditioning = conditioning
         self._writer = writer
         last = max(list_checkpoints(entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
-        state = self._fresh(device, first_rows) if last is None else _restored(last.tensors())
+        spread = team is not None and self._config.parallel == "features"
+        self._held = LatentSlice(team, entry.plan.d_sae) if team is not None and spread else None
+        """The latents of this rank, when it does not hold all."""
+        state = self._fresh(device, first_rows) if last is None else _restored(last.tensors(self._held))
         self._writes = team is None or team.index == 0
         if team is None:
             self._take_step = TrainStep(self._step_settings(), state, device)
+        elif spread:
+            self._take_step = FeatureStep(self._step_settings(), state, device, team)
         else:
             self._take_step = ParallelStep(self._step_settings(), state, device, team)
         self.first = self.done = int(state.step)
@@ -107,9 +115,7 @@ class Member:
     def take(self, rows: Rows, waiting: Waiting) -> StepReport | None:
         """Train on the batch of the step `done`; a loss that is not finite parks the run."""
         config, done = self._config, self.done + 1
-        k = self._k_schedule.at(self.done)
-        if k != self._take_step.settings.k:
-            self._take_step.settings = replace(self._take_step.settings, k=k)
+        self._aim()
         log = done % config.log_every == 0 or done == self._plan.n_steps
         x, y = rows.x(self._conditioning), rows.y(self._conditioning)
         try:
@@ -125,6 +131,15 @@ class Member:
         elif done % self._plan.checkpoint_every == 0:
             self.save()
         return report
+
+    def _aim(self) -> None:
+        """Set what changes from step to step: k and the prefixes in the loss."""
+        config, settings = self._config, self._take_step.settings
+        k, sizes = self._k_schedule.at(self.done), None
+        if config.sampled_prefixes is not None:
+            sizes = sampled_sizes(self._plan.d_sae, config.sampled_prefixes, seed=config.seed, step=self.done)
+        if (k, sizes) != (settings.k, settings.sampled_sizes):
+            self._take_step.settings = replace(settings, k=k, sampled_sizes=sizes)
 
     def save(self) -> None:
         """Write a checkpoint of this moment in the background, unless there is one."""
@@ -158,7 +173,7 @@ class Member:
 
     def _finish(self) -> None:
         self.outcome = "finished"
-        if not self._writes:
+        if not self._writes and self._held is None:
             return
         threshold = calibrate_threshold(
             self._take_step.state,
@@ -166,6 +181,7 @@ class Member:
             self._shards,
             k=self._config.k,
             max_rows=self._config.calibration_tokens,
+            team=None if self._held is None else self._held.rank,
         )
         self._save(threshold)
 
@@ -184,12 +200,15 @@ class Member:
 
     def _save(self, calibrated: float | None) -> None:
         """Snapshot the state and hand it to the writer; `calibrated` is the threshold of a finished run."""
-        jsonl = self._jsonl
-        if jsonl is None:
+        jsonl, step, finished = self._jsonl, self.done, calibrated is not None
+        self._saved = step
+        if jsonl is None and self._held is None:
             return
         self._writer.wait()
-        state, step, finished = self._take_step.state, self.done, calibrated is not None
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors().items()}
+        state = self._take_step.state
+        tensors = {name: self._copy(name, tensor) for name, tensor in state.tensors().items()}
+        if jsonl is None:
+            return
         weights = {name: tensors[name] for name in state.weights()}
         threshold = tensors["threshold"] if calibrated is None else torch.tensor(calibrated)
         folder, config = self.entry.folder, self._config
@@ -202,7 +221,13 @@ class Member:
             prune_checkpoints(folder, config.keep_checkpoints, config.keep_every)
 
         self._writer.submit(write)
-        self._saved = step
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the state as it is now, in the memory of the CPU, with the latents of all ranks."""
+        if self._held is None or not is_by_latent(name):
+            return tensor.detach().to("cpu", copy=True)
+        whole = self._held.whole(tensor.cpu())
+        return whole if self._writes else torch.empty(0)
 
     def _fresh(self, device: torch.device, first_rows: FirstRows) -> StepState:
         config, plan = self._config, self._plan
@@ -216,6 +241,7 @@ class Member:
             init_scale=config.init_scale,
             skip=config.skip,
             generator=torch.Generator().manual_seed(config.seed),
+            latents=None if self._held is None else self._held.latents,
         )
 
     def _step_settings(self) -> StepSettings:

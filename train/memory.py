@@ -29,19 +29,25 @@ class Need:
     """A copy of the state and the folded weights, in the memory of the CPU, while a checkpoint is written."""
 
 
-def member_need(config: TrainConfig, plan: Plan, *, d_in: int, d_out: int, device: torch.device) -> Need:
-    """Bytes that one run takes beside the stream. Equations: see the fields of Need; all tensors are fp32."""
-    d_sae, batch = plan.d_sae, config.batch_tokens
+def member_need(
+    config: TrainConfig, plan: Plan, *, d_in: int, d_out: int, device: torch.device, n_parts: int = 1
+) -> Need:
+    """Bytes that one run takes beside the stream. Equations: see the fields of Need; all tensors are fp32.
+
+    `n_parts`: ranks over which the latents are spread; a checkpoint is written whole by one of them.
+    """
+    d_sae, batch = -(-plan.d_sae // n_parts), config.batch_tokens
     n_weights = d_sae * (d_in + d_out + 1) + d_out + (d_in * d_out if config.skip else 0)
     held = 12 * n_weights + 8 * d_sae
     k = max(config.k, plan.k_start)
     # x, y, every prefix's reconstruction and residual, lists of the kept and of the dead latents' entries, gradients.
-    step = 4 * batch * (2 * d_in + (2 * len(plan.group_sizes) + 3) * d_out) + 48 * batch * (k + plan.k_aux)
+    n_prefixes = config.sampled_prefixes or len(plan.group_sizes)
+    step = 4 * batch * (2 * d_in + (2 * n_prefixes + 3) * d_out) + 48 * batch * (k + plan.k_aux)
     step += 4 * n_weights
     # On a CPU `auto` goes dense for small dictionaries only.
     if config.backend == "dense" or (config.backend == "auto" and device.type == "cuda"):
         step += 12 * batch * d_sae
-    return Need(held=held, step=step, snapshot=held + 20 * n_weights)
+    return Need(held=held, step=step, snapshot=n_parts * (held + 20 * n_weights))
 
 
 def stream_need(config: TrainConfig, *, d_in: int, d_out: int) -> int:

@@ -124,9 +124,16 @@ class ParallelStep(TrainStep):
         assert bool(finite)  # checked on all ranks alike, before anything is changed
         return _sum(positive.sum().double()) / self._rank.world
 
-    def _report(self, gradients: Gradients, norm: Tensor, n_kept: Tensor, y: Tensor, lr: float) -> StepReport:
-        report = super()._report(gradients, norm, n_kept, y, lr)
-        sq_err = gradients.nested.sq_err.double()
+    def _sq_err(self, gradients: Gradients, x: Tensor, y: Tensor, kept: Kept) -> Tensor:
+        own = super()._sq_err(gradients, x, y, kept)
+        # That of the loss is added up already.
+        return own if self.settings.sampled_sizes is None else _sum(own)
+
+    def _report(
+        self, gradients: Gradients, norm: Tensor, n_kept: Tensor, sq_err: Tensor, y: Tensor, lr: float
+    ) -> StepReport:
+        report = super()._report(gradients, norm, n_kept, sq_err, y, lr)
+        sq_err = sq_err.double()
         return replace(
             report,
             fvu=tuple((sq_err / self._spread(y.double())).tolist()),

@@ -78,6 +78,8 @@ def make_plan(config: TrainConfig, shards: ShardSet, n_rows: int) -> Plan:
     n_steps = config.steps or (config.tokens or n_rows) // config.batch_tokens
     if n_steps < 1:
         raise UserError(f"{config.tokens} tokens are fewer than one batch of {config.batch_tokens}; train on more")
+    if config.sampled_prefixes is not None and config.sampled_prefixes > sum(group_sizes):
+        raise UserError(f"sampled_prefixes = {config.sampled_prefixes} are more than the {sum(group_sizes)} latents")
     conventions = input_conventions(shards.manifest.source.site)
     raw, *derived = conventions
     default_input = "normalized" if derived and shards.norm is not None else raw

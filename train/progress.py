@@ -35,7 +35,7 @@ class Screen:
         self._console = Console(stderr=True)
         self._lines: dict[str, _Line] = {}
         self._began = 0.0
-        self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4)
+        self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=1)
 
     def __enter__(self) -> Screen:
         return self

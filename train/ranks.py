@@ -48,14 +48,17 @@ class Rank:
         return device
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Join the other ranks, so that collectives of torch.distributed work; on the CPU, through gloo."""
+    def together(self, device_type: str = "cpu") -> Iterator[None]:
+        """Join the other ranks for collectives of torch.distributed: through gloo on the CPU, through nccl on CUDA."""
+        import torch
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", rank=self.index, world_size=self.world)
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=self.index, world_size=self.world)
         try:
             yield
-            dist.barrier()
+            # A barrier of the CPU: dist.barrier would pick a GPU of its own.
+            dist.all_reduce(torch.zeros(1))
         finally:
             dist.destroy_process_group()
 

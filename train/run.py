@@ -119,13 +119,14 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
         raise UserError("no shard set: pass --shards with the folder that harvest wrote, such as data/l17")
     shards = ShardSet.open(config.shards)
     device = resolve_device(rank.device(config.device))
-    team = rank if config.parallel == "data" and rank.world > 1 else None
-    if team is not None and device.type != "cpu":
+    team = rank if config.parallel != "configs" and rank.world > 1 else None
+    if config.parallel == "data" and team is not None and device.type != "cpu":
         raise UserError(
             f"--parallel data shares batches between CPU processes only, and the device is {device}; use --device cpu, "
             "or --parallel configs with one run for each GPU"
         )
-    part = (0, 1) if team is None else (team.index, team.world)
+    # With the latents spread over ranks every rank sees every row.
+    part = (0, 1) if team is None or config.parallel == "features" else (team.index, team.world)
     stream = _stream(config, shards, config.order_seed, part=part, pin_memory=device.type == "cuda")
     every = [_entry(member, shards, stream.n_rows) for member in members(config)]
     group: str | None = None
@@ -137,8 +138,10 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
     for entry in entries:
         refuse_other_run(entry.folder, entry.record)
     left = [entry for entry in entries if not _is_over(entry)]
+    n_parts = rank.world if config.parallel == "features" else 1
+    widths = {"d_in": shards.d_in, "d_out": shards.d_out}
     needs = {
-        entry.name: member_need(entry.settings.config, entry.plan, d_in=shards.d_in, d_out=shards.d_out, device=device)
+        entry.name: member_need(entry.settings.config, entry.plan, **widths, device=device, n_parts=n_parts)
         for entry in left
     }
     check_memory(needs, stream_need(config, d_in=shards.d_in, d_out=shards.d_out), device)
@@ -147,7 +150,7 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
         publish_fleet(fleet_folder(config), stream_record(config, shards), [entry.name for entry in every])
     with ExitStack() as held:
         if team is not None:
-            held.enter_context(team.together())
+            held.enter_context(team.together(device.type))
         for entry in left if team is None or team.index == 0 else ():
             make_directory(entry.folder)
             held.enter_context(exclusive(entry.folder))

@@ -1,5 +1,7 @@
 """The sparse backend: everything behind the encoder touches only the k * batch entries that survived BatchTopK."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,16 +22,19 @@ def sparse_gradients(
     group_weights: tuple[float, ...],
     target_variance: float,
     aux_coef: Tensor | float,
+    join: Callable[[Tensor], Tensor] = lambda planes: planes,
 ) -> Gradients:
     """Loss and gradients from the entries alone; x [batch, d_in], y [batch, d_out], prefix_ends int32 [n_groups].
+
+    Where `weights` hold a part of the latents, `join` adds the parts of the others to the planes [groups, rows, d_out].
 
     A bag is one (group, row) pair; the dead latents' entries form one more plane of bags. The three products are
     an embedding_bag over bags (decode), a sampled dense-dense product (d_acts), and embedding_bags over latents
     (dW_dec, dW_enc).
     """
     (batch, d_out), n_groups = y.shape, len(group_weights)
-    W_enc, W_dec, W_skip = weights["W_enc"], weights["W_dec"], weights.get("W_skip")
-    d_sae = W_enc.shape[0]
+    W_dec, W_skip = weights["W_dec"], weights.get("W_skip")
+    d_sae = W_dec.shape[0]
     bag = torch.bucketize(kept.latents, prefix_ends, right=True, out_int32=True) * batch + kept.rows
     bag, order = bag.sort(stable=True)
     rows, latents, acts = kept.rows[order], kept.latents[order], kept.acts[order]
@@ -43,10 +48,11 @@ def sparse_gradients(
         selected = None if selected is None or dead.selected is None else torch.cat([selected, dead.selected])
     starts = bag_starts(bag, n_planes * batch)
     decoded = F.embedding_bag(latents, W_dec, starts, per_sample_weights=acts, mode="sum", include_last_offset=True)
-    base = weights["b_dec"] - y if W_skip is None else torch.addmm(weights["b_dec"] - y, x, W_skip)
+    planes = join(decoded.view(n_planes, batch, d_out))
+    decoded = planes.view(n_planes * batch, d_out)
     nested = nested_loss_(
-        decoded.view(n_planes, batch, d_out),
-        base,
+        planes,
+        _base(x, y, weights),
         weights=group_weights,
         target_variance=target_variance,
         aux_coef=None if dead is None else aux_coef,
@@ -76,3 +82,37 @@ def sparse_gradients(
         return F.embedding_bag(index, table, offsets, per_sample_weights=values, mode="sum", include_last_offset=True)
 
     return Gradients(nested, small, decoder_dot, gradient_rows, stored=False)
+
+
+def prefix_errors(
+    x: Tensor,
+    y: Tensor,
+    weights: dict[str, Tensor],
+    kept: Kept,
+    prefix_ends: Tensor,
+    *,
+    join: Callable[[Tensor], Tensor] = lambda planes: planes,
+) -> Tensor:
+    """sum over the batch of ||y_hat_i - y||^2 for each of the prefixes, [n_groups]; the arguments of sparse_gradients.
+
+    One decode alone, for prefixes that are measured but not trained.
+    """
+    (batch, d_out), n_groups = y.shape, prefix_ends.shape[0]
+    bag = torch.bucketize(kept.latents, prefix_ends, right=True, out_int32=True) * batch + kept.rows
+    bag, order = bag.sort(stable=True)
+    planes = F.embedding_bag(
+        kept.latents[order],
+        weights["W_dec"],
+        bag_starts(bag, n_groups * batch),
+        per_sample_weights=kept.acts[order],
+        mode="sum",
+        include_last_offset=True,
+    )
+    errors = join(planes.view(n_groups, batch, d_out)).cumsum(0).add_(_base(x, y, weights))
+    return errors.square_().sum((1, 2), dtype=torch.float64)
+
+
+def _base(x: Tensor, y: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """b_dec (+ x @ W_skip) - y, [batch, d_out]."""
+    base = weights["b_dec"] - y
+    return base if "W_skip" not in weights else torch.addmm(base, x, weights["W_skip"])

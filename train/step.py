@@ -6,7 +6,9 @@ lies in `StepState`, so a run that saves and loads it goes on as if never interr
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -20,9 +22,9 @@ from .dense import dense_gradients
 from .entries import Kept
 from .gradients import Gradients
 from .selection import TileEncoder, select_fixed_shape
-from .sparse import sparse_gradients
+from .sparse import prefix_errors, sparse_gradients
 from .state import StepState
-from .update import apply, measure
+from .update import Measured, apply, measure
 
 __all__ = ["NonFiniteLoss", "StepReport", "StepSettings", "StepState", "TrainStep"]
 
@@ -49,6 +51,9 @@ class StepSettings:
     """Mean latents per row: BatchTopK keeps the k * batch largest of the whole batch."""
     group_weights: tuple[float, ...] | None = None
     """w_i of each prefix's term; None is 1 / n_groups each."""
+    sampled_sizes: tuple[int, ...] | None = None
+    """Disjoint sizes whose prefixes are in this step's loss instead, with equal weights; those of group_sizes are still
+    what is reported."""
     auxk_coef: float = 1 / 32
     k_aux: int
     """Pre-activations of dead latents per row that rebuild the residual."""
@@ -74,6 +79,8 @@ class StepSettings:
             raise UserError(
                 f"group_weights has {len(self.group_weights)} values for {len(self.group_sizes)} groups; give one each."
             )
+        if self.sampled_sizes is not None and sum(self.sampled_sizes) != sum(self.group_sizes):
+            raise UserError(f"sampled_sizes {self.sampled_sizes} do not sum to d_sae, as {self.group_sizes} do.")
         if not 1 <= self.k <= sum(self.group_sizes):
             raise UserError(f"k is {self.k}, expected 1 to d_sae = {sum(self.group_sizes)}.")
         if self.k_aux < 1 or self.dead_after_tokens < 1:
@@ -83,6 +90,18 @@ class StepSettings:
             )
         if not (math.isfinite(self.target_variance) and self.target_variance > 0):
             raise UserError(f"target_variance is {self.target_variance}; the targets must vary.")
+
+    @property
+    def loss_sizes(self) -> tuple[int, ...]:
+        """Disjoint sizes of the groups whose prefixes are in the loss."""
+        return self.group_sizes if self.sampled_sizes is None else self.sampled_sizes
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """w_i of each of those prefixes."""
+        if self.sampled_sizes is None and self.group_weights is not None:
+            return self.group_weights
+        return (1 / len(self.loss_sizes),) * len(self.loss_sizes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,20 +133,24 @@ class TrainStep:
     log=True raises.
     """
 
-    def __init__(self, settings: StepSettings, state: StepState, device: torch.device | str) -> None:
+    def __init__(
+        self, settings: StepSettings, state: StepState, device: torch.device | str, latents: range | None = None
+    ) -> None:
+        """`latents`: which of all latents `state` holds, where others hold the rest; by default it holds all."""
         self.settings, self.state, self.device = settings, state, torch.device(device)
         state.to(self.device)
         d_sae = state.W_enc.shape[0]
-        if sum(settings.group_sizes) != d_sae:
+        self._latents = range(d_sae) if latents is None else latents
+        if len(self._latents) != d_sae or (latents is None and sum(settings.group_sizes) != d_sae):
             raise UserError(
                 f"group_sizes {settings.group_sizes} sum to {sum(settings.group_sizes)}, but the weights have {d_sae} "
                 "latents; group_sizes are disjoint sizes, not prefix ends."
             )
         fast = has_fast_bf16(self.device)
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and fast)
-        n_groups = len(settings.group_sizes)
-        self._group_weights = settings.group_weights or (1 / n_groups,) * n_groups
-        self._prefix_ends = torch.tensor(settings.group_sizes, device=self.device).cumsum(0).int()
+        self._group_ends = self._own_ends(settings.group_sizes)
+        self._join: Callable[[Tensor], Tensor] = lambda planes: planes
+        """Adds what other holders of latents have decoded to the own part."""
         # CUDA: shapes that never depend on data, so no step waits for the device
         self._fixed_shapes = self.device.type == "cuda"
         self._encoder = TileEncoder(self.bf16)
@@ -138,7 +161,7 @@ class TrainStep:
         """The backend a batch of this many rows is trained with."""
         if self.settings.backend != "auto":
             return self.settings.backend
-        (d_sae, d_in), d_out = self.state.W_enc.shape, self.state.W_dec.shape[1]
+        d_sae, d_in, d_out = sum(self.settings.group_sizes), self.state.W_enc.shape[1], self.state.W_dec.shape[1]
         return choose_backend(
             self.device, bf16=self.bf16, d_in=d_in, d_out=d_out, d_sae=d_sae, k=self.settings.k, batch=batch
         )
@@ -155,7 +178,9 @@ class TrainStep:
             raise UserError(f"The batch has shapes {tuple(x.shape)} and {tuple(y.shape)}, expected {wanted}.")
         kept, dead, aux_coef = self._select(x)
         gradients = self._gradients(x, y, kept, dead, aux_coef)
-        measured = measure(gradients, state)
+        # Measured with the weights that gave the loss: before the update.
+        sq_err = self._sq_err(gradients, x, y, kept) if log else None
+        measured = self._measure(gradients)
         loss = gradients.nested.loss
         # a NaN input can hide from the loss, as no comparison selects it; finite weights and inputs cannot make one
         finite = torch.isfinite(loss) & torch.isfinite(measured.norm) & torch.isfinite(x.sum())
@@ -176,7 +201,7 @@ class TrainStep:
             eps=settings.adam_eps,
             skip=skip,
         )
-        return self._report(gradients, measured.norm, l0_sum, y, lr) if log else None
+        return None if sq_err is None else self._report(gradients, measured.norm, l0_sum, sq_err, y, lr)
 
     def _select(self, x: Tensor) -> tuple[Kept, Kept | None, Tensor | float]:
         """BatchTopK's entries, the dead latents' entries, and the aux term's coefficient."""
@@ -206,11 +231,12 @@ class TrainStep:
                 weights,
                 kept,
                 dead,
-                group_sizes=settings.group_sizes,
-                group_weights=self._group_weights,
+                group_sizes=self._own_sizes(settings.loss_sizes),
+                group_weights=settings.loss_weights,
                 target_variance=settings.target_variance,
                 aux_coef=aux_coef,
                 bf16=self.bf16 and self.device.type == "cuda",
+                join=self._join,
             )
         return sparse_gradients(
             x,
@@ -218,11 +244,30 @@ class TrainStep:
             weights,
             kept,
             dead,
-            prefix_ends=self._prefix_ends,
-            group_weights=self._group_weights,
+            prefix_ends=self._group_ends if settings.sampled_sizes is None else self._own_ends(settings.sampled_sizes),
+            group_weights=settings.loss_weights,
             target_variance=settings.target_variance,
             aux_coef=aux_coef,
+            join=self._join,
         )
+
+    def _own_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """How many latents of each group `state` holds."""
+        ends = [len(range(self._latents.start, end, self._latents.step)) for end in accumulate(sizes)]
+        return tuple(b - a for a, b in pairwise((0, *ends)))
+
+    def _own_ends(self, sizes: tuple[int, ...]) -> Tensor:
+        """The same as prefix ends, int32 [n_groups]."""
+        return torch.tensor(self._own_sizes(sizes), device=self.device).cumsum(0).int()
+
+    def _sq_err(self, gradients: Gradients, x: Tensor, y: Tensor, kept: Kept) -> Tensor:
+        """sum over the batch of ||y_hat_i - y||^2 for the prefixes of group_sizes, [n_groups]."""
+        if self.settings.sampled_sizes is None:
+            return gradients.nested.sq_err
+        return prefix_errors(x, y, self.state.weights(), kept, self._group_ends, join=self._join)
+
+    def _measure(self, gradients: Gradients) -> Measured:
+        return measure(gradients, self.state)
 
     def _note_bad(self, finite: Tensor, loss: Tensor) -> None:
         """Remember the first bad batch on the device, for the next log step to raise."""
@@ -237,28 +282,37 @@ class TrainStep:
         fired = torch.zeros(state.W_enc.shape[0], device=self.device).index_add_(0, kept.latents, positive.float()) > 0
         since = torch.where(fired, 0, state.tokens_since_fired + batch)
         state.tokens_since_fired.copy_(torch.where(finite, since, state.tokens_since_fired))
-        if kept.acts.numel():
-            smallest = kept.acts.masked_fill(~positive, torch.inf).min()
-            decay = settings.threshold_decay
-            average = torch.where(state.threshold > 0, decay * state.threshold + (1 - decay) * smallest, smallest)
-            moves = finite & torch.isfinite(smallest) & (state.step >= settings.threshold_start_step)
-            state.threshold.copy_(torch.where(moves, average, state.threshold))
+        smallest = self._smallest(kept.acts, positive)
+        decay = settings.threshold_decay
+        average = torch.where(state.threshold > 0, decay * state.threshold + (1 - decay) * smallest, smallest)
+        moves = finite & torch.isfinite(smallest) & (state.step >= settings.threshold_start_step)
+        state.threshold.copy_(torch.where(moves, average, state.threshold))
         return positive.sum()
 
-    def _report(self, gradients: Gradients, norm: Tensor, n_kept: Tensor, y: Tensor, lr: float) -> StepReport:
-        settings, state, batch = self.settings, self.state, y.shape[0]
+    def _smallest(self, acts: Tensor, positive: Tensor) -> Tensor:
+        """The smallest kept activation, 0-d; infinite when nothing is."""
+        if not acts.numel():
+            return torch.full((), torch.inf, device=self.device)
+        return acts.masked_fill(~positive, torch.inf).min()
+
+    def _dead_share(self) -> float:
+        return float((self.state.tokens_since_fired >= self.settings.dead_after_tokens).double().mean())
+
+    def _report(
+        self, gradients: Gradients, norm: Tensor, n_kept: Tensor, sq_err: Tensor, y: Tensor, lr: float
+    ) -> StepReport:
+        batch = y.shape[0]
         if int(self._bad_step) >= 0:
             raise NonFiniteLoss(int(self._bad_step), float(self._bad_loss))
-        sq_err = gradients.nested.sq_err.double()
+        sq_err = sq_err.double()
         variance = y.double().var(0, correction=0).sum() * batch
-        dead = state.tokens_since_fired >= settings.dead_after_tokens
         return StepReport(
             loss=float(gradients.nested.loss),
             aux_loss=float(gradients.nested.aux_loss),
             fvu=tuple((sq_err / variance).tolist()),
             l0=float(n_kept) / batch,
-            dead_share=float(dead.double().mean()),
-            threshold=float(state.threshold),
+            dead_share=self._dead_share(),
+            threshold=float(self.state.threshold),
             grad_norm=float(norm),
             lr=lr,
             l2_loss=float(sq_err[-1]) / batch,

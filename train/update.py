@@ -1,6 +1,7 @@
 """From gradients to new weights in two walks over them: project and measure, then clip, Adam and renormalise."""
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -38,20 +39,36 @@ def _projected(gradients: Gradients, name: str, weight: Tensor, start: int, end:
     return rows.addcmul_(weight[start:end], gradients.decoder_dot[start:end, None], value=-1)
 
 
-def measure(gradients: Gradients, state: StepState) -> Measured:
-    """First walk: project dW_dec off its rows and add up the squared norm of everything."""
+def measure(
+    gradients: Gradients,
+    state: StepState,
+    *,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
+    common: Collection[str] = (),
+) -> Measured:
+    """First walk: project dW_dec off its rows and add up the squared norm of everything.
+
+    Where `state` holds a part of the latents, `over_ranks` adds up the squares of all parts; the gradients of the
+    names in `common` are the same on every rank and count once.
+    """
     weights = state.weights()
     bytes_held = 4 * (weights["W_enc"].numel() + weights["W_dec"].numel())
     keep = gradients.stored or bytes_held <= KEPT_GRADIENT_BYTES or weights["W_enc"].is_cuda
     chunks: dict[tuple[str, int], Tensor] = {}
-    squares = [torch.dot(g.reshape(-1), g.reshape(-1)) for g in gradients.small.values()]
+    squares = [torch.dot(g.reshape(-1), g.reshape(-1)) for name, g in gradients.small.items() if name not in common]
+    shared = [torch.dot(g.reshape(-1), g.reshape(-1)) for name, g in gradients.small.items() if name in common]
     for name in ("W_enc", "W_dec"):
         for start, end in _spans(weights[name]):
             rows = _projected(gradients, name, weights[name], start, end)
             squares.append(torch.dot(rows.view(-1), rows.view(-1)))
             if keep:
                 chunks[name, start] = rows
-    return Measured(torch.stack(squares).sum(dtype=torch.float64).sqrt().float(), chunks)
+    total = torch.stack(squares).sum(dtype=torch.float64)
+    if over_ranks is not None:
+        total = over_ranks(total)
+    if shared:
+        total = total + torch.stack(shared).sum(dtype=torch.float64)
+    return Measured(total.sqrt().float(), chunks)
 
 
 def apply(

@@ -34,6 +34,7 @@ def test_k_larger_than_the_first_prefix_is_refused() -> None:
         ({"group_sizes": [4, 0], "k": 1}, "greater than or equal to 1"),
         ({"learning_rate": 1}, "Extra inputs"),
         ({"k_steps": 5}, "give k_start too"),
+        ({"group_sizes": [8, 8], "k": 1, "group_weights": [1, 2], "sampled_prefixes": 2}, "not both"),
     ],
 )
 def test_bad_values_are_refused(values: dict[str, object], message: str) -> None:

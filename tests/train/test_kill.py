@@ -24,7 +24,16 @@ N_KILLS = int(os.environ.get("MATRYOSHKA_KILLS", "2"))
 LIST = [
     {"name": "plain"},
     {"name": "wide", "group_sizes": [8, 88], "lr": 1e-3, "steps": 70, "checkpoint_every": 3},
-    {"name": "other", "k": 2, "seed": 3, "input": "resid_mid", "condition": "standardise", "skip": True, "k_start": 6},
+    {
+        "name": "other",
+        "k": 2,
+        "seed": 3,
+        "input": "resid_mid",
+        "condition": "standardise",
+        "skip": True,
+        "k_start": 6,
+        "sampled_prefixes": 3,
+    },
 ]
 
 # Arms itself at a step and ends the process a little later: in a step, in a log line, or while a checkpoint is written.

@@ -38,6 +38,12 @@ def test_what_is_held_is_what_the_state_has(random_shards: ShardSet, run_setting
     dense = member_need(config.model_copy(update={"backend": "dense"}), plan, d_in=12, d_out=10, device=CPU)
     assert dense.step - need.step == 12 * 128 * 48
     assert stream_need(config, d_in=12, d_out=10) == 2 * 22 * (2 * 1024 + 6 * 128)
+    # Over five ranks the largest part has ten latents; what is not a latent's every rank has.
+    part = member_need(config, plan, d_in=12, d_out=10, device=CPU, n_parts=5)
+    assert part.held == 12 * (10 * 23 + 10 + 120) + 8 * 10
+    assert need.held == 12 * (48 * 23 + 10 + 120) + 8 * 48
+    assert part.snapshot >= need.snapshot > 4 * part.held
+    assert part.step < need.step
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLEET = [
     # Latents that stay silent for two batches are dead, so that the aux loss and its counters are at work.
     {"name": "aux", "dead_after_tokens": 256, "auxk_coef": 0.25, "k_aux": 5},
-    {"name": "skip", "skip": True, "input": "resid_mid", "k_start": 12, "backend": "dense"},
+    {"name": "skip", "skip": True, "input": "resid_mid", "k_start": 12, "backend": "dense", "sampled_prefixes": 4},
 ]
 
 

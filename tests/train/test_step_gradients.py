@@ -51,11 +51,12 @@ def reference(
     mask[order] = True
     acts = torch.where(mask.view_as(pre), pre.relu(), 0.0)
     offset = p["b_dec"] + (x @ p["W_skip"] if "W_skip" in p else 0.0)
-    n_groups = len(settings.group_sizes)
+    sizes = settings.sampled_sizes or settings.group_sizes
+    n_groups = len(sizes)
     weights = settings.group_weights or [1 / n_groups] * n_groups
     loss, y_hat = torch.zeros((), dtype=torch.float64), y
     for i in range(n_groups):
-        end = sum(settings.group_sizes[: i + 1])
+        end = sum(sizes[: i + 1])
         y_hat = acts[:, :end] @ p["W_dec"][:end] + offset
         loss = loss + weights[i] * (y - y_hat).pow(2).sum(1).mean() / settings.target_variance
     aux = torch.zeros((), dtype=torch.float64)
@@ -148,6 +149,11 @@ CASES = {
     "ties at the threshold": (SETTINGS, with_ties),
     "all negative": (SETTINGS, all_negative),
     "all negative, all dead": (SETTINGS, lambda: kill(all_negative(), D_SAE)),
+    "sampled prefixes": (replace(SETTINGS, sampled_sizes=(1, 4, 22, 2, 19)), lambda: make_state()),
+    "sampled prefixes, aux and skip": (
+        replace(SETTINGS, sampled_sizes=(31, 17), auxk_coef=0.7),
+        lambda: kill(make_state(skip=True), 20),
+    ),
     "k is d_sae": (replace(SETTINGS, k=48), lambda: make_state()),
 }
 

@@ -126,7 +126,7 @@ class Documents:
         keep = torch.ones(ctx_len, contexts, dtype=torch.bool)
         keep[0] = False
 
-        def activations(_side: str, shard: int, start: int, stop: int) -> Tensor:
+        def activations(_side: str, shard: int, start: int, stop: int, *, reuse: bool) -> Tensor:  # noqa: ARG001
             ids = torch.arange(contexts, dtype=torch.int32) + shard * contexts
             return ids.expand(stop - start, contexts).contiguous().unsqueeze(2).view(torch.bfloat16)
 
@@ -154,6 +154,25 @@ def test_reader_threads_change_nothing(random_shards: ShardSet, n_readers: int) 
     assert all(
         torch.equal(a.source, b.source) and torch.equal(a.target, b.target) for a, b in zip(one, many, strict=True)
     )
+
+
+def test_a_batch_of_a_written_set_is_nearly_a_random_draw(random_shards: ShardSet) -> None:
+    """benchmarks/shuffle.py counts the same over a set of a million rows."""
+    document: dict[bytes, int] = {}
+    for block in random_shards.train.blocks():
+        documents = block.doc_ids[block.keep].tolist()
+        document.update(zip(keys(*block.rows()), documents, strict=True))
+    counts = Counter(document.values())
+    n_rows = sum(counts.values())
+    at_random = sum(n * (n - 1) for n in counts.values()) / n_rows * 63 / (n_rows - 1)
+    stream = stream_of(random_shards, batch_rows=64, buffer_rows=1024)
+    found = []
+    for batch in stream.batches(0, n_rows // 64):
+        ids = Counter(document[key] for key in keys(batch.source, batch.target))
+        found.append(sum(n * (n - 1) for n in ids.values()) / 64)
+    assert 0.8 * at_random < sum(found) / len(found) < 1.5 * at_random
+    # Contexts one after another would put most of a document's 30 rows into one batch.
+    assert max(found) < 5
 
 
 @pytest.mark.parametrize("n_parts", [2, 4])
