@@ -16,6 +16,8 @@ class ActivationHistogram:
     Doubling a width merges pairs of bins, which loses nothing, so the result does not depend on the order.
     """
 
+    SUMS = ("counts", "exponent")
+
     def __init__(self, d_sae: int, device: torch.device) -> None:
         self.counts = torch.zeros(d_sae, N_BINS, dtype=torch.int32, device=device)
         """[d_sae, N_BINS] int32"""

@@ -12,7 +12,7 @@ from matryoshka.shards import ShardSet
 from .bootstrap import bootstrap_intervals
 from .report_file import DocumentSpread, L0Spread, Stratum, finite
 from .rows import RowBatch
-from .strata import StrataSums
+from .strata import StrataSums, row_columns
 
 FREQUENCY_DECADES = (-6, -5, -4, -3, -2)
 """log10 of the share of train tokens; tokens that train never saw are a stratum of their own."""
@@ -53,7 +53,7 @@ def frequency_partition(counts: Tensor) -> Partition:
 
 
 def train_token_counts(shards: ShardSet) -> Tensor:
-    """How often each token id occurs in the train split, int64 [n_ids]; val ids beyond it have count 0."""
+    """How often each token id occurs in the train split, int64 [n_ids]; ids that only val holds have count 0."""
     largest = max(int(shards.val.tokens(shard).max()) for shard in range(shards.val.n_shards))
     counts = torch.zeros(largest + 1, dtype=torch.int64)
     for shard in range(shards.train.n_shards):
@@ -65,12 +65,15 @@ def train_token_counts(shards: ShardSet) -> Tensor:
 class Breakdown:
     """Sums by position, token frequency, document and context in one place."""
 
-    def __init__(self, shards: ShardSet, n_prefixes: int) -> None:
+    SUMS = ("_sums",)
+
+    def __init__(self, shards: ShardSet, n_prefixes: int, split: str = "val") -> None:
+        rows = shards.split(split)
         self._positions = position_partition(shards.ctx_len)
         self._frequencies = frequency_partition(train_token_counts(shards))
-        documents = [shards.val.doc_ids(shard).unique() for shard in range(shards.val.n_shards)]
+        documents = [rows.doc_ids(shard).unique() for shard in range(rows.n_shards)]
         self._documents = torch.cat(documents).unique()
-        sizes = (len(self._positions.names), len(self._frequencies.names), len(self._documents), shards.val.n_contexts)
+        sizes = (len(self._positions.names), len(self._frequencies.names), len(self._documents), rows.n_contexts)
         self._sums = [StrataSums(size, n_prefixes, shards.d_out) for size in sizes]
 
     def add(self, batch: RowBatch, y: Tensor, sq_err: Tensor, l0: Tensor) -> None:
@@ -81,8 +84,9 @@ class Breakdown:
             torch.searchsorted(self._documents, batch.doc_ids),
             batch.contexts,
         )
+        columns = row_columns(y, sq_err, l0)
         for sums, strata in zip(self._sums, keys, strict=True):
-            sums.add(strata, y, sq_err, l0)
+            sums.add_columns(strata, y, columns)
 
     def by_position(self) -> tuple[Stratum, ...]:
         """The parts of the context that have rows."""

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .options import ConfigFile, Device, Overrides, Run, Runs, Shards, Tokenizer, Tokens
+from .intervention.commands import ablate, faithfulness, logits, steer
+from .options import ConfigFile, Device, Overrides, Prefix, Run, Runs, Shards, Split, Tokenizer, Tokens
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
-    help="Measure transcoders on the held-out rows of a shard set. No language model is run.",
+    help="Measure transcoders on the held-out rows of a shard set. The language model is run by faithfulness, logits, "
+    "ablate and steer alone.",
 )
 
 
@@ -28,6 +30,8 @@ def run(
     runs: Runs,
     shards: Shards = None,
     tokens: Tokens = None,
+    split: Split = None,
+    prefix: Prefix = None,
     device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. (RUN/eval/<shard set>-<digest>)")] = None,
     config: ConfigFile = None,
@@ -40,7 +44,7 @@ def run(
     from .run import evaluate
     from .screen import Screen
 
-    flags = {"shards": shards, "tokens": tokens, "device": device, "out": out}
+    flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device, "out": out}
     settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
     with Screen() as screen:
         evaluations = evaluate(runs, settings, screen)
@@ -53,7 +57,8 @@ def compare(
         list[str],
         typer.Argument(
             metavar="A B",
-            help="Two or more of: RUN, RUN@PREFIX, gemma-scope:PATH, a Gemma Scope 2 folder, a SAELens folder.",
+            help="Two or more of: RUN, RUN@PREFIX (its first PREFIX latents), gemma-scope:PATH, or a folder of Gemma "
+            "Scope 2, SAELens or circuit-tracer.",
         ),
     ],
     shards: Shards = None,
@@ -61,6 +66,7 @@ def compare(
         list[float] | None, typer.Option(help="L0 to compare at; repeatable. (that of the first at its threshold)")
     ] = None,
     tokens: Tokens = None,
+    split: Split = None,
     device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder for comparison.json. (it is only printed)")] = None,
     config: ConfigFile = None,
@@ -75,7 +81,7 @@ def compare(
     from .screen import Screen
 
     overrides = [*(set_ or ()), *([f"evaluate.compare.l0={l0}"] if l0 else ())]
-    flags = {"shards": shards, "tokens": tokens, "device": device, "out": out}
+    flags = {"shards": shards, "tokens": tokens, "split": split, "device": device, "out": out}
     settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
     with Screen() as screen:
         result = compare(transcoders, settings, screen)
@@ -87,7 +93,8 @@ def samples(
     runs: Runs,
     shards: Shards = None,
     tokens: Tokens = None,
-    split: Annotated[str | None, typer.Option(help="val or train. (val)")] = None,
+    split: Split = None,
+    prefix: Prefix = None,
     device: Device = None,
     config: ConfigFile = None,
     set_: Overrides = None,
@@ -100,7 +107,7 @@ def samples(
     from .screen import Screen
 
     overrides = [*(set_ or ()), *([f"evaluate.samples.split={split}"] if split else ())]
-    flags = {"shards": shards, "tokens": tokens, "device": device}
+    flags = {"shards": shards, "tokens": tokens, "prefix": prefix, "device": device}
     settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
     for path in runs:
         with Screen("samples") as screen:
@@ -123,24 +130,199 @@ def show(
 
 @app.command()
 def report(
-    run: Run,
+    runs: Runs,
     shards: Annotated[
         Path | None, typer.Option(help="Shard set; numbers and samples are made from it where they are missing.")
     ] = None,
     tokenizer: Tokenizer = None,
     device: Device = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report/; needed for several runs. (RUN/eval/<shard set>-<digest>)")
+    ] = None,
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """One folder of pages to look at a run and each of its latents; opens from the disk, no server needed."""
+    """Pages to look at a run and each of its latents, or at all runs of a fleet; they open from the disk."""
     from matryoshka.config import find_file, load_config
 
     from .config import EvaluateConfig
     from .report.build import make_report
+    from .report.fleet import is_fleet, make_fleet_report
+    from .screen import Screen
+    from .wandb_report import log_pages
+
+    flags = {"shards": shards, "device": device, "out": out}
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    with Screen("report") as screen:
+        if is_fleet(runs):
+            pages = make_fleet_report(runs, settings, progress=screen)
+        else:
+            pages = make_report(runs[0], settings, tokenizer=tokenizer, progress=screen)
+            log_pages(pages.index.parent, settings)
+    screen.pages(pages)
+
+
+@app.command()
+def serve(
+    run: Run,
+    shards: Annotated[
+        Path | None, typer.Option(help="Shard set; names the language model. (the one that the run was trained on)")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 is any that is free.")] = 0,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """The pages of `report` on 127.0.0.1, with a search in all windows and a field to try your own text."""
+    from matryoshka.config import find_file, load_config
+
+    from .config import EvaluateConfig
+    from .report.serve import serve_report
     from .screen import Screen
 
     flags = {"shards": shards, "device": device}
     settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
     with Screen("report") as screen:
-        pages = make_report(run, settings, tokenizer=tokenizer, progress=screen)
-    screen.pages(pages)
+        served = serve_report(run, settings, port=port, tokenizer=tokenizer, progress=screen)
+    served.run(typer.echo)
+
+
+@app.command()
+def hierarchy(
+    runs: Runs,
+    shards: Shards = None,
+    tokens: Tokens = None,
+    split: Split = None,
+    prefix: Prefix = None,
+    clusters: Annotated[
+        bool | None, typer.Option("--clusters/--no-clusters", help="Lay out and cluster decoder directions. (do)")
+    ] = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """Which latents imply which, which fire together, how directions cluster, and what each group adds."""
+    from matryoshka.config import find_file, load_config
+
+    from .config import EvaluateConfig
+    from .screen import Screen
+    from .structure.hierarchy import make_hierarchy
+
+    overrides = [*(set_ or ()), *([] if clusters is None else [f"evaluate.hierarchy.clusters={str(clusters).lower()}"])]
+    flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    for path in runs:
+        with Screen("hierarchy") as screen:
+            structured = make_hierarchy(path, settings, screen)
+        screen.structured(structured)
+
+
+@app.command()
+def absorption(
+    runs: Runs,
+    shards: Shards = None,
+    tokens: Tokens = None,
+    split: Split = None,
+    prefix: Prefix = None,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """How often a first-letter latent stays silent because another latent speaks for it (SAEBench's two scores)."""
+    from matryoshka.config import find_file, load_config
+
+    from .config import EvaluateConfig
+    from .probing.absorption_run import measure_absorption
+    from .probing.absorption_screen import absorption_table
+    from .screen import Screen
+
+    flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    with Screen("absorption") as screen:
+        measured = measure_absorption(runs, settings, tokenizer, screen)
+    for one in measured:
+        screen.measured(absorption_table(one.result), one)
+
+
+@app.command()
+def probing(
+    runs: Runs,
+    shards: Shards = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON lines or Parquet with doc_id and label: a label set of your own.")
+    ] = None,
+    tokens: Tokens = None,
+    split: Split = None,
+    prefix: Prefix = None,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """How well the few latents that differ most tell known classes apart, beside a probe on the whole input."""
+    from matryoshka.config import find_file, load_config
+
+    from .config import EvaluateConfig
+    from .probing.probing_screen import probing_table
+    from .probing.sparse_probing import probe_runs
+    from .screen import Screen
+
+    flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    with Screen("probing") as screen:
+        probed = probe_runs(runs, settings, labels, tokenizer, screen)
+    for one in probed:
+        screen.measured(probing_table(one.result), one)
+
+
+@app.command()
+def match(
+    one: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@PREFIX, or what `evaluate compare` takes.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="The same, of the same layer or another one.")],
+    shards: Shards = None,
+    other_shards: Annotated[
+        Path | None, typer.Option(help="Shard set of B, of the same text, when it is of another layer. (that of A)")
+    ] = None,
+    tokens: Tokens = None,
+    split: Split = None,
+    device: Device = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for matching.json and matches.parquet. (printed only)")
+    ] = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """How much of one transcoder another one has: closest decoder rows, most correlated activations."""
+    from matryoshka.config import find_file, load_config
+
+    from .config import EvaluateConfig
+    from .screen import Screen
+    from .structure.matching import match
+    from .structure.matching_file import MATCHING_FILE
+    from .structure.relations_screen import matching_table
+
+    flags = {"shards": shards, "tokens": tokens, "split": split, "device": device, "out": out}
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    with Screen("match") as screen:
+        matching = match(one, other, settings, other_shards=other_shards, progress=screen)
+    screen.table(matching_table(matching), None if settings.out is None else settings.out / MATCHING_FILE)
+
+
+@app.command()
+def layers(
+    runs: Runs,
+    out: Annotated[Path | None, typer.Option(help="Folder for layers.json. (it is only printed)")] = None,
+) -> None:
+    """The reports of runs on different shard sets, such as layers 8, 12 and 17, in one table. Measures nothing."""
+    from .screen import Screen
+    from .structure.layers import LAYERS_FILE, compare_layers
+    from .structure.relations_screen import layers_table
+
+    screen = Screen()
+    screen.table(layers_table(compare_layers(runs, out)), None if out is None else out / LAYERS_FILE)
+
+
+MODEL_COMMANDS = [app.command()(command) for command in (faithfulness, logits, ablate, steer)]
+"""Those that run the language model."""

@@ -59,19 +59,22 @@ class Comparison(Config):
     format_version: Literal[1] = 1
     shard_set: str
     shard_set_digest: str
+    split: Literal["val", "train"] = "val"
     settings: dict[str, Any]
     n_rows: int
     entries: tuple[Entry, ...]
 
 
 def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None = None) -> Comparison:
-    """Measure the transcoders that `texts` name (see `load_contender`) on the val rows of `config.shards`.
+    """Measure the transcoders that `texts` name (see `load_contender`) on rows of `config.shards`, by default val ones.
 
     With `config.out` the result is published there too. Raises UserError for whatever the user can mend.
     """
     progress = progress or Silent()
     if config.shards is None:
         raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
+    if config.prefix is not None:
+        raise UserError("a prefix in a comparison is named with its run, RUN@LATENTS such as data/runs/l17-k96@2304")
     if len(texts) < 2:
         raise UserError("a comparison needs two transcoders or more; for one there is `evaluate run`")
     shards, scales = ShardSet.open(config.shards), config.compare.scales
@@ -81,9 +84,9 @@ def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None 
         raise UserError(f"two of the transcoders have the same name ({', '.join(names)}); rename a folder")
     curves, device = [], resolve_device(config.device)
     for contender in contenders:
-        progress.started(contender.name, count_rows(shards, "val", config.tokens))
-        curve = ContextCurve.empty(contender.transcoder.to(device), scales, shards)
-        for batch in row_batches(shards.val, config.batch_rows, config.tokens):
+        progress.started(contender.name, count_rows(shards, config.split, config.tokens))
+        curve = ContextCurve.empty(contender.transcoder.to(device), scales, shards, config.split)
+        for batch in row_batches(shards.split(config.split), config.batch_rows, config.tokens):
             curve.add(batch, shards)
             progress.advanced(len(batch))
         # One transcoder at a time on the device.
@@ -96,7 +99,8 @@ def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None 
         shard_set=shards.name,
         shard_set_digest=shards.digest,
         settings={**config.content(), "compare": config.compare.model_dump(mode="json")},
-        n_rows=count_rows(shards, "val", config.tokens),
+        split=config.split,
+        n_rows=count_rows(shards, config.split, config.tokens),
         entries=tuple(
             _entry(contender.name, contender.digest(), curve, rows)
             for contender, curve, rows in zip(contenders, curves, matched, strict=True)

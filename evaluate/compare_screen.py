@@ -7,11 +7,14 @@ from rich.table import Table
 
 from .compare import Comparison
 
+ROWS_OF = {"val": "held-out rows", "train": "TRAIN rows (seen in training)"}
+"""What a table calls the rows of a split."""
+
 
 def comparison_table(comparison: Comparison) -> Table:
     """One line a transcoder and L0; a dash where a curve does not reach that L0."""
     table = Table(
-        title=f"{comparison.n_rows:,} held-out rows of {comparison.shard_set}",
+        title=f"{comparison.n_rows:,} {ROWS_OF[comparison.split]} of {comparison.shard_set}",
         caption="own: at its own threshold. at L0: interpolated on its L0-FVU curve, never beyond it. [95% interval]",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

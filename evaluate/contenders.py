@@ -7,8 +7,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
@@ -17,8 +15,10 @@ from .checkpoint import find_checkpoint
 from .fits import check_fits
 from .foreign import (
     GEMMA_SCOPE,
+    is_circuit_tracer,
     is_gemma_scope_2,
     is_saelens,
+    load_circuit_tracer,
     load_gemma_scope,
     load_gemma_scope_2,
     load_saelens,
@@ -44,7 +44,8 @@ class Contender:
 
 
 def load_contender(text: str, shards: ShardSet) -> Contender:
-    """Read RUN, RUN@PREFIX (the first PREFIX latents alone), gemma-scope:PATH, or a Gemma Scope 2 or SAELens folder.
+    """Read RUN, RUN@PREFIX (the first PREFIX latents alone), gemma-scope:PATH, or a folder of Gemma Scope 2, SAELens
+    or circuit-tracer.
 
     Raises UserError when nothing of the kind is there or it does not fit the shard set.
     """
@@ -57,6 +58,8 @@ def load_contender(text: str, shards: ShardSet) -> Contender:
         name, transcoder = Path(place).resolve().name, load_gemma_scope_2(Path(place), shards)
     elif is_saelens(Path(place)):
         name, transcoder = Path(place).resolve().name, load_saelens(Path(place), shards)
+    elif is_circuit_tracer(Path(place)):
+        name, transcoder = Path(place).resolve().name, load_circuit_tracer(Path(place), shards)
     else:
         checkpoint = find_checkpoint(Path(place))
         name, transcoder = checkpoint.name, Transcoder.load(checkpoint.folder)
@@ -74,13 +77,7 @@ def cut_prefix(transcoder: Transcoder, end: int, name: str) -> Transcoder:
     config = transcoder.config
     if end not in config.prefix_ends:
         raise UserError(f"{name}: {end} is not the end of a nested group; they are {config.prefix_ends}")
-    weights = dict(transcoder.named_parameters())
-    cut = {
-        "W_enc": weights["W_enc"][:, :end],
-        "b_enc": weights["b_enc"][:end],
-        "W_dec": weights["W_dec"][:end],
-        "threshold": weights["threshold"][:end],
-    }
-    shorter = Transcoder(config.model_copy(update={"group_sizes": (end,), "k": min(config.k, end)}))
-    shorter.set_weights({**{key: torch.as_tensor(weight) for key, weight in weights.items()}, **cut})
+    shorter = transcoder.prefix(config.prefix_ends.index(end) + 1)
+    # What is compared is the whole of it, not its own prefixes.
+    shorter.config = shorter.config.model_copy(update={"group_sizes": (end,)})
     return shorter

@@ -6,6 +6,7 @@ the activations between two neighbouring ones are decoded once and summed on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from matryoshka.metrics import FvuSums, L0Sums
 from matryoshka.transcoder import Transcoder
 
-from .active import Active, group_counts, group_sums, nested_reconstructions
+from .active import Active, group_counts, group_sums, rows_at_once
+from .reconstruction import TargetMoments
 from .report_file import CurvePoint, finite
 
 
@@ -33,18 +35,34 @@ class CurveSums:
 
     def add(self, transcoder: Transcoder, active: Active, base: Tensor, y: Tensor) -> None:
         """Add a batch. `active` holds at least what lies above the smallest factor times the threshold."""
-        home = torch.device("cpu") if y.device.type == "mps" else y.device
-        shape = (active.n_rows, len(transcoder.prefix_ends))
-        per_group, counts = y.new_zeros(*shape, y.shape[1]), torch.zeros(shape, dtype=torch.int64, device=y.device)
+        moments = TargetMoments.of(y)
+        size = rows_at_once(transcoder, active.n_rows)
+        columns: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.scales]
+        for part, base_part, y_part in zip(active.split(size), base.split(size), y.split(size), strict=True):
+            for column, found in zip(columns, self._errors(transcoder, part, base_part, y_part), strict=True):
+                column.append(found)
+        for place, column in enumerate(columns):
+            sq_err, l0 = (torch.cat(parts, 1) for parts in zip(*column, strict=True))
+            self.fvu[place].merge(moments.fvu(sq_err))
+            self.l0[place].add(l0)
+
+    def _errors(
+        self, transcoder: Transcoder, active: Active, base: Tensor, y: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(squared errors [n_prefixes, rows], L0 int64) at each factor."""
+        n_prefixes = len(transcoder.prefix_ends)
+        residual = (base - y)[:, None].repeat(1, n_prefixes, 1)
+        counts = torch.zeros(len(y), n_prefixes, dtype=torch.int64, device=y.device)
         level = scale_levels(active, transcoder.threshold, self.scales)
         for place in range(len(self.scales)):
             new = active.where(level == place)
             new_counts = group_counts(transcoder, new)
             counts += new_counts
-            per_group += group_sums(transcoder, new, new_counts)
-            sq_err = torch.stack([(y_hat - y).square().sum(1) for y_hat in nested_reconstructions(base, per_group)])
-            self.fvu[place].add(y.to(home), sq_err.to(home))
-            self.l0[place].add(counts.cumsum(1).T.to(home))
+            per_group = group_sums(transcoder, new, new_counts)
+            for group in range(1, n_prefixes):
+                per_group[:, group] += per_group[:, group - 1]
+            residual += per_group
+            yield residual.norm(dim=2).square().T, counts.cumsum(1).T
 
     def value(self) -> tuple[CurvePoint, ...]:
         """The points, sparsest first; none when no row was added."""

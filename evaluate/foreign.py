@@ -3,6 +3,7 @@
 gemma-scope:PATH     params.npz of google/gemma-scope-2b-pt-transcoders; PATH is the file or its folder. Reads n
                      (normalised, no gain); the file says neither model nor layer (arXiv 2408.05147, appendix B)
 FOLDER               Gemma Scope 2: params.safetensors + config.json. Reads u (normalised, with gain)
+FOLDER               circuit-tracer: config.yaml + layer_N.safetensors, of which the shard set's layer is read
 FOLDER               SAELens: sae_weights.safetensors + cfg.json. Reads what metadata.hook_name says
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matryoshka.interop import gemma_scope, gemma_scope_2, saelens
+from matryoshka.errors import UserError
+from matryoshka.interop import circuit_tracer, gemma_scope, gemma_scope_2, saelens
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
@@ -18,6 +20,11 @@ GEMMA_SCOPE = "gemma-scope:"
 
 is_gemma_scope_2 = gemma_scope_2.is_here
 is_saelens = saelens.is_here
+
+
+def is_circuit_tracer(folder: Path) -> bool:
+    """Whether `folder` has the files of a transcoder set."""
+    return folder.is_dir() and circuit_tracer.is_here(folder)
 
 
 def load_gemma_scope(path: Path, shards: ShardSet) -> Transcoder:
@@ -33,6 +40,18 @@ def load_gemma_scope_2(folder: Path, shards: ShardSet) -> Transcoder:
 def load_saelens(folder: Path, shards: ShardSet) -> Transcoder:
     """Read a SAELens transcoder folder; refuses what would need scaling or subtracting that is not in the weights."""
     return _named(saelens.read(folder, norm_kind=None if shards.norm is None else shards.norm.kind), shards)
+
+
+def load_circuit_tracer(folder: Path, shards: ShardSet) -> Transcoder:
+    """Read the shard set's layer of a circuit-tracer set; the layers without a transcoder are zeros there."""
+    norm_kind = None if shards.norm is None else shards.norm.kind
+    transcoder = circuit_tracer.read(folder, layer=shards.manifest.source.layer, norm_kind=norm_kind)
+    if not bool(transcoder.W_dec.any()):
+        raise UserError(
+            f"layer {shards.manifest.source.layer} of the circuit-tracer set {folder} is empty: its decoder is all "
+            "zeros, nobody trained a transcoder for it. Compare on a shard set of a layer that has one"
+        )
+    return _named(transcoder, shards)
 
 
 def _named(transcoder: Transcoder, shards: ShardSet) -> Transcoder:

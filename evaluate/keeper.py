@@ -21,6 +21,8 @@ class Keeper:
     Memory is d_sae * n_kept * (width + 7) * 4 bytes, whatever is offered.
     """
 
+    SUMS = ("score", "key", "place", "value", "_acts", "_drawer")
+
     def __init__(self, d_sae: int, n_kept: int, width: int, device: torch.device) -> None:
         self.score = torch.full((d_sae, n_kept), EMPTY, dtype=torch.int64, device=device)
         """[d_sae, n_kept] int64, best first; EMPTY where there are not that many"""

@@ -13,12 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 from .active import active_latents, base_output, group_counts, group_sums
 from .curve import scale_levels
-from .rows import RowBatch
+from .rows import RowBatch, input_and_target
 from .strata import StrataSums
 
 
@@ -31,20 +30,16 @@ class ContextCurve:
     sums: StrataSums
 
     @classmethod
-    def empty(cls, transcoder: Transcoder, scales: tuple[float, ...], shards: ShardSet) -> ContextCurve:
+    def empty(
+        cls, transcoder: Transcoder, scales: tuple[float, ...], shards: ShardSet, split: str = "val"
+    ) -> ContextCurve:
         """No rows yet; `scales` descend."""
-        return cls(transcoder, scales, StrataSums(shards.val.n_contexts, len(scales), shards.d_out))
+        return cls(transcoder, scales, StrataSums(shards.split(split).n_contexts, len(scales), shards.d_out))
 
     def add(self, batch: RowBatch, shards: ShardSet) -> None:
         """Measure one batch with every factor; each activation is decoded once."""
         transcoder = self.transcoder
-        y = batch.target.to(transcoder.device).float()
-        x = apply_convention(
-            batch.source.to(transcoder.device),
-            transcoder.config.input,
-            source_site=shards.manifest.source.site,
-            norm=shards.norm,
-        )
+        x, y = input_and_target(transcoder, shards, batch)
         active = active_latents(transcoder, x, transcoder.threshold.clamp_min(0) * self.scales[-1])
         level = scale_levels(active, transcoder.threshold, self.scales)
         y_hat, l0 = base_output(transcoder, x).clone(), torch.zeros(len(x), dtype=torch.int64, device=x.device)

@@ -15,6 +15,11 @@ Shards = Annotated[
     Path | None, typer.Option("--shards", help="Shard set whose val split is used. Required here or in the file.")
 ]
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Val rows to use, such as 200k. (all of them)")]
+Split = Annotated[
+    str | None,
+    typer.Option("--split", help="val, or train to see what was learned by heart; never taken unasked. (val)"),
+]
+Prefix = Annotated[int | None, typer.Option("--prefix", help="The first N nested groups alone, from 1. (all of them)")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps. (auto)")]
 Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="Tokenizer folder or hub name. (the one of the shard set)")
@@ -23,3 +28,6 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file with an evaluate section. (./pipeline.yaml if there)")
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="evaluate.key=value, any setting; repeatable.")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Folder or hub name of the language model. (what the shard set names)")
+]

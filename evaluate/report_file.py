@@ -16,6 +16,7 @@ from matryoshka.runs import publish_json
 from matryoshka.shards import ShardSet
 
 from .checkpoint import Checkpoint
+from .config import EvaluateConfig
 
 REPORT_FILE = "report.json"
 
@@ -112,7 +113,8 @@ class ShardSetFacts(Config):
     model_revision: str | None
     source_hook: str
     target_hook: str
-    split: Literal["val"] = "val"
+    split: Literal["val", "train"] = "val"
+    """train rows, which the transcoder has seen, are used only when they are asked for"""
 
 
 class Report(Config):
@@ -132,7 +134,8 @@ class Report(Config):
     spread: L0Spread
     """Of the threshold mode."""
     curve: tuple[CurvePoint, ...]
-    """L0 against FVU with all thresholds moved, sparsest first, over the first settings.curve_tokens rows."""
+    """L0 against FVU with all thresholds moved, sparsest first, over every n-th row in the order of the disk, n the
+    smallest that leaves settings.curve_tokens rows or fewer, but at most 16."""
     by_position: tuple[Stratum, ...]
     """By place in the context, in powers of two."""
     by_token_frequency: tuple[Stratum, ...]
@@ -161,6 +164,20 @@ def finite(value: float) -> float | None:
 def default_folder(checkpoint: Checkpoint, shards: ShardSet) -> Path:
     """RUN/eval/<shard set>-<first 8 of its digest>."""
     return checkpoint.run / "eval" / f"{shards.name}-{shards.digest[:8]}"
+
+
+def result_folder(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> Path:
+    """Where results of `config` go: its `out`, else `default_folder`.
+
+    What was measured on train rows, or of a nested prefix alone, lies in a folder of its own below that one, where
+    nobody takes it for the numbers of the run.
+    """
+    if config.out is not None:
+        return config.out
+    folder = default_folder(checkpoint, shards)
+    if config.split == "train":
+        folder /= "train"
+    return folder if config.prefix is None else folder / f"prefix-{config.prefix}"
 
 
 def read_report(folder: Path) -> Report | None:

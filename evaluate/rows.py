@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from matryoshka.shards import Block, ShardSet, Split
+from matryoshka.sites import apply_convention
+from matryoshka.transcoder import Transcoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,38 +40,59 @@ def count_rows(shards: ShardSet, split: str, limit: int | None = None) -> int:
     return available if limit is None else min(limit, available)
 
 
-def row_batches(split: Split, batch_rows: int, limit: int | None = None) -> Iterator[RowBatch]:
+def row_batches(split: Split, batch_rows: int, limit: int | None = None, start: int = 0) -> Iterator[RowBatch]:
     """Batches of exactly `batch_rows` rows (the last one may be smaller) in the order of the disk.
 
     Special positions are left out. With `limit`, only the first `limit` kept rows in reading order are given (context
     after context, position after position), so that no position is favoured; they still come in the order of the disk.
+    The first `start` rows of that order are passed over, without reading what lies wholly among them.
     """
     pending: list[RowBatch] = []
-    for rows in _block_rows(split, limit):
+    for rows in _block_rows(split, limit, start):
         pending.append(rows)
-        while sum(map(len, pending)) >= batch_rows:
-            joined = _joined(pending)
-            yield _slice(joined, 0, batch_rows)
-            pending = [_slice(joined, batch_rows, len(joined))]
+        if sum(map(len, pending)) < batch_rows:
+            continue
+        joined = _joined(pending)
+        whole = len(joined) - len(joined) % batch_rows
+        for first in range(0, whole, batch_rows):
+            yield _slice(joined, first, first + batch_rows)
+        pending = [_slice(joined, whole, len(joined))]
     rest = _joined(pending) if pending else None
     if rest is not None and len(rest) > 0:
         yield rest
 
 
-def _block_rows(split: Split, limit: int | None) -> Iterator[RowBatch]:
-    """The wanted rows of each block."""
-    shard, first_context, wanted, remaining = -1, 0, torch.zeros(0), limit
-    for block in split.blocks():
-        if block.shard != shard:
-            if remaining is not None and shard >= 0:
-                remaining -= int(wanted.sum())
+def _block_rows(split: Split, limit: int | None, start: int) -> Iterator[RowBatch]:
+    """The wanted rows of each chunk of positions of each shard."""
+    remaining, to_skip, first_context = limit, start, 0
+    for shard, n_contexts in enumerate(split.shard_contexts):
+        wanted = _first_rows(split.keep(shard), remaining)
+        tokens, doc_ids = split.tokens(shard).T, split.doc_ids(shard).T
+        for first in range(0, len(wanted), split.chunk_positions):
+            here = wanted[first : first + split.chunk_positions]
+            n_here = int(here.sum())
+            if n_here <= to_skip:
+                to_skip -= n_here
+                continue
+            stop = first + len(here)
+            block = Block(
+                split=split.name,
+                shard=shard,
+                first_position=first,
+                tokens=tokens[first:stop],
+                doc_ids=doc_ids[first:stop],
+                source=split.activations("source", shard, first, stop),
+                target=split.activations("target", shard, first, stop),
+                keep=here,
+            )
+            rows = _rows(block, first_context)
+            yield _slice(rows, to_skip, n_here) if to_skip else rows
+            to_skip = 0
+        if remaining is not None:
+            remaining -= int(wanted.sum())
             if remaining == 0:
                 return
-            first_context = sum(split.shard_contexts[: block.shard])
-            shard, wanted = block.shard, _first_rows(split.keep(block.shard), remaining)
-        here = wanted[block.first_position : block.first_position + block.keep.shape[0]]
-        if bool(here.any()):
-            yield _rows(block, here, first_context)
+        first_context += n_contexts
 
 
 def _first_rows(keep: Tensor, limit: int | None) -> Tensor:
@@ -80,16 +103,34 @@ def _first_rows(keep: Tensor, limit: int | None) -> Tensor:
     return keep & (place <= limit)
 
 
-def _rows(block: Block, wanted: Tensor, first_context: int) -> RowBatch:
-    positions, contexts = wanted.nonzero(as_tuple=True)
+def _rows(block: Block, first_context: int) -> RowBatch:
+    """The rows that `block.keep` marks."""
+    positions, contexts = block.keep.nonzero(as_tuple=True)
+    # Looked up once: indexing with the mask would look it up for each tensor.
+    places = positions * block.keep.shape[1] + contexts
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor.flatten(0, 1).index_select(0, places)
+
     return RowBatch(
-        source=block.source[wanted],
-        target=block.target[wanted],
-        tokens=block.tokens[wanted],
-        doc_ids=block.doc_ids[wanted],
+        source=chosen(block.source),
+        target=chosen(block.target),
+        tokens=chosen(block.tokens),
+        doc_ids=chosen(block.doc_ids),
         positions=positions + block.first_position,
         contexts=contexts + first_context,
     )
+
+
+def input_and_target(transcoder: Transcoder, shards: ShardSet, batch: RowBatch) -> tuple[Tensor, Tensor]:
+    """(x [rows, d_in] in the input convention of the transcoder, y [rows, d_out] float32) on its device."""
+    x = apply_convention(
+        batch.source.to(transcoder.device),
+        transcoder.config.input,
+        source_site=shards.manifest.source.site,
+        norm=shards.norm,
+    )
+    return x, batch.target.to(transcoder.device).float()
 
 
 def _joined(batches: list[RowBatch]) -> RowBatch:

@@ -1,14 +1,14 @@
-"""One evaluation: val rows through the transcoder, sums of every metric, one report. No language model."""
+"""One evaluation: held-out rows through the transcoder, sums of every metric, one report. No language model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
-from matryoshka.runs import changed_fields, make_directory
+from matryoshka.runs import changed_fields
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
@@ -24,10 +24,11 @@ from .report_file import (
     Report,
     ShardSetFacts,
     TranscoderFacts,
-    default_folder,
     read_report,
+    result_folder,
     write_report,
 )
+from .resume import Unfinished, unfinished
 from .rows import count_rows, row_batches
 
 
@@ -65,12 +66,15 @@ class Evaluation:
     """False when the report was there already."""
     replaced: tuple[str, ...] = ()
     """How an older report in the same place differed."""
+    n_resumed: int = 0
+    """Rows that an earlier command, which was stopped, had measured already."""
 
 
 def evaluate(runs: list[Path], config: EvaluateConfig, progress: Progress | None = None) -> list[Evaluation]:
-    """Evaluate each of `runs` on the val split of `config.shards` and publish its report.
+    """Evaluate each of `runs` on the rows of `config.shards`, by default the val ones, and publish its report.
 
-    A report that already answers for the same weights, rows and settings is only read. Raises UserError for whatever
+    A report that already answers for the same weights, rows and settings is only read; a pass that was stopped goes on
+    from its last saved state. Raises UserError for whatever
     the user can mend, before the first pass where it can be told.
     """
     progress = progress or Silent()
@@ -79,8 +83,8 @@ def evaluate(runs: list[Path], config: EvaluateConfig, progress: Progress | None
     if not runs:
         raise UserError("no run was named; give one or more, for example data/runs/l17-k96")
     shards = ShardSet.open(config.shards)
-    if count_rows(shards, "val") == 0:
-        raise UserError(f"the val split of {shards.path} holds only special tokens; harvest more text")
+    if count_rows(shards, config.split) == 0:
+        raise UserError(f"the {config.split} split of {shards.path} holds only special tokens; harvest more text")
     checkpoints = [find_checkpoint(run) for run in expand_fleets(runs)]
     folders = _folders(checkpoints, shards, config)
     return [
@@ -93,34 +97,50 @@ def evaluate_checkpoint(
     checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig, folder: Path, progress: Progress
 ) -> Evaluation:
     """Make the report of one checkpoint in `folder`, or read the one that is there."""
-    transcoder = Transcoder.load(checkpoint.folder)
-    check_fits(transcoder, shards, checkpoint.name)
+    transcoder = load_transcoder(checkpoint, shards, config)
     identity = _identity(checkpoint, shards, config)
     existing = read_report(folder)
     changes = [] if existing is None else changed_fields(existing.identity(), identity)
     if existing is not None and not changes and (folder / LATENTS_FILE).is_file():
         return Evaluation(checkpoint, folder / REPORT_FILE, existing, is_new=False)
-    make_directory(folder)
-    transcoder = transcoder.to(resolve_device(config.device))
-    sums = measure(transcoder, checkpoint.name, shards, config, progress)
-    neighbours = decoder_neighbours(transcoder.W_dec)
-    report = _report(transcoder, checkpoint, shards, config, sums, neighbours)
-    # The report last: where it is, its table is too.
-    write_latents(folder, transcoder, sums.latents, neighbours)
-    path = write_report(folder, report)
-    return Evaluation(checkpoint, path, report, is_new=True, replaced=tuple(changes))
+    with unfinished(folder / REPORT_FILE, identity, config.save_minutes) as saved:
+        transcoder = transcoder.to(resolve_device(config.device))
+        sums = measure(transcoder, checkpoint.name, shards, config, progress, saved)
+        neighbours = decoder_neighbours(transcoder.W_dec)
+        report = _report(transcoder, checkpoint, shards, config, sums, neighbours)
+        # The report last: where it is, its table is too.
+        write_latents(folder, transcoder, sums.latents, neighbours)
+        path = write_report(folder, report)
+    return Evaluation(checkpoint, path, report, is_new=True, replaced=tuple(changes), n_resumed=saved.n_resumed)
+
+
+def load_transcoder(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> Transcoder:
+    """The weights, cut to `config.prefix` groups. Raises UserError when they do not belong to the shard set."""
+    transcoder = Transcoder.load(checkpoint.folder)
+    check_fits(transcoder, shards, checkpoint.name)
+    return transcoder if config.prefix is None else transcoder.prefix(config.prefix)
 
 
 def measure(
-    transcoder: Transcoder, name: str, shards: ShardSet, config: EvaluateConfig, progress: Progress
+    transcoder: Transcoder,
+    name: str,
+    shards: ShardSet,
+    config: EvaluateConfig,
+    progress: Progress,
+    saved: Unfinished | None = None,
 ) -> Measurement:
-    """One pass over the val rows."""
-    sums = Measurement(transcoder, shards, config)
-    n_rows = count_rows(shards, "val", config.tokens)
+    """One pass over the rows, from where `saved` says that it stood."""
+    # A prefix was trained with the k of the whole: alone it has none.
+    sums = Measurement(transcoder, shards, config, with_topk=config.prefix is None)
+    n_rows = count_rows(shards, config.split, config.tokens)
     progress.started(name, n_rows)
-    for batch in row_batches(shards.val, config.batch_rows, config.tokens):
+    n_done = 0 if saved is None else saved.load(sums)
+    progress.advanced(n_done)
+    for batch in row_batches(shards.split(config.split), config.batch_rows, config.tokens, n_done):
         sums.add(batch)
         progress.advanced(len(batch))
+        if saved is not None:
+            saved.save_when_due(sums, sums.n_rows)
     assert sums.n_rows == n_rows
     return sums
 
@@ -136,7 +156,7 @@ def _report(
     firing, breakdown = sums.latents.firing, sums.breakdown
     return Report(
         transcoder=transcoder_facts(checkpoint, transcoder),
-        shard_set=shard_set_facts(shards),
+        shard_set=shard_set_facts(shards, config.split),
         settings=config.content(),
         n_rows=sums.n_rows,
         threshold=sums.threshold.value(transcoder),
@@ -155,7 +175,7 @@ def _report(
 def _folders(checkpoints: list[Checkpoint], shards: ShardSet, config: EvaluateConfig) -> list[Path]:
     """Where each report goes. Raises UserError when two would share a place."""
     if config.out is None:
-        folders = [default_folder(checkpoint, shards) for checkpoint in checkpoints]
+        folders = [result_folder(checkpoint, shards, config) for checkpoint in checkpoints]
     elif len(checkpoints) == 1:
         folders = [config.out]
     else:
@@ -187,7 +207,7 @@ def transcoder_facts(checkpoint: Checkpoint, transcoder: Transcoder) -> Transcod
     )
 
 
-def shard_set_facts(shards: ShardSet) -> ShardSetFacts:
+def shard_set_facts(shards: ShardSet, split: Literal["val", "train"] = "val") -> ShardSetFacts:
     """Which shard set, for such a file."""
     manifest = shards.manifest
     return ShardSetFacts(
@@ -197,6 +217,7 @@ def shard_set_facts(shards: ShardSet) -> ShardSetFacts:
         model_revision=manifest.model.get("revision"),
         source_hook=manifest.source.hook_point,
         target_hook=manifest.target.hook_point,
+        split=split,
     )
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
-from matryoshka.runs import changed_fields, exclusive, make_directory
+from matryoshka.runs import changed_fields, make_directory
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 from .checkpoint import Checkpoint, find_checkpoint
 from .config import EvaluateConfig
-from .fits import check_fits
-from .report_file import default_folder
-from .run import Progress, Silent, shard_set_facts, transcoder_facts
+from .report_file import result_folder
+from .resume import Unfinished, unfinished
+from .run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
 from .sample_rows import N_DECILES, sample_rows, window_tokens
 from .samples_file import MARK_FILE, SAMPLES_FOLDER, SamplesMark, read_mark, write_samples
 from .sampling import Choice, Sampling, context_blocks, count_contexts
@@ -35,6 +35,8 @@ class Sampled:
     """False when the samples were there already."""
     replaced: tuple[str, ...] = ()
     """How older samples in the same place differed."""
+    n_resumed: int = 0
+    """Rows that an earlier command, which was stopped, had seen already."""
 
 
 def make_samples(run: Path, config: EvaluateConfig, progress: Progress | None = None) -> Sampled:
@@ -46,22 +48,22 @@ def make_samples(run: Path, config: EvaluateConfig, progress: Progress | None = 
     if config.shards is None:
         raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
     shards, checkpoint = ShardSet.open(config.shards), find_checkpoint(run)
-    transcoder = Transcoder.load(checkpoint.folder)
-    check_fits(transcoder, shards, checkpoint.name)
-    folder = (config.out or default_folder(checkpoint, shards)) / SAMPLES_FOLDER
+    transcoder = load_transcoder(checkpoint, shards, config)
+    # Which rows the windows are of is a setting of samples alone, and stands in their mark.
+    folder = result_folder(checkpoint, shards, config.model_copy(update={"split": "val"})) / SAMPLES_FOLDER
     existing, wanted = read_mark(folder), _mark(checkpoint, transcoder, shards, config, 0, 0)
     changes = [] if existing is None else changed_fields(existing.identity(), wanted.identity())
     if existing is not None and not changes:
         return Sampled(folder, existing, is_new=False)
     make_directory(folder)
-    with exclusive(folder):
+    with unfinished(folder / MARK_FILE, wanted.identity(), config.save_minutes) as saved:
         transcoder = transcoder.to(resolve_device(config.device))
-        sampling = _pass(transcoder, checkpoint.name, shards, config, progress or Silent())
+        sampling = _pass(transcoder, checkpoint.name, shards, config, progress or Silent(), saved)
         rows = sample_rows(sampling, config.samples.per_decile, config.samples.random)
         text = window_tokens(shards.split(config.samples.split), sampling.shape, rows.place, shards.ctx_len)
         mark = _mark(checkpoint, transcoder, shards, config, sampling.n_rows, len(rows.latent))
         write_samples(folder, mark, sampling, rows, text)
-    return Sampled(folder, mark, is_new=True, replaced=tuple(changes))
+    return Sampled(folder, mark, is_new=True, replaced=tuple(changes), n_resumed=saved.n_resumed)
 
 
 def find_samples(run: Path, shards: str | None = None) -> Path:
@@ -89,7 +91,14 @@ def find_samples(run: Path, shards: str | None = None) -> Path:
     return found[0]
 
 
-def _pass(transcoder: Transcoder, name: str, shards: ShardSet, config: EvaluateConfig, progress: Progress) -> Sampling:
+def _pass(
+    transcoder: Transcoder,
+    name: str,
+    shards: ShardSet,
+    config: EvaluateConfig,
+    progress: Progress,
+    saved: Unfinished,
+) -> Sampling:
     settings = config.samples
     choice = Choice(
         n_top=settings.top,
@@ -102,10 +111,12 @@ def _pass(transcoder: Transcoder, name: str, shards: ShardSet, config: EvaluateC
     n_contexts, n_rows = count_contexts(split, config.tokens)
     sampling = Sampling(transcoder, shards, split, choice)
     progress.started(name, n_rows)
-    for block in context_blocks(shards, split, choice.shape, n_contexts):
+    progress.advanced(saved.load(sampling))
+    for block in context_blocks(shards, split, choice.shape, n_contexts, sampling.n_contexts):
         before = sampling.n_rows
         sampling.add(block)
         progress.advanced(sampling.n_rows - before)
+        saved.save_when_due(sampling, sampling.n_rows)
     assert sampling.n_rows == n_rows
     return sampling
 
@@ -120,10 +131,15 @@ def _mark(
 ) -> SamplesMark:
     tokenizer = shards.manifest.model.get("tokenizer")
     name = tokenizer.get("name") if isinstance(tokenizer, dict) else None
-    settings = {**config.samples.model_dump(mode="json"), "tokens": config.tokens, "seed": config.seed}
+    settings = {
+        **config.samples.model_dump(mode="json"),
+        "tokens": config.tokens,
+        "seed": config.seed,
+        "prefix": config.prefix,
+    }
     return SamplesMark(
         transcoder=transcoder_facts(checkpoint, transcoder),
-        shard_set=shard_set_facts(shards),
+        shard_set=shard_set_facts(shards, config.samples.split),
         settings=settings,
         split=config.samples.split,
         tokenizer=str(name or shards.manifest.model.get("model", "")),

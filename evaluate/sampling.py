@@ -22,7 +22,7 @@ from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 from .activation_histogram import ActivationHistogram
-from .active import TILE_BYTES
+from .active import CPU_TILE_BYTES, TILE_BYTES, true_places
 from .keeper import Keeper
 from .windows import Windows, WindowShape, mixed, windows_of
 
@@ -71,11 +71,15 @@ class Fires:
 class Sampling:
     """Chooses while blocks go by."""
 
+    SUMS = ("n_rows", "n_contexts", "top", "sample", "histogram", "pool_place", "pool_key", "pool_fires")
+
     def __init__(self, transcoder: Transcoder, shards: ShardSet, split: Split, choice: Choice) -> None:
         d_sae, device, width = transcoder.config.d_sae, transcoder.device, choice.shape.width
         self._transcoder, self._shards, self._choice = transcoder, shards, choice
         self.ctx_len, self.shape = shards.ctx_len, choice.shape
         self.n_rows = 0
+        self.n_contexts = 0
+        """The first so many contexts of the split have gone by."""
         self.top = Keeper(d_sae, choice.n_top, width, device)
         self.sample = Keeper(d_sae, choice.n_sampled, width, device)
         self.histogram = ActivationHistogram(d_sae, device)
@@ -99,6 +103,7 @@ class Sampling:
         fires = encode_by_latent(self._transcoder, self._shards, block)
         offset = block.first_context * self.ctx_len
         self.n_rows += int(block.keep.sum())
+        self.n_contexts = block.first_context + len(block.keep)
         self.histogram.add(fires.latent, fires.value)
         self._mark_pool(block, fires)
 
@@ -189,12 +194,16 @@ def encode_by_latent(transcoder: Transcoder, shards: ShardSet, block: ContextBlo
     rows = kept.nonzero().squeeze(1)
     columns = x.index_select(0, rows).T
     floor = transcoder.threshold.clamp_min(0)
-    tile = max(1, TILE_BYTES // (4 * max(len(rows), 1)))
+    n_bytes = min(TILE_BYTES, 2 * CPU_TILE_BYTES) if device.type == "cpu" else TILE_BYTES
+    tile = max(1, n_bytes // (4 * max(len(rows), 1)))
+    # One piece of memory for all tiles: new memory for each would cost as much as a tenth of the product.
+    buffer = columns.new_empty(min(tile, transcoder.config.d_sae), len(rows))
     parts = []
     for start in range(0, transcoder.config.d_sae, tile):
-        end = start + tile
-        pre_acts = torch.addmm(transcoder.b_enc[start:end, None], transcoder.W_enc[:, start:end].T, columns)
-        found = (pre_acts > floor[start:end, None]).flatten().nonzero().squeeze(1)
+        end = min(start + tile, transcoder.config.d_sae)
+        bias, weights = transcoder.b_enc[start:end, None], transcoder.W_enc[:, start:end].T
+        pre_acts = torch.addmm(bias, weights, columns, out=buffer[: end - start])
+        found = true_places((pre_acts > floor[start:end, None]).flatten())
         latent = found // len(rows)
         parts.append((latent + start, rows[found - latent * len(rows)], pre_acts.flatten()[found]))
     latent, row, value = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -202,18 +211,26 @@ def encode_by_latent(transcoder: Transcoder, shards: ShardSet, block: ContextBlo
 
 
 def context_blocks(
-    shards: ShardSet, split: Split, shape: WindowShape, n_contexts: int | None = None
+    shards: ShardSet, split: Split, shape: WindowShape, n_contexts: int | None = None, first: int = 0
 ) -> Iterator[ContextBlock]:
-    """The first `n_contexts` contexts of a split (all by default), about BLOCK_ROWS rows at a time."""
+    """The first `n_contexts` contexts of a split (all by default), about BLOCK_ROWS rows at a time.
+
+    With `first`, where a block of them began, the contexts before it are passed over.
+    """
     limit = split.n_contexts if n_contexts is None else n_contexts
     at_once, first_context = max(1, BLOCK_ROWS // shards.ctx_len), 0
     for shard, n_here in enumerate(split.shard_contexts):
         wanted = min(n_here, limit - first_context)
         if wanted <= 0:
             return
+        if first_context + n_here <= first:
+            first_context += n_here
+            continue
         source = split.activations("source", shard)
         tokens, doc_ids, keep = split.tokens(shard), split.doc_ids(shard), split.keep(shard).T
         for start in range(0, wanted, at_once):
+            if first_context + start < first:
+                continue
             here = slice(start, min(start + at_once, wanted))
             yield ContextBlock(
                 first_context=first_context + start,

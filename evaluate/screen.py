@@ -10,10 +10,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .checkpoint import Checkpoint
+from .compare_screen import ROWS_OF
+from .probing.absorption_run import Absorbed
+from .probing.sparse_probing import Probed
 from .report.build import Pages
 from .report_file import Report
 from .run import Evaluation
 from .samples import Sampled
+from .structure.hierarchy import Structured
+from .structure.hierarchy_screen import clusters_line, group_table
 
 
 class Screen:
@@ -61,14 +67,10 @@ class Screen:
         """Print the table of each run and say where its report lies."""
         for evaluation in evaluations:
             self._output.print(prefix_table(evaluation.report))
-            checkpoint = evaluation.checkpoint
-            if not checkpoint.is_finished:
-                self._console.print(
-                    f"[yellow]{checkpoint.name} is not trained to its end: this is step {checkpoint.step:,}, its "
-                    "threshold a moving average, not yet calibrated"
-                )
+            self._unfinished(evaluation.checkpoint)
             if evaluation.replaced:
                 self._console.print(f"replaced an older report ({'; '.join(evaluation.replaced)})", markup=False)
+            self._resumed(evaluation.n_resumed)
             state = "written" if evaluation.is_new else "nothing left to do, this report was there already"
             self._console.print(f"{evaluation.path}: {state}", markup=False)
 
@@ -82,12 +84,34 @@ class Screen:
             )
         if sampled.replaced:
             self._console.print(f"replaced older samples ({'; '.join(sampled.replaced)})", markup=False)
+        self._resumed(sampled.n_resumed)
         state = (
             f"{mark.n_windows:,} windows from {mark.n_rows:,} {mark.split} rows"
             if sampled.is_new
             else "nothing left to do, these samples were there already"
         )
         self._console.print(f"{sampled.path}: {state}", markup=False)
+
+    def _unfinished(self, checkpoint: Checkpoint) -> None:
+        if not checkpoint.is_finished:
+            self._console.print(
+                f"[yellow]{checkpoint.name} is not trained to its end: this is step {checkpoint.step:,}, its "
+                "threshold a moving average, not yet calibrated"
+            )
+
+    def _resumed(self, n_rows: int) -> None:
+        if n_rows > 0:
+            self._console.print(f"went on after {n_rows:,} rows that an earlier command had done", markup=False)
+
+    def structured(self, structured: Structured) -> None:
+        """Print what each group adds, and where the tables lie."""
+        self._output.print(group_table(structured.hierarchy))
+        self._console.print(clusters_line(structured.hierarchy), markup=False)
+        if structured.replaced:
+            self._console.print(f"replaced an older hierarchy ({'; '.join(structured.replaced)})", markup=False)
+        self._resumed(structured.n_resumed)
+        state = "written" if structured.is_new else "nothing left to do, this hierarchy was there already"
+        self._console.print(f"{structured.path}: {state}", markup=False)
 
     def pages(self, pages: Pages) -> None:
         """Say where the pages lie and how to open them."""
@@ -101,12 +125,24 @@ class Screen:
         if path is not None:
             self._console.print(f"{path}: written", markup=False)
 
+    def measured(self, table: Table, measured: Absorbed | Probed) -> None:
+        """Print the table of a result of its own, how an older one differed, and where it lies."""
+        self._output.print(table)
+        self._unfinished(measured.checkpoint)
+        if measured.replaced:
+            self._console.print(f"replaced an older result ({'; '.join(measured.replaced)})", markup=False)
+        state = "written" if measured.is_new else "nothing left to do, this result was there already"
+        self._console.print(f"{measured.path}: {state}", markup=False)
+
 
 def prefix_table(report: Report) -> Table:
     """One line a nested prefix, then the latents of all groups together."""
     step = "" if report.transcoder.step is None else f", step {report.transcoder.step:,}"
+    n_groups = report.settings.get("prefix")
+    alone = "" if n_groups is None else f", its first {n_groups} groups alone"
+    rows = f"{report.n_rows:,} {ROWS_OF[report.shard_set.split]}"
     table = Table(
-        title=f"{report.transcoder.run}{step}, on {report.n_rows:,} held-out rows of {report.shard_set.name}",
+        title=f"{report.transcoder.run}{step}{alone}, on {rows} of {report.shard_set.name}",
         caption="+-: half the 95% interval of FVU. top-k: FVU with BatchTopK as in training. dead, dense: of the group",
         box=box.SIMPLE_HEAD,
         padding=(0, 1),

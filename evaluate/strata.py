@@ -42,8 +42,11 @@ class StrataSums:
 
     def add(self, strata: Tensor, y: Float[Tensor, "rows d_out"], sq_err: Tensor, l0: Tensor) -> None:
         """Add a batch: `strata` [rows] int64 part of each row; `sq_err`, `l0` [n_prefixes, rows]."""
+        self.add_columns(strata, y, row_columns(y, sq_err, l0))
+
+    def add_columns(self, strata: Tensor, y: Float[Tensor, "rows d_out"], columns: Tensor) -> None:
+        """Add a batch whose `row_columns` are there already."""
         g = self.n_prefixes
-        columns = torch.cat([sq_err.T, l0.T.to(sq_err.dtype), y.square().sum(1, keepdim=True)], 1).cpu().double()
         found, counts, sum_y = _bag_sums(y, strata.to(y.device))
         sums = torch.zeros(self.n_strata, columns.shape[1], dtype=torch.float64).index_add_(0, strata.cpu(), columns)
         self.n_rows[found] += counts
@@ -65,6 +68,12 @@ class StrataSums:
     def mean_l0(self) -> Float[Tensor, "n_strata n_prefixes"]:
         """Mean L0 of each part and prefix; NaN where a part has no rows."""
         return self.l0 / self.n_rows[:, None]
+
+
+def row_columns(y: Float[Tensor, "rows d_out"], sq_err: Tensor, l0: Tensor) -> Tensor:
+    """[rows, 2 * n_prefixes + 1] float64 on the CPU: squared errors, L0 and ||y||^2 of each row."""
+    y_sq = y.norm(dim=1, keepdim=True).square()
+    return torch.cat([sq_err.T, l0.T.to(sq_err.dtype), y_sq], 1).cpu().double()
 
 
 def _bag_sums(y: Tensor, strata: Tensor) -> tuple[Tensor, Tensor, Tensor]:

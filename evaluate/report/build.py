@@ -1,39 +1,56 @@
 """`evaluate report`: from what a run and its evaluation left on the disk to one folder of pages.
 
 index.html assets/                     the pages; they read the data by script tags, since fetch() is blocked on file://
+pages.json                             the mark: of which weights and which shard set the pages are
 data/overview.js latents.js            the report, the curves of training; one column an array for all latents
+data/hierarchy.js groups.js clusters.js logits.js    where measured: the nest, what groups add, the map, the tokens
 data/chunk-N.js text-N.js              windows of CHUNK_LATENTS latents; what is searched, of TEXT_LATENTS latents
 """
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from matryoshka.config import Config
 from matryoshka.errors import UserError
-from matryoshka.runs import METRICS_FILE, RUN_FILE
+from matryoshka.runs import publish_json
 from matryoshka.transcoder import Transcoder
 
-from ..checkpoint import Checkpoint, find_checkpoint
+from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
 from ..latent_table import LATENTS_FILE
-from ..report_file import REPORT_FILE, Report, read_report
+from ..report_file import REPORT_FILE, ShardSetFacts, TranscoderFacts, read_report
 from ..run import Progress, Silent, evaluate
 from ..samples import find_samples, make_samples
 from ..samples_file import SAMPLES_FOLDER, SamplesMark, all_windows, read_histograms, read_mark
-from ..show import token_text
-from .chunks import CHUNK_LATENTS, TEXT_LATENTS, ChunkWriter
+from ..show import token_text, visible
+from .chunks import ChunkWriter
 from .data_file import write_data
 from .directions import nearest_directions
+from .group_gains import group_gains
+from .logit_tokens import LOGITS_FILE, LogitTokens
+from .overview import overview
+from .parts import COMMANDS, Parts, compared_digests, find_parts
+from .relations import Relations
+from .site_files import INDEX_FILE, RUN_SITE, write_site
 
 REPORT_FOLDER = "report"
-INDEX_FILE = "index.html"
-SCRIPTS = ("uplot", "page", "charts", "overview", "latents", "latent", "main")
-MAX_METRIC_POINTS = 1000
+PAGES_FILE = "pages.json"
+
+
+class PagesMark(Config):
+    """The content of pages.json."""
+
+    format_version: Literal[1] = 1
+    transcoder: TranscoderFacts
+    shard_set: ShardSetFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +67,17 @@ def make_report(
     """Write RUN/eval/<set>-<digest>/report/, anew each time; equal inputs give equal bytes.
 
     With `config.shards` the evaluation and the samples are made first where they are missing; without, they must be
-    there. Raises UserError for whatever the user can mend.
+    there. What other commands measured (see `COMMANDS`) is taken where it lies. Raises UserError for whatever the user
+    can mend.
     """
     progress = progress or Silent()
+    # The numbers are always of held-out rows; which rows the windows are of is a setting of the samples.
+    config = config.model_copy(update={"split": "val"})
     if config.shards is not None:
         evaluate([run], config, progress)
-        make_samples(run, config, progress)
-    samples = _samples_folder(run, config)
+        samples = make_samples(run, config, progress).path
+    else:
+        samples = samples_folder(run, config)
     checkpoint, mark, report = find_checkpoint(run), read_mark(samples), read_report(samples.parent)
     assert mark is not None
     if report is None or not (samples.parent / LATENTS_FILE).is_file():
@@ -68,23 +89,25 @@ def make_report(
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "data").mkdir(parents=True)
     notes: list[str] = []
-    texts = token_text(mark, samples, tokenizer, notes.append)
+    texts = _texts(mark, near_place(config, samples), tokenizer, notes)
     transcoder = Transcoder.load(checkpoint.folder)
-    histograms, near = read_histograms(samples), nearest_directions(transcoder.W_dec)
-    writer = ChunkWriter(partial / "data", histograms, near, texts)
-    progress.started(f"{checkpoint.name} pages", len(histograms))
-    for windows in all_windows(samples):
-        progress.advanced(writer.add(windows))
-    words = writer.finish()
-    write_data(partial / "data", "latents", _table(samples.parent / LATENTS_FILE, words))
-    write_data(partial / "data", "overview", _overview(checkpoint, report, mark))
-    _write_assets(partial, checkpoint.name)
+    n_groups = len(mark.transcoder.config["group_sizes"])
+    if n_groups < len(transcoder.config.group_sizes):
+        transcoder = transcoder.prefix(n_groups)
+    parts = find_parts(samples.parent, mark.transcoder.sha256, lambda: compared_digests(transcoder))
+    notes += [f"{name} is of other weights and was left out; make it again: {COMMANDS[name]}" for name in parts.stale]
+    write_data(partial / "data", "overview", overview(checkpoint, report, mark, parts))
+    progress.started(f"{checkpoint.name} pages", transcoder.config.d_sae)
+    _write_latents(partial / "data", samples, transcoder, parts, texts, progress)
+    write_site(partial, checkpoint.name, RUN_SITE)
+    publish_json(partial / PAGES_FILE, PagesMark(transcoder=mark.transcoder, shard_set=mark.shard_set).model_dump())
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return Pages(folder / INDEX_FILE, tuple(notes))
 
 
-def _samples_folder(run: Path, config: EvaluateConfig) -> Path:
+def samples_folder(run: Path, config: EvaluateConfig) -> Path:
+    """The samples that the pages of `run` are made from. Raises UserError when there are none."""
     if config.out is None:
         return find_samples(run, None if config.shards is None else str(config.shards))
     if read_mark(config.out / SAMPLES_FOLDER) is None:
@@ -92,53 +115,59 @@ def _samples_folder(run: Path, config: EvaluateConfig) -> Path:
     return config.out / SAMPLES_FOLDER
 
 
-def _overview(checkpoint: Checkpoint, report: Report, mark: SamplesMark) -> dict[str, Any]:
-    sizes = report.transcoder.config["group_sizes"]
-    n_latents = sum(sizes)
-    return {
-        "report": report.model_dump(mode="json", exclude={"by_token_frequency", "by_document"}),
-        "group_sizes": sizes,
-        "prefix_ends": [sum(sizes[: i + 1]) for i in range(len(sizes))],
-        "samples": mark.model_dump(mode="json", exclude={"transcoder", "shard_set"}),
-        "chunk_latents": CHUNK_LATENTS,
-        "text_file_latents": TEXT_LATENTS,
-        "n_text_files": -(-n_latents // TEXT_LATENTS),
-        "metrics": _metrics(checkpoint.run / METRICS_FILE, sizes),
-        "run": _run_facts(checkpoint.run / RUN_FILE),
-    }
+def near_place(config: EvaluateConfig, samples: Path) -> Path:
+    """Where a tokenizer of a relative name is looked for: around the shard set when it is a folder, else the run."""
+    return config.shards if isinstance(config.shards, Path) else samples
 
 
-def _metrics(path: Path, sizes: list[int]) -> dict[str, Any]:
-    """Curves of training, at most MAX_METRIC_POINTS points; empty where a run logged none."""
-    lines = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                # The last line of a run that was killed while it wrote.
-                continue
-    lines = [line for line in lines if isinstance(line, dict) and "step" in line]
-    lines = lines[:: max(1, -(-len(lines) // MAX_METRIC_POINTS))]
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return {
-        "step": [line["step"] for line in lines],
-        "fvu": [[_rounded(line.get(f"fvu/prefix_{end}")) for line in lines] for end in ends],
-        "dead_share": [_rounded(line.get("dead_share")) for line in lines],
-    }
-
-
-def _rounded(value: Any) -> float | None:
-    return float(f"{value:.5g}") if isinstance(value, int | float) and abs(value) < float("inf") else None
-
-
-def _run_facts(path: Path) -> dict[str, Any] | None:
-    """config and provenance of run.json; None for bare weights."""
+def read_pages_mark(folder: Path) -> PagesMark | None:
+    """The mark of a folder of pages; None when there is none that this version can read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return PagesMark.model_validate_json((folder / PAGES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
         return None
-    return {key: content[key] for key in ("config", "provenance") if isinstance(content.get(key), dict)}
+
+
+def _texts(mark: SamplesMark, near: Path, tokenizer: str | None, notes: list[str]) -> Callable[[int], str]:
+    text = token_text(mark, near, tokenizer, notes.append)
+    return cache(lambda token: visible(text(token)))
+
+
+def _write_latents(
+    data: Path,
+    samples: Path,
+    transcoder: Transcoder,
+    parts: Parts,
+    texts: Callable[[int], str],
+    progress: Progress,
+) -> None:
+    d_sae = transcoder.config.d_sae
+    hierarchy = parts.records.get("hierarchy")
+    relations = None
+    if hierarchy is not None:
+        relations = Relations(samples.parent, d_sae, with_clusters=parts.has_map())
+    logits = LogitTokens(samples.parent / LOGITS_FILE, d_sae) if "logits" in parts.records else None
+    writer = ChunkWriter(
+        data,
+        read_histograms(samples),
+        nearest_directions(transcoder.W_dec),
+        texts,
+        relations=relations,
+        logits=logits,
+        ablations=parts.ablations,
+    )
+    for windows in all_windows(samples):
+        progress.advanced(writer.add(windows))
+    write_data(data, "latents", _table(samples.parent / LATENTS_FILE, writer.finish()))
+    found = {
+        "hierarchy": relations and relations.tree(),
+        "groups": hierarchy and group_gains(hierarchy, texts),
+        "clusters": relations and relations.map(),
+        "logits": logits and logits.table(texts),
+    }
+    for name, content in found.items():
+        if content is not None:
+            write_data(data, name, content)
 
 
 def _table(path: Path, words: list[str]) -> dict[str, Any]:
@@ -155,15 +184,3 @@ def _table(path: Path, words: list[str]) -> dict[str, Any]:
         "cosine": short["max_cosine"],
         "words": words,
     }
-
-
-def _write_assets(folder: Path, title: str) -> None:
-    from jinja2 import Environment
-
-    package = resources.files(__package__ or "")
-    (folder / "assets").mkdir()
-    for asset in sorted(package.joinpath("assets").iterdir(), key=lambda item: item.name):
-        (folder / "assets" / asset.name).write_bytes(asset.read_bytes())
-    template = Environment(autoescape=True).from_string(package.joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    scripts = [f"assets/{name}.js" for name in SCRIPTS]
-    (folder / INDEX_FILE).write_text(template.render(title=title, scripts=scripts) + "\n", encoding="utf-8")

@@ -1,16 +1,17 @@
-"""The data files of the latent pages: windows in chunks, and the text that is searched."""
+"""The data files of the latent pages: windows and relations in chunks, and the text that is searched."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..samples_file import Histogram, Window
-from ..show import visible
+from .ablation import ablation_facts
 from .data_file import write_data
+from .logit_tokens import LogitTokens
+from .relations import Relations
 
 CHUNK_LATENTS = 32
 TEXT_LATENTS = 1024
@@ -30,9 +31,14 @@ class ChunkWriter:
         histograms: list[Histogram],
         near: list[list[tuple[int, float]]],
         text_of: Callable[[int], str],
+        *,
+        relations: Relations | None = None,
+        logits: LogitTokens | None = None,
+        ablations: Mapping[int, dict[str, Any]] | None = None,
     ) -> None:
         self._folder, self._histograms, self._near = folder, histograms, near
-        self._text_of = cache(lambda token: visible(text_of(token)))
+        self._relations, self._logits, self._ablations = relations, logits, ablations or {}
+        self._text_of = text_of
         self._words: list[str] = []
         self._texts: list[str] = []
         self._chunk: list[dict[str, Any]] = []
@@ -57,7 +63,8 @@ class ChunkWriter:
         return self._words
 
     def _latent(self, windows: list[Window]) -> None:
-        histogram = self._histograms[len(self._words)]
+        latent = len(self._words)
+        histogram = self._histograms[latent]
         counts = histogram.counts
         while counts and counts[-1] == 0:
             counts = counts[:-1]
@@ -66,8 +73,9 @@ class ChunkWriter:
                 "n": histogram.n_rows,
                 "width": histogram.width,
                 "counts": counts,
-                "near": self._near[len(self._words)],
+                "near": self._near[latent],
                 "windows": [self._window(window) for window in windows],
+                **self._measured(latent),
             }
         )
         top = [window for window in windows if window.kind == "top"]
@@ -80,11 +88,26 @@ class ChunkWriter:
         if len(self._words) % TEXT_LATENTS == 0:
             self._flush_text()
 
+    def _measured(self, latent: int) -> dict[str, Any]:
+        """What other commands found out about a latent, where they were run."""
+        found = {} if self._relations is None else self._relations.of(latent)
+        if self._logits is not None:
+            raised, lowered = self._logits.of(latent)
+            found["raised"], found["lowered"] = self._tokens(raised), self._tokens(lowered)
+        if latent in self._ablations:
+            found["ablation"] = ablation_facts(self._ablations[latent], self._text_of)
+        return found
+
+    def _tokens(self, pairs: list[tuple[int, float]]) -> list[list[Any]]:
+        return [[self._place(token), float(f"{effect:.4g}")] for token, effect in pairs]
+
+    def _place(self, token: int) -> int:
+        return self._strings.setdefault(self._text_of(token), len(self._strings))
+
     def _window(self, window: Window) -> list[Any]:
         """In the order of WINDOW_FIELDS; a list and not an object, which would be half again as large."""
         acts = [x for i, act in enumerate(window.acts) if act > 0 for x in (i, _short(act))]
-        strings = self._strings
-        tokens = [strings.setdefault(self._text_of(token), len(strings)) for token in window.tokens]
+        tokens = [self._place(token) for token in window.tokens]
         place = [window.context, window.position, window.doc_id, window.peak]
         return [window.kind, window.decile, window.rank, *place, _short(window.act), tokens, acts]
 

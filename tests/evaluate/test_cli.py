@@ -96,3 +96,37 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_hierarchy_match_and_layers_as_typed(
+    val_set: ShardSet, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    run = str(made.run(tmp_path / "one", made.transcoder()))
+    shards = ["--shards", str(val_set.path), "--device", "cpu"]
+    for words, shown in (
+        (["hierarchy", run, *shards, "--no-clusters", "--prefix", "2"], ("FVU without any latent", "implied", "17")),
+        (["match", run, f"{run}@17", *shards, "--out", str(tmp_path / "out")], ("one@17", "correlation", "mutual")),
+        (["run", run, *shards, "--split", "train"], ("TRAIN rows",)),
+        (["run", run, *shards], ("held-out rows",)),
+        (["layers", run, "--out", str(tmp_path / "out")], ("layer", "one", "48")),
+    ):
+        monkeypatch.setattr("sys.argv", ["evaluate", *words])
+        with pytest.raises(SystemExit) as ended:
+            launch.evaluate()
+        said = capsys.readouterr()
+        assert ended.value.code == 0, said.err
+        for text in shown:
+            assert text in said.out, (words, said.out)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"matching.json", "matches.parquet", "layers.json"}
+
+
+def test_a_prefix_that_is_not_there_is_a_sentence(
+    val_set: ShardSet, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(made.run(tmp_path / "one", made.transcoder()))
+    monkeypatch.setattr("sys.argv", ["evaluate", "run", run, "--shards", str(val_set.path), "--prefix", "9"])
+    with pytest.raises(SystemExit) as ended:
+        launch.evaluate()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: n_groups = 9, but this transcoder has 3 nested groups")

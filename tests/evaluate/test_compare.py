@@ -112,3 +112,15 @@ def test_refusals(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
         compare([run, run], EvaluateConfig())
     with pytest.raises(UserError, match="not a folder"):
         compare([run, str(tmp_path / "none")], settings(val_set))
+
+
+def test_train_rows_are_named_in_the_table(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
+    runs = [str(made.run(tmp_path / name, made.transcoder(seed=seed))) for seed, name in enumerate("ab")]
+    held_out = compare(runs, settings(val_set))
+    seen = compare(runs, settings(val_set, split="train"))
+    assert (held_out.split, seen.split) == ("val", "train")
+    assert seen.n_rows == sum(int(val_set.train.keep(shard).sum()) for shard in range(2))
+    assert "TRAIN rows" in str(comparison_table(seen).title)
+    assert "held-out rows" in str(comparison_table(held_out).title)
+    with pytest.raises(UserError, match="named with its run"):
+        compare(runs, settings(val_set, prefix=1))

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from evaluate.active import active_latents, base_output
+from evaluate.config import EvaluateConfig
 from evaluate.curve import CurveSums
+from evaluate.measure import Measurement
+from evaluate.rows import row_batches
+from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 SCALES = (1.7, 1.0, 0.6, 0.3)
@@ -43,3 +47,17 @@ def test_points_against_moved_thresholds(made: Any, skip: bool) -> None:
 
 def test_no_rows_no_points() -> None:
     assert CurveSums(SCALES).value() == ()
+
+
+@pytest.mark.parametrize(("curve_tokens", "step"), [(0, 0), (1, 16), (5, 16), (6, 15), (30, 3), (88, 1), (10_000, 1)])
+def test_the_curve_takes_every_nth_row_but_never_fewer_than_a_sixteenth(
+    val_set: ShardSet, made: Any, curve_tokens: int, step: int
+) -> None:
+    config = EvaluateConfig(shards=val_set.path, curve_tokens=curve_tokens)
+    sums = Measurement(made.transcoder(), val_set, config)
+    n_rows = 0
+    for batch in row_batches(val_set.val, 7):
+        sums.add(batch)
+        n_rows += len(batch)
+    assert n_rows == 88
+    assert {fvu.n_rows for fvu in sums.curve.fvu} == {0 if step == 0 else len(range(0, n_rows, step))}

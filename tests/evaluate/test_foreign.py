@@ -191,3 +191,32 @@ def test_saelens_of_another_model_is_refused(val_set: ShardSet, weights: dict[st
     (tmp_path / "cfg.json").write_text(json.dumps({**SAELENS, "metadata": metadata}))
     with pytest.raises(UserError, match="'gpt2-small' against 'google/gemma-2-2b'"):
         load_contender(str(tmp_path), val_set)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_circuit_tracer(val_set: ShardSet, made: Any, weights: dict[str, Any], tmp_path: Path, skip: bool) -> None:
+    """A set as it is published: W_enc and W_skip transposed, a file a layer, layer 0 without a transcoder."""
+    names = {"b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "activation_function.threshold": "threshold"}
+    content = tensors(weights, **names)
+    content["W_enc"] = torch.from_numpy(weights["W_enc"].T.copy())
+    if skip:
+        content["W_skip"] = torch.from_numpy(weights["skip"].T.copy())
+    folder = tmp_path / "set"
+    folder.mkdir()
+    save_file(content, folder / "layer_1.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in content.items()}, folder / "layer_0.safetensors")
+    (folder / "config.yaml").write_text(
+        "model_name: google/gemma-2-2b\nmodel_kind: transcoder_set\nfeature_input_hook: ln2.hook_normalized\n"
+        "feature_output_hook: hook_mlp_out\n"
+    )
+    contender = load_contender(str(folder), val_set)
+    assert contender.name == "set"
+    raw, _ = raw_rows(made, val_set)
+    got = forward(contender, made, val_set)
+    np.testing.assert_allclose(got, by_hand(weights, normalized(raw), skip=skip), rtol=1e-4, atol=1e-4)
+    (folder / "layer_1.safetensors").write_bytes((folder / "layer_0.safetensors").read_bytes())
+    with pytest.raises(UserError, match="layer 1 of the circuit-tracer set .* is empty"):
+        load_contender(str(folder), val_set)
+    (folder / "layer_1.safetensors").unlink()
+    with pytest.raises(UserError, match="layer 1 is not among them"):
+        load_contender(str(folder), val_set)

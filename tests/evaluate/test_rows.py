@@ -43,3 +43,30 @@ def test_special_positions_never_appear(val_set: ShardSet) -> None:
     for batch in row_batches(val_set.val, 16):
         assert not torch.isin(batch.tokens, torch.tensor(val_set.manifest.special_ids)).any()
         assert (batch.positions > 0).all()
+
+
+@pytest.mark.parametrize("limit", [None, 35])
+@pytest.mark.parametrize("n_batches", [0, 1, 3, 99])
+def test_the_first_rows_can_be_passed_over(
+    val_set: ShardSet, limit: int | None, n_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = list(row_batches(val_set.val, 9, limit))
+    n_read = 0
+    read = val_set.val.activations
+
+    def counted(side: str, shard: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        nonlocal n_read
+        n_read += 1
+        return read(side, shard, start, stop)
+
+    monkeypatch.setattr(val_set.val, "activations", counted)
+    rest = list(row_batches(val_set.val, 9, limit, 9 * n_batches))
+    assert len(rest) == len(whole[n_batches:])
+    for got, expected in zip(rest, whole[n_batches:], strict=True):
+        for name in NAMES:
+            assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    # Chunks that lie wholly before are not read.
+    assert (n_read == 0) == (n_batches == 99)
+    before = n_read
+    list(row_batches(val_set.val, 9, limit))
+    assert before < n_read - before or n_batches == 0

@@ -14,6 +14,7 @@ from evaluate.config import EvaluateConfig
 from evaluate.report_file import CurvePoint, Report
 from evaluate.rows import row_batches
 from evaluate.run import Silent, evaluate
+from evaluate.screen import prefix_table
 from matryoshka.config import load_config
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
@@ -55,7 +56,9 @@ def test_batch_topk_and_curve_and_spread_against_a_dense_twin(val_set: ShardSet,
     report = evaluation.report
     assert report.batch_topk is not None
     sq_err, l0, y_all, curve_sq_err, curve_y = torch.zeros(3).double(), torch.zeros(3), [], torch.zeros(3).double(), []
-    for place, batch in enumerate(row_batches(val_set.val, 17)):
+    step, n_seen = -(-report.n_rows // 30), 0
+    assert step == 3
+    for batch in row_batches(val_set.val, 17):
         x, y = batch.source.float(), batch.target.float()
         pre_acts = transcoder.pre_acts(x)
         cut = pre_acts.flatten().sort(descending=True).values[9 * len(x) - 1]
@@ -64,10 +67,13 @@ def test_batch_topk_and_curve_and_spread_against_a_dense_twin(val_set: ShardSet,
             sq_err[i] += (y_hat - y).double().square().sum()
             l0[i] += (acts[:, : transcoder.prefix_ends[i]] > 0).sum()
         y_all.append(y.double())
-        if place < 2:  # the curve takes whole batches until it has 30 rows
-            acts = torch.where(pre_acts > 0.4 * transcoder.threshold, pre_acts, 0.0).relu()
-            curve_sq_err += torch.stack([(y_hat - y).double().square().sum() for y_hat in transcoder.nested(acts)])
-            curve_y.append(y.double())
+        # the curve takes every third row, whichever batch it is in
+        chosen = [r for r in range(len(x)) if (n_seen + r) % step == 0]
+        n_seen += len(x)
+        acts = torch.where(pre_acts > 0.4 * transcoder.threshold, pre_acts, 0.0).relu()[chosen]
+        nested = transcoder.nested(acts)
+        curve_sq_err += torch.stack([(y_hat - y[chosen]).double().square().sum() for y_hat in nested])
+        curve_y.append(y[chosen].double())
     for got, errors, targets in ((report.batch_topk, sq_err, y_all), (report.curve[1], curve_sq_err, curve_y)):
         y = torch.cat(targets)
         twin = (errors / (y - y.mean(0)).square().sum()).tolist()
@@ -215,3 +221,39 @@ def test_refusals(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
         load_config(EvaluateConfig, "evaluate", overrides=["evaluate.curve_scales=[0.5, 1.0]"])
     with pytest.raises(UserError, match="own threshold"):
         load_config(EvaluateConfig, "evaluate", overrides=["evaluate.compare.scales=[2.0, 0.5]"])
+
+
+def test_train_rows_only_when_asked_for_and_never_as_the_report(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
+    transcoder = made.transcoder()
+    run = made.run(tmp_path / "run", transcoder)
+    (held_out,) = evaluate([run], settings(val_set))
+    content = held_out.path.read_bytes()
+    (seen,) = evaluate([run], settings(val_set, split="train"))
+    assert held_out.path.read_bytes() == content
+    assert seen.path == held_out.path.parent / "train" / "report.json"
+    assert (held_out.report.shard_set.split, seen.report.shard_set.split) == ("val", "train")
+    assert "TRAIN rows" in str(prefix_table(seen.report).title)
+    rows = [(shard, val_set.train.keep(shard)) for shard in range(val_set.train.n_shards)]
+    x = torch.cat([val_set.train.activations("source", shard)[keep] for shard, keep in rows]).float()
+    y = torch.cat([val_set.train.activations("target", shard)[keep] for shard, keep in rows]).double()
+    assert seen.report.n_rows == len(x)
+    for prefix, y_hat in zip(seen.report.threshold, transcoder.nested(transcoder.encode(x)), strict=True):
+        fvu = (y_hat.double() - y).square().sum() / (y - y.mean(0)).square().sum()
+        assert prefix.fvu == pytest.approx(float(fvu), rel=1e-5)
+    assert sum(stratum.n_rows for stratum in seen.report.by_token_frequency) == len(x)
+    assert "not in train" not in {stratum.name for stratum in seen.report.by_token_frequency}
+
+
+def test_a_prefix_alone_is_the_prefix_of_the_whole(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
+    run = made.run(tmp_path / "run", made.transcoder())
+    (whole,) = evaluate([run], settings(val_set))
+    (alone,) = evaluate([run], settings(val_set, prefix=2))
+    assert alone.path == whole.path.parent / "prefix-2" / "report.json"
+    assert alone.report.threshold == whole.report.threshold[:2]
+    assert alone.report.by_position[0].fvu == whole.report.by_position[0].fvu[:2]
+    # It was trained with the k of the whole, and has none of its own.
+    assert alone.report.batch_topk is None
+    assert alone.report.total.n_latents == 17
+    assert "its first 2 groups alone" in str(prefix_table(alone.report).title)
+    with pytest.raises(UserError, match="n_groups = 4, but this transcoder has 3"):
+        evaluate([run], settings(val_set, prefix=4))

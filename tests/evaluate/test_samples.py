@@ -213,3 +213,15 @@ def test_no_samples_and_stale_samples_are_said(val_set: ShardSet, made: Any, tmp
     made.run(run, made.transcoder(seed=5), steps=(500,))
     with pytest.raises(UserError, match="step 400, and the newest checkpoint"):
         find_samples(run)
+
+
+def test_a_prefix_has_samples_of_its_own(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
+    run = made.run(tmp_path / "run", made.transcoder())
+    whole = make_samples(run, config(val_set))
+    prefix = make_samples(run, config(val_set).model_copy(update={"prefix": 2}))
+    assert prefix.path == whole.path.parent / "prefix-2" / "samples"
+    assert len(read_histograms(prefix.path)) == 17
+    assert [read_windows(prefix.path, latent) for latent in range(17)] == [
+        read_windows(whole.path, latent) for latent in range(17)
+    ]
+    assert find_samples(run) == whole.path

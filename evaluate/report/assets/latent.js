@@ -1,6 +1,5 @@
 "use strict";
 // One latent: when it fires, where it fires most, and where it does not.
-const NEAR_BEFORE = 14, NEAR_AFTER = 8;
 
 Report.pages.latent = async (main, argument) => {
   const o = await load("overview"), latent = Number(argument), n = o.prefix_ends[o.prefix_ends.length - 1];
@@ -9,7 +8,7 @@ Report.pages.latent = async (main, argument) => {
     return;
   }
   const part = Math.floor(latent / o.chunk_latents), table = await load("latents");
-  const chunk = await load(`chunk-${part}`), own = chunk.latents[latent - part * o.chunk_latents];
+  const chunk = await load(`chunk-${part}`), own = { ...chunk.latents[latent - part * o.chunk_latents], latent };
   forget("chunk-", 6);
   const step = (by) => { location.hash = `#/latent/${neighbour(latent, by, n)}`; };
   main.append(el("div", { class: "bar" }, el("h1", {}, `Latent ${latent}`), el("button", { type: "button", id: "previous", title: "Left key", onclick: () => step(-1) }, "\u2190"),
@@ -17,15 +16,18 @@ Report.pages.latent = async (main, argument) => {
   const at = table.density[latent];
   main.append(el("div", { class: "tiles" }, tile("group", `${groupOf(latent)} of ${o.group_sizes.length}`), tile("of the rows", percent(at)), tile("largest activation", number(table.max[latent])),
     tile("mean when active", number(table.mean[latent])), tile("rows it fires on", whole(own.n))));
+  const aside = el("aside", {}), contexts = el("div", { class: "contexts" });
+  main.append(el("div", { class: "latent-grid" }, aside, contexts));
   if (own.n > 0) {
     const box = el("div", { class: "chart" });
-    main.append(box);
-    chart(box, { title: "Activations", note: "Rows by activation, where it fires; log scale.", kind: "bars", height: 170, xLabel: "activation", log: true, legend: false,
+    aside.append(box);
+    chart(box, { title: "Activations", note: "Rows by activation, where it fires; log scale.", kind: "bars", height: 150, xLabel: "activation", log: true, legend: false,
       x: own.counts.map((_, i) => i * own.width).concat(own.counts.length * own.width), series: [{ label: "rows", values: own.counts.map((c) => c || null).concat(null) }], format: (v) => v === null ? "" : String(v) });
-  } else main.append(el("p", { class: "note" }, "It never fires on these rows."));
-  if (own.near.length) main.append(el("h2", {}, "Nearest decoder directions"), el("p", { class: "near" }, ...own.near.map(([other, cosine]) =>
-    el("a", { href: `#/latent/${other}` }, `${other} `, el("span", { class: "soft" }, `${number(cosine, 2)}, group ${groupOf(other)}`)))));
-  const all = own.windows.map((w) => Object.fromEntries(chunk.fields.map((field, i) => [field, w[i]])));
+  } else contexts.append(el("p", { class: "note" }, "It never fires on these rows."));
+  latentTokens(aside, o, own, chunk.texts);
+  latentRelations(aside, o, own, table);
+  latentAblation(aside, o, own);
+  const all = windowsOf(chunk, own);
   const titles = { top: ["Largest activations", "At most one of a context; equal windows are shown once."], decile: ["By tenth of the activations", "A uniform sample of the rows it fires on, cut into ten equal parts; 10 is the strongest."],
     random: ["Where it does not fire", "Random windows."] };
   const largest = table.max[latent] || 1;
@@ -35,7 +37,7 @@ Report.pages.latent = async (main, argument) => {
     const head = el("div", { class: "bar" }, el("h2", {}, titles[kind][0]));
     const section = el("section", { id: `${kind}-windows` }, head, el("p", { class: "note" }, titles[kind][1]), ...windows.map((w) => contextWindow(w, chunk.texts, largest)));
     head.append(el("button", { type: "button", onclick: () => { const texts = [...section.querySelectorAll(".text")], open = texts.some((t) => !t.classList.contains("open")); texts.forEach((t) => t.classList.toggle("open", open)); } }, "expand all"));
-    main.append(section);
+    contexts.append(section);
   }
 };
 
@@ -43,29 +45,4 @@ Report.pages.latent = async (main, argument) => {
 function neighbour(latent, by, n) {
   const order = Report.order, at = order ? order.indexOf(latent) : -1;
   return at < 0 ? (latent + by + n) % n : order[(at + by + order.length) % order.length];
-}
-
-function contextWindow(w, texts, largest) {
-  const acts = new Map();
-  for (let i = 0; i < w.acts.length; i += 2) acts.set(w.acts[i], w.acts[i + 1]);
-  const text = el("div", { class: "text", onclick: () => text.classList.toggle("open") });
-  const first = Math.max(0, w.peak - NEAR_BEFORE), last = Math.min(w.tokens.length - 1, w.peak + NEAR_AFTER);
-  if (first > 0) text.append(el("span", { class: "gap" }, "\u2026"));
-  w.tokens.forEach((token, i) => {
-    const act = acts.get(i) ?? 0, span = el("span", { class: "token" }, texts[token]);
-    if (act > 0) {
-      const share = Math.min(1, act / largest);
-      span.classList.add("on");
-      if (share > 0.72) span.classList.add("strong");
-      span.style.setProperty("--share", share.toFixed(3));
-    }
-    if (i === w.peak && w.kind !== "random") span.classList.add("peak");
-    if (i < first || i > last) span.classList.add("far");
-    span.dataset.tip = `${act > 0 ? act : 0}  \u201c${texts[token]}\u201d`;
-    text.append(span);
-  });
-  if (last < w.tokens.length - 1) text.append(el("span", { class: "gap" }, "\u2026"));
-  const label = w.kind === "random" ? "0" : number(w.act);
-  const where = `context ${w.context}, position ${w.position}, document ${w.doc}`;
-  return el("div", { class: "window" }, el("div", { class: "label", title: where }, el("b", {}, label), w.kind === "decile" ? `tenth ${w.decile}` : w.kind === "top" ? `no. ${w.rank}` : `ctx ${w.context}`), text);
 }

@@ -1,13 +1,12 @@
 "use strict";
 // The browser: all latents in one table, of which only the visible rows exist.
-const Browser = { sort: "density", falling: true, group: 0, low: "", high: "", weak: "", strong: "", dead: false, query: "", top: 0 };
+const Browser = { sort: "density", falling: true, group: 0, low: "", high: "", weak: "", strong: "", dead: false, query: "", token: "", side: "raised", top: 0 };
 const ROW = 34, SPARE = 8;
 
 Report.pages.latents = async (main) => {
   const o = await load("overview"), table = await load("latents"), n = table.density.length;
-  const groups = new Uint8Array(n);
-  for (let i = 0; i < n; i++) groups[i] = groupOf(i);
-  let matches = null, shown = [], run = 0, gone = false;
+  const groups = allGroups(n);
+  let matches = null, promoted = null, shown = [], run = 0, gone = false;
   const columns = [["latent", "latent"], ["group", "group"], ["density", "density"], ["max", "max act"], ["mean", "mean act"], ["cosine", "near cosine"], ["words", "strongest on"]];
   const value = { latent: (i) => i, group: (i) => groups[i], density: (i) => table.density[i], max: (i) => table.max[i], mean: (i) => table.mean[i], cosine: (i) => table.cosine[i] };
   const count = el("span", { class: "soft", id: "count", role: "status" });
@@ -22,7 +21,7 @@ Report.pages.latents = async (main) => {
   dead.checked = Browser.dead;
   main.append(el("h1", {}, "Latents"), el("div", { class: "controls" }, search, group,
     el("label", {}, "density", field("low", "low", "from %"), field("high", "high", "to %")),
-    el("label", {}, "max act", field("weak", "weak", "from"), field("strong", "strong", "to")), el("label", {}, dead, "dead too"), count));
+    el("label", {}, "max act", field("weak", "weak", "from"), field("strong", "strong", "to")), el("label", {}, dead, "dead too"), ...tokenFilter(), count));
   const heads = columns.map(([key, label]) => el("button", { type: "button", "data-key": key, disabled: key === "words" ? "" : null, onclick: () => {
     if (Browser.sort === key) Browser.falling = !Browser.falling; else { Browser.sort = key; Browser.falling = key !== "latent" && key !== "group"; }
     update();
@@ -53,6 +52,7 @@ Report.pages.latents = async (main) => {
       if (table.density[i] < low || table.density[i] > high) continue;
       if ((table.max[i] ?? 0) < weak || (table.max[i] ?? 0) > strong) continue;
       if (matches && !matches.has(i)) continue;
+      if (promoted && !promoted.has(i)) continue;
       shown.push(i);
     }
     const of = value[Browser.sort], sign = Browser.falling ? -1 : 1;
@@ -74,8 +74,13 @@ Report.pages.latents = async (main) => {
     const own = ++run, query = Browser.query.trim().toLowerCase();
     if (query === "") { matches = null; update(); return; }
     matches = new Set();
+    if (Report.search) {
+      const found = await Report.search(query);
+      if (own !== run || gone) return;
+      matches = new Set(found);
+    }
     if (/^\d+$/.test(query) && +query < n) matches.add(+query);
-    for (let part = 0; part < o.n_text_files; part++) {
+    for (let part = 0; part < o.n_text_files && !Report.search; part++) {
       const texts = await load(`text-${part}`);
       if (own !== run || gone) return;
       texts.forEach((text, i) => { if (text.includes(query)) matches.add(part * o.text_file_latents + i); });
@@ -83,6 +88,30 @@ Report.pages.latents = async (main) => {
     }
     update();
   }
+  // Latents that raise (or lower) the logit of a token most; its text may be given in part.
+  function tokenFilter() {
+    const token = el("input", { type: "search", id: "token", placeholder: o.missing.logits ? "needs evaluate logits" : "token", "aria-label": "Logit token" });
+    const side = el("select", { id: "side", "aria-label": "Raises or lowers" }, el("option", { value: "raised" }, "raises"), el("option", { value: "lowered" }, "lowers"));
+    if (o.missing.logits) { token.disabled = side.disabled = true; token.title = o.missing.logits; }
+    token.value = Browser.token;
+    side.value = Browser.side;
+    const changed = () => { Browser.token = token.value; Browser.side = side.value; promote().then(() => { if (!gone) update(); }).catch(fail); };
+    token.addEventListener("input", changed);
+    side.addEventListener("change", changed);
+    return [el("label", {}, side, token)];
+  }
+
+  async function promote() {
+    const query = Browser.token.toLowerCase();
+    if (query.trim() === "" || o.missing.logits) { promoted = null; return; }
+    const logits = await load("logits");
+    if (query !== Browser.token.toLowerCase()) return;
+    const wanted = new Set();
+    logits.texts.forEach((text, i) => { if (text.toLowerCase().includes(query)) wanted.add(i); });
+    promoted = new Set();
+    logits[Browser.side].forEach((tokens, i) => { if (tokens.some((token) => wanted.has(token))) promoted.add(i); });
+  }
+
   let timer = 0;
   search.addEventListener("input", () => { Browser.query = search.value; clearTimeout(timer); timer = setTimeout(() => find().catch(fail), 150); });
   group.addEventListener("change", () => { Browser.group = +group.value; update(); });
@@ -91,6 +120,7 @@ Report.pages.latents = async (main) => {
   view.addEventListener("scroll", () => { Browser.top = view.scrollTop; if (!frame) frame = requestAnimationFrame(() => { frame = 0; draw(); }); });
   const resize = new ResizeObserver(draw);
   resize.observe(view);
+  await promote();
   if (Browser.query) await find(); else update(Browser.top);
   return () => { gone = true; resize.disconnect(); clearTimeout(timer); };
 };

@@ -9,7 +9,7 @@ function fail(error) {
 
 async function go(keepScroll = false) {
   const own = ++visit, [page, argument] = location.hash.replace(/^#\/?/, "").split("/");
-  const name = Object.hasOwn(Report.pages, page) ? page : "overview";
+  const name = Object.hasOwn(Report.pages, page) ? page : Report.home;
   if (leave) leave();
   leave = null;
   clearCharts();
@@ -59,14 +59,19 @@ addEventListener("keydown", (event) => {
   if (button) { event.preventDefault(); button.click(); }
 });
 
+function placeTip(box) {
+  const size = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - size.width - 8))}px`;
+  tip.style.top = `${box.bottom + size.height + 8 > innerHeight ? box.top - size.height - 4 : box.bottom + 4}px`;
+}
 main.addEventListener("pointerover", (event) => {
   const token = event.target.closest?.("[data-tip]");
   tip.hidden = !token;
   if (!token) return;
   tip.textContent = token.dataset.tip;
-  const box = token.getBoundingClientRect(), size = tip.getBoundingClientRect();
-  tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - size.width - 8))}px`;
-  tip.style.top = `${box.bottom + size.height + 8 > innerHeight ? box.top - size.height - 4 : box.bottom + 4}px`;
+  // Of an arc, the place of the pointer; its box may be most of the chart.
+  const at = { left: event.clientX + 8, top: event.clientY, bottom: event.clientY + 12 };
+  placeTip(token instanceof SVGElement ? at : token.getBoundingClientRect());
 });
 main.addEventListener("pointerleave", () => { tip.hidden = true; });
 addEventListener("hashchange", () => go());

@@ -17,6 +17,7 @@ Report.pages.overview = async (main) => {
       percent(r.groups[i].dead_share), percent(r.groups[i].dense_share), percent(r.groups[i].redundant_share ?? 0)].map((cell) => el("td", {}, cell))))))));
   main.append(el("p", { class: "note" }, "FVU: fraction of variance unexplained by all latents up to the prefix, at the stored threshold; top-k: with BatchTopK as in training. " +
     "dead: never fires on these rows; dense: fires on more than a tenth; redundant: another decoder row has a cosine above 0.9; all three of the group\u2019s own latents."));
+  faithfulnessOf(main, o);
   const charts = el("div", { class: "charts" });
   main.append(charts);
   const box = () => { const b = el("div", { class: "chart" }); charts.append(b); return b; };
@@ -45,6 +46,9 @@ Report.pages.overview = async (main) => {
   main.append(el("h2", {}, "By place in the context"), el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {},
     ...["positions", "rows", "share of variance", "FVU", "L0"].map((head) => el("th", { scope: "col" }, head)))),
     el("tbody", {}, ...strata.map((s) => el("tr", {}, ...[s.name, whole(s.n_rows), percent(s.share_of_variance ?? 0), number(s.fvu[s.fvu.length - 1], 4), number(s.l0[s.l0.length - 1], 1)].map((cell) => el("td", {}, cell))))))));
+  comparisonOf(main, o);
+  scoresOf(main, o);
+  notMeasured(main, o);
 };
 
 // The run card: what was trained, on what, by which versions.

@@ -1,6 +1,7 @@
 "use strict";
 // Shared by the pages: elements, data loaded by script tags (fetch is blocked on file://), numbers.
-const Report = { pages: {}, data: new Map(), waiting: new Map() };
+// home: the page of an address without a name. search: set by the live pages, which ask their server.
+const Report = { pages: {}, data: new Map(), waiting: new Map(), home: "overview", search: null };
 
 // Every text goes through here: textContent, so that no token is ever read as HTML.
 function el(name, attributes = {}, ...children) {
@@ -54,4 +55,53 @@ function tile(label, value) {
 function facts(rows) {
   return el("div", { class: "scroll" }, el("table", { class: "facts" }, el("tbody", {},
     ...rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, String(value)))))));
+}
+
+// A part that was not measured, and the command that measures it.
+function missing(o, part, what) {
+  const stale = o.stale.includes(part) ? " What is there is of other weights." : "";
+  return el("p", { class: "note missing", "data-part": part }, `${what} not measured yet.${stale} `, el("code", {}, o.missing[part]));
+}
+
+function dataTable(heads, rows, attributes = {}) {
+  return el("div", { class: "scroll" }, el("table", attributes,
+    el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)))),
+    el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((cell) => el("td", {}, cell)))))));
+}
+
+function svg(name, attributes = {}, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value); else node.setAttribute(key, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+// The groups of all latents, 1 for the first.
+function allGroups(n) {
+  const ends = Report.data.get("overview").prefix_ends, groups = new Uint8Array(n);
+  for (let i = 0, g = 0; i < n; i++) { while (i >= ends[g]) g++; groups[i] = g + 1; }
+  return groups;
+}
+
+// Colours after Okabe and Ito (2008): of lines and of groups.
+const HUES = { light: ["#0072b2", "#d55e00", "#009e73", "#b05f94", "#8a6d00", "#2b8cbe", "#333333"],
+  dark: ["#56b4e9", "#ff8c42", "#3ecf9f", "#e39ac6", "#f0e442", "#a6d5f5", "#cccccc"] };
+function hue(i) {
+  const hues = HUES[document.documentElement.dataset.theme === "dark" ? "dark" : "light"];
+  return hues[i % hues.length];
+}
+
+function groupBadge(group) {
+  const badge = el("span", { class: "badge", title: `group ${group}` }, String(group));
+  badge.style.setProperty("--hue", hue(group - 1));
+  return badge;
+}
+
+// A bar as long as `share` of its box, with its text over it.
+function bar(share, text, title) {
+  const box = el("span", { class: "share", title }, text);
+  box.style.setProperty("--share", Math.max(0, Math.min(1, share)).toFixed(3));
+  return box;
 }

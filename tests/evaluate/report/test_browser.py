@@ -1,132 +1,26 @@
-"""The pages in a real browser, from file://: Debian's chromium, driven by selenium.
-
-Without a browser these tests fail, so that they cannot vanish unseen; MATRYOSHKA_NO_BROWSER=1 skips them on purpose.
-"""
+"""The pages of a run in a real browser, from file://."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from evaluate.config import EvaluateConfig
-from evaluate.report.build import make_report
 from evaluate.report.data_file import write_data
+from evaluate.report.logit_tokens import LogitTokens
+from evaluate.report.relations import Relations
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("MATRYOSHKA_NO_BROWSER") == "1", reason="MATRYOSHKA_NO_BROWSER=1 asks for no browser"
-)
-
-EVIL = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", '"><b>', "</script>", "\u2028'`${1}"]
 FIRST_PAGE_BYTES = 1_000_000
 
 
-def save_tokenizer(folder: Path) -> Path:
-    """Forty tokens, some of which would like to be HTML."""
-    from tokenizers import Tokenizer, models
-
-    words = [*(f" word{i}" for i in range(3, 38)), *EVIL]
-    folder.mkdir()
-    vocabulary = {word: i for i, word in enumerate(words)}
-    Tokenizer(models.WordLevel(vocabulary, unk_token=" word3")).save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def index(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of 48 latents (latent 9 dead), with its tokens out of `save_tokenizer`."""
-    folder = tmp_path_factory.mktemp("pages")
-    shards = made.shards(folder / "l1", val_contexts=(20, 20), ctx_len=24)
-    transcoder = made.transcoder()
-    transcoder.threshold[9] = 1e9
-    run = made.run(folder / "<b>run", transcoder)
-    steps = [{"step": s, "dead_share": 0.1 / s, **{f"fvu/prefix_{e}": 1 / s for e in (6, 17, 48)}} for s in (1, 2, 3)]
-    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)) + '\n{"step": 4, "dea')
-    config = EvaluateConfig(shards=shards.path, device="cpu", bootstrap=10)
-    pages = make_report(run, config, tokenizer=str(save_tokenizer(folder / "tokenizer")))
-    assert pages.notes == ()
-    return pages.index
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    chromedriver = shutil.which("chromedriver")
-    if browser is None or chromedriver is None:
-        pytest.fail("no browser: apt-get install -y --no-install-recommends chromium chromium-driver fonts-dejavu-core")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=Service(chromedriver))
-    yield opened
-    opened.quit()
-
-
-class Browser:
-    """What a person does."""
-
-    def __init__(self, driver: Any, index: Path) -> None:
-        self.driver, self.index = driver, index
-
-    def wait(self, ready: Any) -> Any:
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        return WebDriverWait(self.driver, 60).until(ready)
-
-    def go(self, route: str = "", page: str = "overview") -> None:
-        self.driver.get("about:blank")
-        self.driver.get(self.index.as_uri() + route)
-        self.at(page)
-
-    def at(self, page: str) -> None:
-        self.wait(lambda driver: driver.execute_script("return document.getElementById('main')?.dataset.ready") == page)
-
-    def all(self, css: str) -> list[Any]:
-        return self.driver.find_elements("css selector", css)
-
-    def one(self, css: str) -> Any:
-        (found,) = self.all(css)
-        return found
-
-    def texts(self, css: str) -> list[str]:
-        return self.driver.execute_script(
-            "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", css
-        )
-
-    def latents(self) -> list[int]:
-        return [int(text) for text in self.texts(".row span:first-child")]
-
-    def count(self, start: str) -> None:
-        self.wait(lambda _: self.one("#count").text.startswith(start))
-
-    def resize(self, width: int, height: int) -> None:
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-
-@pytest.fixture
-def browser(driver: Any, index: Path) -> Iterator[Browser]:
-    driver.get_log("browser")
-    opened = Browser(driver, index)
-    opened.resize(1280, 900)
-    yield opened
-    assert driver.get_log("browser") == []
-    assert driver.execute_script("return window.hacked") is None
-
-
-def test_the_first_page_shows_the_numbers_and_is_small(browser: Browser, index: Path) -> None:
+def test_the_first_page_shows_the_numbers_and_is_small(browser: Any, index: Path) -> None:
     browser.go()
     report = json.loads((index.parent.parent / "report.json").read_text())
     rows = browser.texts("#prefixes tbody tr")
@@ -144,7 +38,7 @@ def test_the_first_page_shows_the_numbers_and_is_small(browser: Browser, index: 
     assert sum(file.stat().st_size for file in files) < FIRST_PAGE_BYTES
 
 
-def test_sort_and_filter(browser: Browser) -> None:
+def test_sort_and_filter(browser: Any) -> None:
     browser.go("#/latents", "latents")
     assert browser.one("#count").text == "47 of 48"
     table = json.loads(re.fullmatch(r'give\("latents",(.*)\);\n', data(browser, "latents"))[1])  # type: ignore[index]
@@ -175,7 +69,7 @@ def test_sort_and_filter(browser: Browser) -> None:
     browser.count("20 of 48")
 
 
-def test_search_in_the_contexts(browser: Browser) -> None:
+def test_search_in_the_contexts(browser: Any) -> None:
     browser.go("#/latents", "latents")
     texts = json.loads(re.fullmatch(r'give\("text-0",(.*)\);\n', data(browser, "text-0"))[1])  # type: ignore[index]
     query = next(found for found in re.findall(r"word\d+ word\d+", texts[20]) if sum(found in t for t in texts) < 15)
@@ -189,7 +83,7 @@ def test_search_in_the_contexts(browser: Browser) -> None:
     browser.count("0 of 48")
 
 
-def test_a_latent_its_keys_and_its_link(browser: Browser) -> None:
+def test_a_latent_its_keys_and_its_link(browser: Any) -> None:
     from selenium.webdriver import ActionChains, Keys
 
     browser.go("#/latents", "latents")
@@ -220,7 +114,7 @@ def test_a_latent_its_keys_and_its_link(browser: Browser) -> None:
     browser.at(f"latent/{other}")
 
 
-def test_a_dead_latent_and_one_that_is_not_there(browser: Browser) -> None:
+def test_a_dead_latent_and_one_that_is_not_there(browser: Any) -> None:
     browser.go("#/latent/9", "latent/9")
     assert "never fires" in browser.one("main").text
     assert browser.texts("#random-windows .window")
@@ -230,14 +124,14 @@ def test_a_dead_latent_and_one_that_is_not_there(browser: Browser) -> None:
     assert browser.all("main img") == []
 
 
-def test_text_of_contexts_is_shown_and_not_run(browser: Browser) -> None:
+def test_text_of_contexts_is_shown_and_not_run(browser: Any, evil: list[str]) -> None:
     shown: set[str] = set()
     for latent in (0, 20, 40):
         browser.go(f"#/latent/{latent}", f"latent/{latent}")
         shown |= set(browser.texts(".token"))
         assert browser.all("main script, main img, main b b") == []
-    assert set(EVIL[:4]) <= shown
-    assert "\ufffd" not in EVIL[0]
+    assert set(evil[:4]) <= shown
+    assert "\ufffd" not in evil[0]
     browser.go("#/latents", "latents")
     assert any("<" in words for words in browser.texts(".row .words"))
     assert browser.all(".words *") == []
@@ -254,7 +148,7 @@ def test_text_of_contexts_is_shown_and_not_run(browser: Browser) -> None:
     assert all("Content Security Policy" in entry["message"] for entry in refusals)
 
 
-def test_dark_mode(browser: Browser) -> None:
+def test_dark_mode(browser: Any) -> None:
     browser.go()
 
     def ground() -> str:
@@ -277,7 +171,7 @@ def test_dark_mode(browser: Browser) -> None:
 @pytest.mark.parametrize(
     ("route", "page"), [("", "overview"), ("#/latents", "latents"), ("#/latent/3", "latent/3"), ("#/run", "run")]
 )
-def test_a_phone(browser: Browser, route: str, page: str) -> None:
+def test_a_phone(browser: Any, route: str, page: str) -> None:
     browser.resize(390, 800)
     browser.go(route, page)
     assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= 390
@@ -285,26 +179,39 @@ def test_a_phone(browser: Browser, route: str, page: str) -> None:
     assert browser.one("nav").is_displayed()
 
 
-def test_the_run_card(browser: Browser) -> None:
+def test_the_run_card(browser: Any) -> None:
     browser.go("#/run", "run")
     text = browser.one("main").text
     for part in ("group_sizes", "6, 11, 31", "sha256", "google/gemma-2-2b", "val"):
         assert part in text
 
 
-def test_65536_latents_are_a_few_rows(browser: Browser, index: Path, tmp_path: Path) -> None:
+def test_65536_latents(browser: Any, index: Path, tmp_path: Path) -> None:
+    """Every page that holds something of all latents, from tables as wide as they come."""
+    n, first = 65_536, 4096
     folder = tmp_path / "wide"
     shutil.copytree(index.parent, folder)
-    n = 65_536
-    density = torch.rand(n, generator=torch.Generator().manual_seed(0)).tolist()
-    write_data(
-        folder / "data", "latents", {**dict.fromkeys(("density", "max", "mean", "cosine"), density), "words": ["x"] * n}
-    )
-    overview = (folder / "data" / "overview.js").read_text()
-    wide = overview.replace('"prefix_ends":[6,17,48]', f'"prefix_ends":[6,17,{n}]')
-    assert wide != overview
-    (folder / "data" / "overview.js").write_text(wide)
-    own = Browser(browser.driver, folder / "index.html")
+    generator = torch.Generator().manual_seed(0)
+    density = torch.rand(n, generator=generator).tolist()
+    columns = dict.fromkeys(("density", "max", "mean", "cosine"), density)
+    write_data(folder / "data", "latents", {**columns, "words": [f"word{i % 9}" for i in range(n)]})
+    edges = {"parent": [i % first for i in range(first, n)], "child": list(range(first, n))}
+    shares = dict.fromkeys(("p_child_given_parent", "p_parent_given_child", "lift", "cosine"), [0.5] * (n - first))
+    pq.write_table(pa.table({**edges, **shares}), tmp_path / "hierarchy.parquet")
+    places = {"latent": list(range(n)), "cluster": [i % 7 for i in range(n)], "x": density, "y": density[::-1]}
+    pq.write_table(pa.table(places), tmp_path / "clusters.parquet")
+    tokens = {"latent": list(range(n)), "side": [1] * n, "rank": [0] * n, "token": [i % 5000 for i in range(n)]}
+    pq.write_table(pa.table({**tokens, "effect": density}), tmp_path / "logits.parquet")
+    relations = Relations(tmp_path, n)
+    write_data(folder / "data", "hierarchy", relations.tree())
+    write_data(folder / "data", "clusters", relations.map())
+    write_data(folder / "data", "groups", {"groups": [], "pairs": []})
+    write_data(folder / "data", "logits", LogitTokens(tmp_path / "logits.parquet", n).table(lambda i: f"token{i}."))
+    overview = json.loads(read(index, "overview"))
+    overview |= {"prefix_ends": [first, 16_384, n], "group_sizes": [first, 12_288, n - 16_384], "has_map": True}
+    overview["missing"] = {}
+    write_data(folder / "data", "overview", overview)
+    own = browser.on(folder / "index.html")
     own.go("#/latents", "latents")
     own.count("65,536 of 65,536")
     order = sorted(range(n), key=lambda i: (-density[i], i))
@@ -314,7 +221,24 @@ def test_65536_latents_are_a_few_rows(browser: Browser, index: Path, tmp_path: P
     own.driver.execute_script("const v = document.getElementById('view'); v.scrollTop = v.scrollHeight")
     own.wait(lambda _: own.latents()[-1] == order[-1])
     assert len(own.latents()) < 100
+    own.one('#group option[value="1"]').click()
+    own.count("4,096 of 65,536")
+    own.one("#token").send_keys("token77.")
+    own.count("1 of 65,536")
+    assert own.latents() == [77]
+    own.go("#/hierarchy", "hierarchy")
+    own.count("4,096 shown; 61,440 of 61,440 later latents have a parent")
+    assert len(own.all("#nest > li")) < 100
+    assert "15 inside" in own.all("#nest > li")[0].text
+    own.go("#/map", "map")
+    assert own.one("#count").text == "65,536 latents, 7 clusters"
 
 
-def data(browser: Browser, name: str) -> str:
+def data(browser: Any, name: str) -> str:
     return (browser.index.parent / "data" / f"{name}.js").read_text()
+
+
+def read(index: Path, name: str) -> str:
+    match = re.fullmatch(r'give\("([^"]+)",(.*)\);\n', (index.parent / "data" / f"{name}.js").read_text())
+    assert match is not None
+    return match[2]

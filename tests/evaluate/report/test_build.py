@@ -22,11 +22,6 @@ from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 
 
-@pytest.fixture(autouse=True)
-def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 def read(folder: Path, name: str) -> Any:
     text = (folder / "data" / f"{name}.js").read_text(encoding="ascii")
     match = re.fullmatch(r'give\("([^"]+)",(.*)\);\n', text)

@@ -1,0 +1,75 @@
+"""ablations/<latent>.json: what scaling one latent, by default to nothing, does to the model's predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from matryoshka.config import Config
+
+from ..report_file import ShardSetFacts, TranscoderFacts
+from .faithfulness_file import Interval, identity_of
+
+ABLATIONS_FOLDER = "ablations"
+
+
+class TokenChange(Config):
+    """A token and how its log-probability changes, in nats, on average over the positions where the latent fires."""
+
+    token: int
+    text: str
+    effect: float
+
+
+class Ablation(Config):
+    """The content of the file; numbers are null where the latent fires at no scored position.
+
+    The target is changed at all positions of a context at once where the latent fires; the error of the transcoder
+    stays: target + (scale - 1) * act * W_dec[latent]. Scored positions are those of faithfulness.json.
+    """
+
+    format_version: Literal[1] = 1
+    transcoder: TranscoderFacts
+    shard_set: ShardSetFacts
+    settings: dict[str, Any]
+    latent: int
+    scale: float
+    """What its activation is multiplied with."""
+    n_contexts_firing: int
+    """Contexts in which it fires, of the rows that were looked at."""
+    n_contexts: int
+    """Contexts it was ablated in."""
+    n_positions: int
+    """Scored positions in them at which it fires."""
+    mean_act: float | None
+    """at these positions"""
+    loss_change: float | None
+    """mean change of -log p(next token) at these positions, nats"""
+    kl: float | None
+    """mean of KL(clean || changed) at these positions, nats"""
+    top1_changed: float | None
+    """share of these positions where another token becomes the most likely one"""
+    n_later: int
+    """Scored positions at which it does not fire, after one where it does"""
+    loss_change_later: float | None
+    """mean change of the loss there, which attention carries"""
+    kl_later: float | None
+    loss_change_interval: Interval | None
+    """95% bootstrap interval of loss_change over contexts"""
+    raised: tuple[TokenChange, ...]
+    """tokens that become more likely, the strongest first"""
+    lowered: tuple[TokenChange, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides every number here."""
+        return identity_of(self.transcoder, self.shard_set, self.settings)
+
+
+def read_ablation(path: Path) -> Ablation | None:
+    """The record at `path`; None when there is none that this version can read."""
+    try:
+        return Ablation.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None

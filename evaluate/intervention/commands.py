@@ -1,0 +1,127 @@
+"""The commands of `evaluate` that run the language model; ../cli.py puts them among the others."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..options import ConfigFile, Device, Model, Overrides, Prefix, Run, Runs, Shards, Split, Tokens
+
+
+def faithfulness(
+    runs: Runs,
+    shards: Shards = None,
+    tokens: Annotated[str | None, typer.Option(help="Rows to use, in whole contexts, such as 200k. (200k)")] = None,
+    split: Split = None,
+    prefix: Prefix = None,
+    model: Model = None,
+    error_term: Annotated[
+        bool, typer.Option("--error-term", help="Add y - y_hat to y_hat: then nothing may change. A check.")
+    ] = False,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """Loss, KL and top-1 agreement of the language model with each nested reconstruction in place of the target."""
+    from matryoshka.config import find_file, load_config
+
+    from ..checkpoint import expand_fleets
+    from ..config import EvaluateConfig
+    from ..screen import Screen
+    from .faithfulness import measure_faithfulness
+    from .screen import show_faithfulness
+
+    overrides = [*(set_ or ()), *([f"evaluate.faithfulness.tokens={tokens}"] if tokens else ()), *_lm(model)]
+    flags = {"shards": shards, "split": split, "prefix": prefix, "device": device}
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    for path in expand_fleets(runs):
+        with Screen("faithfulness") as screen:
+            measured = measure_faithfulness(path, settings, screen, error_term=error_term)
+        show_faithfulness(measured)
+
+
+def logits(
+    runs: Runs,
+    shards: Shards = None,
+    model: Model = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """The tokens each latent speaks for or against: its decoder row through the final norm and the unembedding."""
+    from matryoshka.config import find_file, load_config
+
+    from ..checkpoint import expand_fleets
+    from ..config import EvaluateConfig
+    from .logits import make_logits
+    from .screen import show_logits
+
+    flags = {"shards": shards, "device": device}
+    overrides = [*(set_ or ()), *_lm(model)]
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    for path in expand_fleets(runs):
+        show_logits(make_logits(path, settings))
+
+
+def ablate(
+    run: Run,
+    latents: Annotated[list[int], typer.Argument(metavar="LATENT", help="Numbers of latents, from 0.")],
+    shards: Shards = None,
+    scale: Annotated[float, typer.Option(help="Factor on the activation; 0 takes the latent out.")] = 0.0,
+    tokens: Tokens = None,
+    split: Split = None,
+    model: Model = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """What the language model predicts differently without single latents, where they fire."""
+    from matryoshka.config import find_file, load_config
+
+    from ..config import EvaluateConfig
+    from ..screen import Screen
+    from .ablation import ablate
+    from .screen import show_ablations
+
+    flags = {"shards": shards, "tokens": tokens, "split": split, "device": device}
+    overrides = [*(set_ or ()), *_lm(model)]
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    with Screen("ablate") as screen:
+        ablated = ablate(run, latents, settings, screen, scale=scale)
+    show_ablations(ablated)
+
+
+def steer(
+    run: Run,
+    latent: Annotated[int, typer.Argument(help="Number of the latent, from 0.")],
+    text: Annotated[str, typer.Option(help="What the model goes on with.")],
+    shards: Shards = None,
+    scale: Annotated[float, typer.Option(help="How much of the direction, in units of its largest activation.")] = 1.0,
+    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws, above temperature 0.")] = 0,
+    model: Model = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """Let the language model go on with a text, as it is and with a latent's direction added to every token."""
+    from matryoshka.config import find_file, load_config
+
+    from ..config import EvaluateConfig
+    from .screen import show_steered
+    from .steering import Writing, steer
+
+    flags = {"shards": shards, "device": device}
+    overrides = [*(set_ or ()), *_lm(model)]
+    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    writing = Writing(n_tokens=tokens, temperature=temperature, seed=seed)
+    show_steered(steer(run, latent, text, settings, scale=scale, writing=writing))
+
+
+def _lm(model: str | None) -> list[str]:
+    from json import dumps
+
+    # As a JSON string, which is YAML too: a folder may be called 123 or off.
+    return [] if model is None else [f"evaluate.lm.model={dumps(model)}"]

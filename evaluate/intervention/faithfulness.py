@@ -1,0 +1,242 @@
+"""`evaluate faithfulness`: the language model's loss with y_hat in place of the target.
+
+One context goes through the model 3 + G times: as it is, with the target set to zero, to its mean, and to each of the
+G nested reconstructions. Only the target site is touched, so what lies before it is the same in all of them, and the
+transcoder is run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from matryoshka.errors import UserError
+from matryoshka.lm import LanguageModel
+from matryoshka.runs import changed_fields, publish_json
+from matryoshka.shards import ShardSet
+from matryoshka.splice import edited
+from matryoshka.transcoder import Transcoder
+
+from ..active import active_latents, base_output, group_counts, group_sums, nested_reconstructions
+from ..checkpoint import find_checkpoint
+from ..config import EvaluateConfig
+from ..report_file import ShardSetFacts, TranscoderFacts, finite, result_folder
+from ..resume import Unfinished, unfinished
+from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
+from ..sampling import count_contexts
+from .contexts import Contexts, context_batches
+from .faithfulness_file import (
+    FAITHFULNESS_FILE,
+    WITH_ERROR_FILE,
+    Faithfulness,
+    SplicedPrefix,
+    identity_of,
+    read_faithfulness,
+)
+from .model import load_model, weight_dtype
+from .recovered import MEAN, ZERO, Estimates, columns, increase, mean_of, recovered
+from .scores import per_context, score
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A faithfulness.json and how it came about."""
+
+    path: Path
+    faithfulness: Faithfulness
+    is_new: bool
+    """False when the answer was there already."""
+    replaced: tuple[str, ...] = ()
+    """How an older answer in the same place differed."""
+    n_resumed: int = 0
+    """Rows of contexts that an earlier command, which was stopped, had done."""
+
+
+@dataclass
+class ContextSums:
+    """The sums of the contexts that are done."""
+
+    rows: Float[Tensor, "contexts columns"]
+    """float64; the columns are `recovered.columns`"""
+
+
+def measure_faithfulness(
+    run: Path, config: EvaluateConfig, progress: Progress | None = None, *, error_term: bool = False
+) -> Measured:
+    """Measure `run` on the first contexts of the split and publish faithfulness.json beside its report.
+
+    With `error_term`, y - y_hat is added to each y_hat. The spliced model is then the clean one: a check of the
+    machinery, kept in a file of its own.
+
+    An answer that is there already is only read; a stopped one goes on. Raises UserError for what the user can mend.
+    """
+    if config.shards is None:
+        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
+    shards, checkpoint = ShardSet.open(config.shards), find_checkpoint(run)
+    transcoder = load_transcoder(checkpoint, shards, config)
+    path = result_folder(checkpoint, shards, config) / (WITH_ERROR_FILE if error_term else FAITHFULNESS_FILE)
+    facts = transcoder_facts(checkpoint, transcoder), shard_set_facts(shards, config.split)
+    settings = _settings(shards, config, error_term=error_term)
+    identity = identity_of(*facts, settings)
+    existing = read_faithfulness(path)
+    changes = [] if existing is None else changed_fields(existing.identity(), identity)
+    if existing is not None and not changes:
+        return Measured(path, existing, is_new=False)
+    with unfinished(path, identity, config.save_minutes) as saved:
+        model = load_model(shards, config)
+        splicing = _Splicing(transcoder.to(model.device), model, shards, error_term=error_term)
+        sums = _pass(splicing, shards, config, checkpoint.name, progress or Silent(), saved)
+        if float(sums["n"].sum()) == 0:
+            raise UserError(f"the contexts of {shards.path} have no two ordinary tokens in a row; harvest more text")
+        numbers = _faithfulness(
+            *facts, settings, transcoder.prefix_ends, Estimates.of(sums, config.bootstrap, config.seed)
+        )
+        publish_json(path, numbers.model_dump(mode="json"))
+    return Measured(path, numbers, is_new=True, replaced=tuple(changes), n_resumed=saved.n_resumed)
+
+
+def _pass(
+    splicing: _Splicing, shards: ShardSet, config: EvaluateConfig, name: str, progress: Progress, saved: Unfinished
+) -> dict[str, Tensor]:
+    """Column -> float64 [contexts], of the first contexts that hold `config.faithfulness.tokens` rows."""
+    split = shards.split(config.split)
+    n_contexts, n_rows = count_contexts(split, config.faithfulness.tokens)
+    progress.started(name, n_rows)
+    sums = ContextSums(torch.zeros(0, len(splicing.columns), dtype=torch.float64))
+    n_done = saved.load(sums)
+    progress.advanced(n_done)
+    for contexts in context_batches(shards, split, range(len(sums.rows), n_contexts), config.lm.batch_tokens):
+        sums.rows = torch.cat([sums.rows, splicing.sums_of(contexts)])
+        n_here = int(contexts.replaced.sum())
+        n_done += n_here
+        saved.save_when_due(sums, n_done)
+        progress.advanced(n_here)
+    return dict(zip(splicing.columns, sums.rows.T, strict=True))
+
+
+class _Splicing:
+    """Runs contexts through the model in all its variants."""
+
+    def __init__(
+        self,
+        transcoder: Transcoder,
+        model: LanguageModel,
+        shards: ShardSet,
+        *,
+        error_term: bool,
+    ) -> None:
+        self._transcoder, self._model, self._error_term = transcoder, model, error_term
+        self.columns = columns(transcoder.prefix_ends)
+        self._mean = shards.stats("target").mean.float().to(model.device)
+
+    def sums_of(self, contexts: Contexts) -> Float[Tensor, "contexts columns"]:
+        """Sums over the scored positions of each context, float64."""
+        passed: list[tuple[Tensor, Tensor]] = []
+
+        def look(x: Tensor, target: Tensor) -> Tensor:
+            passed.append((x.detach().clone(), target.detach().clone()))
+            return target
+
+        try:
+            with edited(self._transcoder, self._model, look):
+                clean = self._model.logits(contexts.tokens)
+            ((x, target),) = passed
+            sums = {"n": per_context(torch.ones(int(contexts.scored.sum())), contexts.scored)}
+            for name, replacement, l0 in self._variants(contexts, x, target):
+                sums |= self._compare(contexts, clean, target, name, replacement, l0)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the memory of {self._model.device} does not hold {contexts.tokens.numel()} tokens in this model; run "
+                "again with a smaller --set evaluate.lm.batch_tokens=N"
+            ) from error
+        return torch.stack([sums[name] for name in self.columns], 1)
+
+    def _compare(
+        self, contexts: Contexts, clean: Tensor, target: Tensor, name: str, replacement: Tensor, l0: Tensor | None
+    ) -> dict[str, Tensor]:
+        scored = contexts.scored
+        replaced = contexts.replaced.to(target.device)[..., None]
+        new = torch.where(replaced, replacement.to(target.dtype), target)
+        changed = self._model.logits(contexts.tokens, {self._transcoder.config.target_hook: lambda _: new})
+        scores = score(clean, changed, scored, contexts.next_tokens(scored))
+        found = {"clean.ce": per_context(scores.ce_clean, scored)} if name == ZERO else {}
+        found |= {
+            f"{name}.ce": per_context(scores.ce, scored),
+            f"{name}.kl": per_context(scores.kl, scored),
+            f"{name}.top1": per_context(scores.same_top, scored),
+        }
+        return found if l0 is None else {**found, f"{name}.l0": per_context(l0.cpu()[scored], scored)}
+
+    def _variants(self, contexts: Contexts, x: Tensor, target: Tensor) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """(name, what the target becomes, active latents of each position) of each variant, in the order of columns."""
+        yield ZERO, torch.zeros_like(target), None
+        yield MEAN, self._mean.expand(target.shape), None
+        rows = x.flatten(0, -2).to(self._transcoder.device)
+        active = active_latents(self._transcoder, rows)
+        counts = group_counts(self._transcoder, active)
+        parts = group_sums(self._transcoder, active, counts)
+        nested = nested_reconstructions(base_output(self._transcoder, rows), parts)
+        for group, (end, y_hat) in enumerate(zip(self._transcoder.prefix_ends, nested, strict=True), 1):
+            y_hat = y_hat.view(target.shape)
+            y_hat = y_hat + (target - y_hat) if self._error_term else y_hat
+            yield str(end), y_hat, counts[:, :group].sum(1).view(contexts.tokens.shape)
+
+
+def _settings(shards: ShardSet, config: EvaluateConfig, *, error_term: bool) -> dict[str, Any]:
+    return {
+        "tokens": config.faithfulness.tokens,
+        "split": config.split,
+        "prefix": config.prefix,
+        "bootstrap": config.bootstrap,
+        "seed": config.seed,
+        "dtype": weight_dtype(shards, config),
+        "error_term": error_term,
+    }
+
+
+def _faithfulness(
+    transcoder: TranscoderFacts,
+    shard_set: ShardSetFacts,
+    settings: dict[str, Any],
+    prefix_ends: tuple[int, ...],
+    estimates: Estimates,
+) -> Faithfulness:
+    return Faithfulness(
+        transcoder=transcoder,
+        shard_set=shard_set,
+        settings=settings,
+        n_contexts=estimates.n_contexts,
+        n_tokens=int(estimates.totals["n"]),
+        ce_loss_clean=estimates.value(mean_of("clean.ce")),
+        ce_loss_ablated_zero=estimates.value(mean_of(f"{ZERO}.ce")),
+        ce_loss_ablated_mean=estimates.value(mean_of(f"{MEAN}.ce")),
+        kl_ablated_zero=estimates.value(mean_of(f"{ZERO}.kl")),
+        kl_ablated_mean=estimates.value(mean_of(f"{MEAN}.kl")),
+        prefixes=tuple(_prefix(estimates, group, end) for group, end in enumerate(prefix_ends, 1)),
+    )
+
+
+def _prefix(estimates: Estimates, group: int, end: int) -> SplicedPrefix:
+    name = str(end)
+    shares = {ablation: recovered(name, ablation) for ablation in (ZERO, MEAN)}
+    return SplicedPrefix(
+        prefix=group,
+        prefix_end=end,
+        l0=estimates.value(mean_of(f"{name}.l0")),
+        ce_loss_spliced=estimates.value(mean_of(f"{name}.ce")),
+        ce_increase=estimates.value(increase(name)),
+        ce_recovered_zero=finite(estimates.value(shares[ZERO])),
+        ce_recovered_mean=finite(estimates.value(shares[MEAN])),
+        kl=estimates.value(mean_of(f"{name}.kl")),
+        top1_agreement=estimates.value(mean_of(f"{name}.top1")),
+        ce_increase_interval=estimates.interval(increase(name)),
+        ce_recovered_zero_interval=estimates.interval(shares[ZERO]),
+        ce_recovered_mean_interval=estimates.interval(shares[MEAN]),
+        kl_interval=estimates.interval(mean_of(f"{name}.kl")),
+    )

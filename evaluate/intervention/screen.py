@@ -1,0 +1,131 @@
+"""What the commands of this package show on the terminal: tables to stdout, notes to stderr."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..show import visible
+from .ablation import Ablated
+from .ablation_file import TokenChange
+from .faithfulness import Measured
+from .faithfulness_file import Faithfulness, Interval
+from .logits import Effects
+from .steering import Steered
+
+_TOKENS_SHOWN = 5
+
+
+def show_faithfulness(measured: Measured) -> None:
+    """The table of losses, and where it lies."""
+    Console().print(faithfulness_table(measured.faithfulness))
+    if measured.n_resumed:
+        _note(f"went on after {measured.n_resumed:,} rows that an earlier command had done")
+    _state(measured.path, measured.replaced, is_new=measured.is_new)
+
+
+def faithfulness_table(numbers: Faithfulness) -> Table:
+    """One line for the model itself, one for each ablation of the target and each nested prefix."""
+    table = _table(
+        f"{numbers.transcoder.run}: the model with y_hat in place of {numbers.shard_set.target_hook}, "
+        f"{numbers.n_tokens:,} tokens of {numbers.n_contexts:,} {numbers.shard_set.split} contexts",
+        "nats a token; recovered: share of what the ablation costs that y_hat gives back. [95% interval over contexts]",
+    )
+    for name in ("target", "L0", "CE", "more", "recovered (zero)", "recovered (mean)", "KL", "top-1"):
+        table.add_column(name, justify="left" if name == "target" else "right", overflow="fold")
+    clean = numbers.ce_loss_clean
+    table.add_row("as it is", "", f"{clean:.4f}", "", "", "", "", "")
+    for name, loss, kl in (
+        ("zero", numbers.ce_loss_ablated_zero, numbers.kl_ablated_zero),
+        ("mean", numbers.ce_loss_ablated_mean, numbers.kl_ablated_mean),
+    ):
+        table.add_row(name, "", f"{loss:.4f}", f"{loss - clean:+.4f}", "", "", f"{kl:.4f}", "")
+    for one in numbers.prefixes:
+        table.add_row(
+            f"y_hat of {one.prefix_end:,}",
+            f"{one.l0:.1f}",
+            f"{one.ce_loss_spliced:.4f}",
+            _with_interval(one.ce_increase, one.ce_increase_interval, "+.4f"),
+            _with_interval(one.ce_recovered_zero, one.ce_recovered_zero_interval, ".3f"),
+            _with_interval(one.ce_recovered_mean, one.ce_recovered_mean_interval, ".3f"),
+            f"{one.kl:.4f}",
+            f"{one.top1_agreement:.1%}",
+        )
+    return table
+
+
+def show_logits(effects: Effects) -> None:
+    """Where the table lies."""
+    _state(effects.path, effects.replaced, is_new=effects.is_new)
+
+
+def show_ablations(ablated: list[Ablated]) -> None:
+    """One line a latent: what its absence does, and to which tokens."""
+    first = ablated[0].ablation
+    table = _table(
+        f"{first.transcoder.run}: activations times {first.scale:g} at {first.shard_set.target_hook}",
+        "mean over the positions where the latent fires; loss: change of -log p(next token), nats; top-1: share of "
+        "them where another token becomes the most likely one",
+    )
+    for name in ("latent", "positions", "act", "loss", "KL", "top-1", "more likely", "less likely"):
+        table.add_column(name, justify="left" if name.endswith("likely") else "right", overflow="fold")
+    for one in (item.ablation for item in ablated):
+        table.add_row(
+            str(one.latent),
+            f"{one.n_positions:,}",
+            _number(one.mean_act, ".2f"),
+            _with_interval(one.loss_change, one.loss_change_interval, "+.4f"),
+            _number(one.kl, ".4f"),
+            _number(one.top1_changed, ".1%"),
+            _words(one.raised),
+            _words(one.lowered),
+        )
+    Console().print(table)
+    for item in ablated:
+        if item.ablation.n_contexts_firing == 0:
+            _note(f"latent {item.ablation.latent} fires in none of the contexts")
+        _state(item.path, item.replaced, is_new=item.is_new)
+
+
+def show_steered(steered: Steered) -> None:
+    """Both continuations under each other."""
+    console = Console()
+    added = f"with {steered.scale:g} x {steered.max_act:.3g} of latent {steered.latent}"
+    for title, text in (("as it is", steered.plain), (added, steered.steered)):
+        console.print(Text(title, style="bold"))
+        line = Text(visible(steered.prompt), style="dim")
+        console.print(line.append(visible(text), style="not dim"), soft_wrap=True)
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+
+
+def _words(changes: tuple[TokenChange, ...]) -> Text:
+    # Text, not markup: brackets in a token mean nothing.
+    return Text(" ".join(f"{visible(change.text)!r}" for change in changes[:_TOKENS_SHOWN]))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _with_interval(value: float | None, interval: Interval | None, form: str) -> str:
+    if value is None or interval is None:
+        return _number(value, form)
+    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+def _state(path: Path, replaced: tuple[str, ...], *, is_new: bool) -> None:
+    if replaced:
+        _note(f"replaced an older one ({'; '.join(replaced)})")
+    _note(f"{path}: {'written' if is_new else 'nothing left to do, it was there already'}")
+
+
+def _note(text: str) -> None:
+    # Paths are copied from the terminal: no line breaks in them.
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,260 @@
+"""`evaluate absorption`: how often a first-letter latent stays silent because another latent speaks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from matryoshka.devices import resolve_device
+from matryoshka.errors import UserError
+from matryoshka.runs import changed_fields, make_directory
+from matryoshka.shards import ShardSet
+from matryoshka.tokens import TokenTexts
+from matryoshka.transcoder import Transcoder
+
+from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
+from ..config import EvaluateConfig
+from ..report_file import result_folder
+from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
+from .absorption import RowScores, score_rows
+from .absorption_file import (
+    ABSORPTION_FILE,
+    Absorber,
+    AbsorptionResult,
+    LetterAbsorption,
+    PrefixAbsorption,
+    read_absorption,
+    write_absorption,
+)
+from .codes import Codes, encode_rows
+from .first_letter import LETTERS, split_tokens
+from .letter_task import LetterProbes, LetterTask
+from .main_latents import find_main_latents
+from .probe import require_sklearn
+from .readback import Readback, fit_readback, norm_directions
+from .word_bootstrap import mean_over_classes
+
+_SHOWN = 5
+_TILE = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Absorbed:
+    """A result and how it came about."""
+
+    checkpoint: Checkpoint
+    path: Path
+    result: AbsorptionResult
+    is_new: bool
+    """False when it was there already."""
+    replaced: tuple[str, ...] = ()
+    """How an older result in the same place differed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Letter:
+    facts: LetterAbsorption
+    scores: RowScores
+    words: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Codes of one transcoder on the three sets of rows, and what they are projected on."""
+
+    train: Codes
+    test: Codes
+    fit: Codes
+    fit_projected: Tensor
+    test_projected: Tensor
+
+
+def measure_absorption(
+    runs: Sequence[Path], config: EvaluateConfig, tokenizer: str | None = None, progress: Progress | None = None
+) -> list[Absorbed]:
+    """Publish absorption.json for each of `runs`, or read the one that answers already.
+
+    Raises UserError for whatever the user can mend, too few readable letters among it.
+    """
+    if config.shards is None:
+        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
+    require_sklearn()
+    shards = ShardSet.open(config.shards)
+    name = tokenizer or tokenizer_name(shards)
+    texts = TokenTexts.read(name, revision=shards.manifest.model.get("revision"), near=Path(shards.path))
+    task = LetterTask(shards, config, texts, progress or Silent())
+    checkpoints = [find_checkpoint(run) for run in expand_fleets(list(runs))]
+    return [_measure(checkpoint, task, name) for checkpoint in checkpoints]
+
+
+def tokenizer_name(shards: ShardSet) -> str:
+    """The tokenizer that made the set's tokens: a folder, or a repository of the hub."""
+    tokenizer = shards.manifest.model.get("tokenizer")
+    name = tokenizer.get("name") if isinstance(tokenizer, dict) else None
+    return str(name or shards.manifest.model.get("model", ""))
+
+
+def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Absorbed:
+    shards, config = task.shards, task.config
+    transcoder = load_transcoder(checkpoint, shards, config)
+    folder = result_folder(checkpoint, shards, config)
+    existing, settings = read_absorption(folder), _settings(config)
+    identity = {
+        "transcoder": {"step": checkpoint.step, "sha256": checkpoint.sha256},
+        "shard_set": {"digest": shards.digest},
+        "settings": settings,
+    }
+    changes = [] if existing is None else changed_fields(existing.identity(), identity)
+    if existing is not None and not changes:
+        return Absorbed(checkpoint, folder / ABSORPTION_FILE, existing, is_new=False)
+    make_directory(folder)
+    probes = task.probes(transcoder)
+    result = AbsorptionResult(
+        transcoder=transcoder_facts(checkpoint, transcoder),
+        shard_set=shard_set_facts(shards, config.split),
+        settings=settings,
+        tokenizer=tokenizer,
+        n_train_rows=len(task.train),
+        n_test_rows=len(task.test),
+        probes=probes.facts,
+        prefixes=_prefixes(transcoder.to(resolve_device(config.device)), checkpoint.name, task, probes),
+    )
+    return Absorbed(checkpoint, write_absorption(folder, result), result, is_new=True, replaced=tuple(changes))
+
+
+def _settings(config: EvaluateConfig) -> dict[str, Any]:
+    shared = {name: getattr(config, name) for name in ("split", "tokens", "prefix", "seed", "bootstrap")}
+    return shared | config.absorption.model_dump(mode="json")
+
+
+def _prefixes(
+    transcoder: Transcoder, name: str, task: LetterTask, probes: LetterProbes
+) -> tuple[PrefixAbsorption, ...]:
+    """The scores of each nested prefix; of the last alone where one prefix was asked for."""
+    rows = _encode(transcoder, task, probes)
+    ends = transcoder.prefix_ends if task.config.prefix is None else transcoder.prefix_ends[-1:]
+    task.progress.started(name, len(ends) * len(probes.probes) * len(task.test))
+    return tuple(_prefix(end, rows, task, probes) for end in ends)
+
+
+def _encode(transcoder: Transcoder, task: LetterTask, probes: LetterProbes) -> _Rows:
+    directions = torch.from_numpy(np.stack([probe.direction() for probe in probes.probes.values()], axis=1)).float()
+    everything = torch.cat([directions, norm_directions(transcoder.config.d_in, task.config.seed)], dim=1)
+    context, position = fit_places(task)
+    source = task.gather("train", context, position, "rows of the read-back")
+    codes, projected = [], []
+    for tile in source.split(_TILE):
+        x = task.inputs(tile, transcoder)
+        codes.append(encode_rows(transcoder, x))
+        projected.append(x @ everything)
+    device = transcoder.device
+    test = task.inputs(task.test_source, transcoder)
+    return _Rows(
+        train=encode_rows(transcoder, task.inputs(task.train_source, transcoder)),
+        test=encode_rows(transcoder, test),
+        fit=_joined(codes),
+        fit_projected=torch.cat(projected).to(device),
+        test_projected=(test @ directions).to(device),
+    )
+
+
+def fit_places(task: LetterTask) -> tuple[Tensor, Tensor]:
+    """Rows of the train split for the read-back, evenly spread and never a test row: contexts and positions."""
+    _, _, keep = split_tokens(task.shards.train, task.settings.train_tokens, task.shards.ctx_len)
+    if task.config.split == "train":
+        keep[task.test.context, task.test.position] = False
+    context, position = keep.nonzero(as_tuple=True)
+    n = min(len(context), task.settings.readback_tokens)
+    chosen = torch.linspace(0, len(context) - 1, n, dtype=torch.float64).round().long()
+    return context[chosen], position[chosen]
+
+
+def _joined(codes: list[Codes]) -> Codes:
+    counts = torch.cat([part.starts.diff() for part in codes])
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    latent, value = (torch.cat([getattr(part, name) for part in codes]) for name in ("latent", "value"))
+    return Codes(codes[0].n_latents, starts, latent, value)
+
+
+def _prefix(end: int, rows: _Rows, task: LetterTask, probes: LetterProbes) -> PrefixAbsorption:
+    train, test = rows.train.prefix(end), rows.test.prefix(end)
+    readback = fit_readback(rows.fit.prefix(end), rows.fit_projected)
+    letters, without = [], []
+    for column, letter in enumerate(probes.probes):
+        found = _letter(letter, column, train, test, rows.test_projected, readback, task, probes)
+        letters.append(found) if found is not None else without.append(letter)
+        task.progress.advanced(len(task.test))
+    return _mean(end, letters, without, task.config)
+
+
+def _letter(
+    letter: str,
+    column: int,
+    train: Codes,
+    test: Codes,
+    projected: Tensor,
+    readback: Readback,
+    task: LetterTask,
+    probes: LetterProbes,
+) -> _Letter | None:
+    number, config = LETTERS.index(letter), task.config
+    y_train, y_test = (places.letters().numpy() == number for places in (task.train, task.test))
+    main = find_main_latents(train, y_train, test, y_test, jump=config.absorption.f1_jump, seed=config.seed)
+    if not main.latents:
+        return None
+    right = torch.from_numpy(probes.right[letter]).to(test.latent.device)
+    scores = score_rows(
+        test.rows(right),
+        (projected[right, column] - readback.intercept[column]).double().cpu().numpy(),
+        readback.along[:, column].double().cpu().numpy(),
+        readback.cosine()[:, column].double().cpu().numpy(),
+        main.latents,
+    )
+    words = task.test.word.numpy()[probes.right[letter]]
+    facts = LetterAbsorption(
+        letter=letter,
+        n_true_positives=len(words),
+        main_latents=main.latents,
+        k_sparse_f1=main.f1,
+        absorption_fraction=float(scores.fraction.mean()),
+        full_absorption=float(scores.full.mean()),
+        missed=float(scores.missed.mean()),
+        absorbers=tuple(
+            Absorber(latent=latent, n_rows=n, words=_words(scores.absorber == latent, words, task.test.words))
+            for latent, n in sorted(scores.absorbers().items(), key=lambda pair: (-pair[1], pair[0]))[:_SHOWN]
+        ),
+    )
+    return _Letter(facts, scores, words)
+
+
+def _words(chosen: np.ndarray, words: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted({names[word] for word in words[chosen]})[:_SHOWN])
+
+
+def _mean(end: int, letters: list[_Letter], without: list[str], config: EvaluateConfig) -> PrefixAbsorption:
+    means: dict[str, Any] = {}
+    names = {"absorption_fraction": "fraction", "full_absorption": "full", "missed": "missed"}
+    for name, score in names.items():
+        point, interval = None, None
+        if letters:
+            values = [getattr(letter.scores, score) for letter in letters]
+            point, interval = mean_over_classes(
+                values, [letter.words for letter in letters], config.bootstrap, config.seed
+            )
+        means |= {name: point, f"{name}_interval": interval}
+    facts = [letter.facts for letter in letters]
+    return PrefixAbsorption(
+        prefix_end=end,
+        n_letters=len(facts),
+        letters_without_latent=tuple(without),
+        **means,
+        n_main_latents=float(np.mean([len(fact.main_latents) for fact in facts])) if facts else None,
+        main_f1=float(np.mean([fact.k_sparse_f1[len(fact.main_latents) - 1] for fact in facts])) if facts else None,
+        letters=tuple(facts),
+    )

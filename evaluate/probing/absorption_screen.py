@@ -1,0 +1,76 @@
+"""The table of `evaluate absorption`."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from .absorption_file import AbsorptionResult, Interval, PrefixAbsorption
+
+_CAPTION = (
+    "fraction, full: SAEBench's two scores, 0 is none. missed: no main latent fires. main: latents of a letter, and "
+    "their F1. Intervals are 95%, over words."
+)
+_TRUSTED_F1 = 0.5
+
+
+def absorption_table(result: AbsorptionResult) -> Table:
+    """One line a nested prefix, then one a letter of the last one."""
+    n_passed = sum(probe.passed for probe in result.probes)
+    step = "" if result.transcoder.step is None else f", step {result.transcoder.step:,}"
+    table = Table(
+        title=f"{result.transcoder.run}{step}: first-letter absorption, {n_passed} letters, "
+        f"{result.n_test_rows:,} rows of {result.shard_set.name} ({result.shard_set.split})",
+        caption=_CAPTION + _doubt(result.prefixes[-1]),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        collapse_padding=True,
+        show_edge=False,
+    )
+    for name in ("prefix", "fraction", "+-", "full", "+-", "missed", "main", "F1", "probe F1", "rows"):
+        table.add_column(name, justify="right", no_wrap=True)
+    probes = {probe.letter: probe.f1 for probe in result.probes}
+    for prefix in result.prefixes:
+        table.add_row(*_line(prefix))
+    table.add_section()
+    for letter in result.prefixes[-1].letters:
+        cells = (letter.absorption_fraction, letter.full_absorption, letter.missed)
+        fraction, full, missed = (_number(cell) for cell in cells)
+        main, f1 = str(len(letter.main_latents)), letter.k_sparse_f1[len(letter.main_latents) - 1]
+        row = (letter.letter, fraction, "", full, "", missed, main, _number(f1), _number(probes[letter.letter]))
+        table.add_row(*row, f"{letter.n_true_positives:,}")
+    return table
+
+
+def _doubt(prefix: PrefixAbsorption) -> str:
+    """What to say where no latent is a latent of its letter: the scores then count nothing that was absorbed."""
+    if prefix.main_f1 is None or prefix.main_f1 >= _TRUSTED_F1:
+        return ""
+    return (
+        f" Main latents predict their letters with an F1 of only {prefix.main_f1:.2f}: the transcoder has hardly any "
+        "first-letter latents that could be absorbed, and the scores say little of it."
+    )
+
+
+def _line(prefix: PrefixAbsorption) -> tuple[str, ...]:
+    return (
+        f"{prefix.prefix_end:,}",
+        _number(prefix.absorption_fraction),
+        _half(prefix.absorption_fraction_interval),
+        _number(prefix.full_absorption),
+        _half(prefix.full_absorption_interval),
+        _number(prefix.missed),
+        "-" if prefix.n_main_latents is None else f"{prefix.n_main_latents:.1f}",
+        _number(prefix.main_f1),
+        "",
+        f"{sum(letter.n_true_positives for letter in prefix.letters):,}",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _half(interval: Interval | None) -> str:
+    return "" if interval is None else f"{(interval[1] - interval[0]) / 2:.3f}"

@@ -1,0 +1,110 @@
+"""probing.json: its schema, and whether it already answers the question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from matryoshka.config import Config
+from matryoshka.runs import publish_json
+
+from ..report_file import ShardSetFacts, TranscoderFacts
+
+PROBING_FILE = "probing.json"
+
+
+class ProbedClass(Config):
+    """A class that took part."""
+
+    label: str
+    n_train: int
+    """Examples, half of them of the class and half of the others."""
+    n_test: int
+
+
+class Score(Config):
+    """Mean over the classes of a label set, on balanced test examples."""
+
+    k: int | None
+    """Latents or dimensions used; null is all"""
+    accuracy: float
+    f1: float
+
+
+class ClassScore(Config):
+    """One class at one k."""
+
+    label: str
+    latents: tuple[int, ...]
+    """That differ most, first the one that differs most."""
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+
+
+class KScore(Score):
+    """All classes of a label set at one k."""
+
+    classes: tuple[ClassScore, ...]
+
+
+class PrefixProbes(Config):
+    """One nested prefix."""
+
+    prefix_end: int
+    scores: tuple[KScore, ...]
+
+
+class LabelSet(Config):
+    """One set of labels: what the latents say of it, beside what its input says."""
+
+    name: str
+    unit: Literal["token", "document"]
+    classes: tuple[ProbedClass, ...]
+    left_out: tuple[str, ...]
+    """Classes with fewer than settings.min_examples on either side."""
+    majority_accuracy: float
+    """Of always saying the commoner of two: examples are balanced, so a half."""
+    source: Score
+    """A probe on all dimensions of the encoder's input."""
+    source_top_k: tuple[Score, ...]
+    """On its k dimensions that differ most: what no dictionary gives."""
+    prefixes: tuple[PrefixProbes, ...]
+
+
+class ProbingResult(Config):
+    """The content of probing.json."""
+
+    format_version: Literal[1] = 1
+    transcoder: TranscoderFacts
+    shard_set: ShardSetFacts
+    settings: dict[str, Any]
+    tokenizer: str
+    sets: tuple[LabelSet, ...]
+    skipped: dict[str, str]
+    """Label sets that could not be made, and why."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides every number here."""
+        return {
+            "transcoder": {"step": self.transcoder.step, "sha256": self.transcoder.sha256},
+            "shard_set": {"digest": self.shard_set.digest},
+            "settings": self.settings,
+        }
+
+
+def read_probing(folder: Path) -> ProbingResult | None:
+    """The result in `folder`; None when there is none that this version can read (it is then made anew)."""
+    try:
+        return ProbingResult.model_validate_json((folder / PROBING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None
+
+
+def write_probing(folder: Path, result: ProbingResult) -> Path:
+    """Publish probing.json whole or not at all."""
+    publish_json(folder / PROBING_FILE, result.model_dump(mode="json"))
+    return folder / PROBING_FILE

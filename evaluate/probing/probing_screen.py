@@ -1,0 +1,35 @@
+"""The table of `evaluate probing`."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from .probing_file import ProbingResult
+
+
+def probing_table(result: ProbingResult) -> Table:
+    """Mean test accuracy of each label set: a line for each nested prefix, then one for its input."""
+    step = "" if result.transcoder.step is None else f", step {result.transcoder.step:,}"
+    table = Table(
+        title=f"{result.transcoder.run}{step}: sparse probing on {result.shard_set.name} ({result.shard_set.split})",
+        caption="mean test accuracy over the classes, chance 0.5. k: latents (of the input: dimensions) that differ "
+        "most. all: a probe on the whole input",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        collapse_padding=True,
+        show_edge=False,
+    )
+    ks: list[int] = result.settings["ks"]
+    for name in ("labels", "classes", "prefix", *(f"k={k}" for k in ks), "all"):
+        table.add_column(name, justify="left" if name == "labels" else "right", no_wrap=True)
+    for label_set in result.sets:
+        first = [label_set.name, str(len(label_set.classes))]
+        for prefix in label_set.prefixes:
+            table.add_row(*first, f"{prefix.prefix_end:,}", *(f"{score.accuracy:.3f}" for score in prefix.scores), "")
+            first = ["", ""]
+        source = (f"{score.accuracy:.3f}" for score in label_set.source_top_k)
+        table.add_row(*first, "input", *source, f"{label_set.source.accuracy:.3f}")
+        table.add_section()
+    return table

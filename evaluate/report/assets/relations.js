@@ -1,0 +1,63 @@
+"use strict";
+// What other commands found out about a latent: tokens, parents and children, partners, what zeroing it does.
+
+// A part of the column beside the contexts; closed where there is no room beside them.
+function besides(id, title, ...content) {
+  const box = el("details", { id, class: "besides" }, el("summary", {}, title), ...content);
+  box.open = matchMedia("(min-width: 1000px)").matches || id === "logits";
+  return box;
+}
+
+const SHOWN = 12;
+
+function latentTokens(aside, o, own, texts) {
+  if (!own.raised) { aside.append(besides("logits", "Logits", missing(o, "logits", "Which tokens it raises and lowers is"))); return; }
+  const largest = Math.max(...[...own.raised, ...own.lowered].map(([, effect]) => Math.abs(effect)), 1e-9);
+  const side = (id, title, pairs) => el("div", { class: "tokens", id }, el("h3", {}, title),
+    el("ol", {}, ...pairs.map(([place, effect]) => tokenEffect(texts[place], effect, largest))));
+  aside.append(besides("logits", "Logits", el("div", { class: "columns2" }, side("raised", "raises", own.raised), side("lowered", "lowers", own.lowered)),
+    el("p", { class: "note" }, "Its decoder direction through the unembedding: added to a token\u2019s logit per unit of activation.")));
+}
+
+function tokenEffect(text, effect, largest) {
+  return el("li", { class: effect < 0 ? "down" : null }, bar(Math.abs(effect) / largest, text, `\u201c${text}\u201d ${effect}`), el("span", { class: "soft" }, number(effect, 2)));
+}
+
+function latentRelations(aside, o, own, table) {
+  const name = (other) => el("span", { class: "who" }, el("a", { href: `#/latent/${other}` }, String(other)), groupBadge(groupOf(other)), el("span", { class: "words", title: table.words[other] }, table.words[other]));
+  const item = (other, share, text, title) => el("li", {}, name(other), bar(share, text, title));
+  if (!own.parents) aside.append(besides("nest", "Parents and children", missing(o, "hierarchy", "What it lies in, and what lies in it, is")));
+  else {
+    const nested = ([other, inside, share, lift, cosine]) => item(other, inside, share_(inside), `inside the parent ${share_(inside)}, of the parent\u2019s rows ${share_(share)}, lift ${lift}, cosine ${cosine}`);
+    const list = (rows) => {
+      const box = el("ul", {}, ...rows.slice(0, SHOWN).map(nested));
+      if (rows.length > SHOWN) { const more = el("button", { type: "button", class: "more", onclick: () => { more.remove(); box.append(...rows.slice(SHOWN).map(nested)); } }, `${rows.length - SHOWN} more`); return el("div", {}, box, more); }
+      return box;
+    };
+    const rest = own.n_children - own.children.length;
+    aside.append(besides("parents", `Parents (${own.parents.length})`, el("p", { class: "note" }, "Earlier latents that fire where this one does; on what share of its rows."), list(own.parents)),
+      besides("children", `Children (${whole(own.n_children)})`, el("p", { class: "note" }, "Later latents that fire inside this one, the most frequent first; with what share of their rows. ",
+        el("a", { href: `#/hierarchy/${own.latent}`, id: "in-nest" }, "in the nest")), list(own.children), rest > 0 ? el("p", { class: "note" }, `${whole(rest)} more are in the nest`) : null));
+  }
+  if (own.partners && own.partners.length) aside.append(besides("partners", "Fires together with", el("ul", {}, ...own.partners.map(([other, both, jaccard, phi]) =>
+    item(other, phi, number(phi, 2), `phi ${phi}, ${whole(both)} rows together, Jaccard ${jaccard}`)))));
+  if (own.near.length) aside.append(besides("near", "Nearest decoder directions", el("ul", { class: "near" }, ...own.near.map(([other, cosine]) => item(other, cosine, number(cosine, 2), `cosine ${cosine}`)))));
+}
+
+const share_ = (value) => `${(value * 100).toFixed(value < 0.1 ? 1 : 0)}%`;
+
+const ABLATION = { kl: "KL here", kl_later: "KL later", loss_change: "loss here, nats", loss_change_later: "loss later, nats", mean_act: "mean activation", n_contexts: "contexts", n_contexts_firing: "contexts it fires in",
+  n_later: "positions later", n_positions: "positions", scale: "activation times", top1_changed: "other top token" };
+
+function latentAblation(aside, o, own) {
+  if (!own.ablation) {
+    if (o.missing.ablations) aside.append(besides("ablation", "Without it", missing(o, "ablations", "What the model says without it is")));
+    return;
+  }
+  const { numbers, raised, lowered } = own.ablation, tokens = [...raised, ...lowered];
+  const largest = Math.max(...tokens.map(([, effect]) => Math.abs(effect)), 1e-9);
+  const side = (title, pairs) => el("div", { class: "tokens" }, el("h3", {}, title), el("ol", {}, ...pairs.map(([text, effect]) => tokenEffect(text, effect, largest))));
+  aside.append(besides("ablation", "Without it", facts(Object.entries(numbers).map(([name, value]) => [ABLATION[name] ?? name.replaceAll("_", " "), value])),
+    tokens.length ? el("div", { class: "columns2" }, side("more likely", raised), side("less likely", lowered)) : null,
+    el("p", { class: "note" }, "The model with this latent\u2019s part of the layer\u2019s output taken out, in contexts in which it fires: at the positions where it does, and after them.")));
+}

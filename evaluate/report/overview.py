@@ -1,0 +1,85 @@
+"""overview.js: the numbers of the first page and of the run card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matryoshka.runs import METRICS_FILE, RUN_FILE
+
+from ..checkpoint import Checkpoint
+from ..report_file import Report
+from ..samples_file import SamplesMark
+from .chunks import CHUNK_LATENTS, TEXT_LATENTS
+from .parts import Parts
+from .scores import absorption_facts, probing_facts
+
+MAX_METRIC_POINTS = 1000
+
+
+def overview(checkpoint: Checkpoint, report: Report, mark: SamplesMark, parts: Parts) -> dict[str, Any]:
+    """Everything but the latents themselves."""
+    sizes = report.transcoder.config["group_sizes"]
+    n_latents = sum(sizes)
+    return {
+        "report": report.model_dump(mode="json", exclude={"by_token_frequency", "by_document"}),
+        "group_sizes": sizes,
+        "prefix_ends": prefix_ends(sizes),
+        "samples": mark.model_dump(mode="json", exclude={"transcoder", "shard_set"}),
+        "chunk_latents": CHUNK_LATENTS,
+        "text_file_latents": TEXT_LATENTS,
+        "n_text_files": -(-n_latents // TEXT_LATENTS),
+        "metrics": training_curves(checkpoint.run / METRICS_FILE, sizes),
+        "run": run_facts(checkpoint.run / RUN_FILE),
+        "comparison": parts.comparison,
+        "faithfulness": parts.records.get("faithfulness"),
+        "absorption": absorption_facts(parts.records.get("absorption")),
+        "probing": probing_facts(parts.records.get("probing")),
+        "missing": parts.missing(),
+        "stale": list(parts.stale),
+        "has_map": parts.has_map(),
+    }
+
+
+def prefix_ends(sizes: list[int]) -> list[int]:
+    """Latents up to and with each group."""
+    return [sum(sizes[: i + 1]) for i in range(len(sizes))]
+
+
+def training_curves(path: Path, sizes: list[int]) -> dict[str, Any]:
+    """Curves of training, at most MAX_METRIC_POINTS points; empty where a run logged none."""
+    lines = json_lines(path)
+    lines = lines[:: max(1, -(-len(lines) // MAX_METRIC_POINTS))]
+    return {
+        "step": [line["step"] for line in lines],
+        "fvu": [[_rounded(line.get(f"fvu/prefix_{end}")) for line in lines] for end in prefix_ends(sizes)],
+        "dead_share": [_rounded(line.get("dead_share")) for line in lines],
+    }
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl or timing.jsonl that are whole; none where there is no file."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            # The last line of a run that was killed while it wrote.
+            continue
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def run_facts(path: Path) -> dict[str, Any] | None:
+    """config and provenance of run.json; None for bare weights."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return {key: content[key] for key in ("config", "provenance") if isinstance(content.get(key), dict)}
+
+
+def _rounded(value: Any) -> float | None:
+    return float(f"{value:.5g}") if isinstance(value, int | float) and abs(value) < float("inf") else None

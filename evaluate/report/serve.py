@@ -1,0 +1,116 @@
+"""`evaluate serve`: the pages of a run with a server behind them, for what pages from the disk cannot do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from matryoshka.errors import UserError
+
+from ..checkpoint import find_checkpoint
+from ..config import EvaluateConfig
+from ..run import Progress
+from ..samples_file import read_mark
+from ..show import token_text, visible
+from .build import REPORT_FOLDER, make_report, near_place, read_pages_mark, samples_folder
+from .http_pages import Answers, PageServer
+from .live_text import LiveText
+from .site_files import LIVE_SITE, asset_files, index_html
+from .window_search import MAX_QUERY, WindowIndex
+
+_STOP_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server that listens."""
+
+    server: PageServer
+    name: str
+    notes: tuple[str, ...] = ()
+    busy: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the language model works."""
+
+    @property
+    def address(self) -> str:
+        """What to open."""
+        host, port = self.server.server_address[:2]
+        return f"http://{host}:{port}/"
+
+    def run(self, say: Callable[[str], Any]) -> None:
+        """Answer until Ctrl-C, which is the ordinary end."""
+        for note in self.notes:
+            say(note)
+        say(f"{self.name}: {self.address} (Ctrl-C ends it)")
+        try:
+            self.server.serve_forever()
+        except KeyboardInterrupt:
+            say("stopped")
+        finally:
+            self.server.server_close()
+            # A forward pass that is under way would be torn down with the interpreter in the middle of it.
+            self.busy.acquire(timeout=_STOP_SECONDS)
+
+
+def serve_report(
+    run: Path,
+    config: EvaluateConfig,
+    *,
+    port: int = 0,
+    tokenizer: str | None = None,
+    progress: Progress | None = None,
+) -> Served:
+    """Listen on 127.0.0.1 with the pages of `run`; they are made first where there are none of its newest weights.
+
+    The language model is loaded when the first text is tried. Raises UserError for whatever the user can mend.
+    """
+    notes: list[str] = []
+    folder = _pages(run, config)
+    if folder is None:
+        pages = make_report(run, config, tokenizer=tokenizer, progress=progress)
+        folder = pages.index.parent
+    samples, checkpoint = samples_folder(run, config), find_checkpoint(run)
+    mark = read_mark(samples)
+    assert mark is not None
+    text = token_text(mark, near_place(config, samples), tokenizer, notes.append)
+    text_of = cache(lambda token: visible(text(token)))
+    lock = threading.Lock()
+    live = LiveText(checkpoint, mark.transcoder, config)
+
+    def try_text(typed: str) -> dict[str, Any]:
+        with lock:
+            return live.tokens(typed)
+
+    index_lock, windows = threading.Lock(), cache(lambda: WindowIndex.read(samples, text_of))
+
+    def search(query: str) -> list[int]:
+        if len(query) > MAX_QUERY:
+            raise UserError(f"a search may have {MAX_QUERY} characters at most")
+        with index_lock:
+            index = windows()
+        return index.find(query) if query else []
+
+    answers = Answers(
+        index=index_html(checkpoint.name, LIVE_SITE, live=True),
+        folder=folder,
+        search=search,
+        try_text=try_text,
+        assets=asset_files(),
+    )
+    return Served(PageServer(answers, port), checkpoint.name, tuple(notes), lock)
+
+
+def _pages(run: Path, config: EvaluateConfig) -> Path | None:
+    """The folder of pages that belongs to the samples of `run`; None when it has to be made."""
+    try:
+        samples = samples_folder(run, config)
+    except UserError:
+        return None
+    mark, pages = read_mark(samples), read_pages_mark(samples.parent / REPORT_FOLDER)
+    if mark is None or pages is None or pages.transcoder.sha256 != mark.transcoder.sha256:
+        return None
+    return samples.parent / REPORT_FOLDER

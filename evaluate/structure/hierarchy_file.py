@@ -1,0 +1,198 @@
+"""hierarchy.json and the tables beside it: hierarchy.parquet, cofiring.parquet, clusters.parquet.
+
+hierarchy.json is written last: where it is, the tables are whole and are what it says. clusters.parquet is missing
+when clusters were not asked for.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from matryoshka.config import Config
+from matryoshka.runs import publish_bytes, publish_json
+
+from ..report_file import ShardSetFacts, TranscoderFacts
+from .clusters import Clusters
+from .cofiring import Edges, Partners, jaccard, lift
+
+HIERARCHY_FILE, EDGES_FILE = "hierarchy.json", "hierarchy.parquet"
+COFIRING_FILE, CLUSTERS_FILE = "cofiring.parquet", "clusters.parquet"
+IMPLIED = 0.5
+"""A latent is implied by a parent that fires on at least this share of its rows."""
+
+
+class FrequencyGain(Config):
+    """What a group adds on tokens of one frequency."""
+
+    name: str
+    """share of the train split's tokens"""
+    n_rows: int
+    fvu_before: float | None
+    """of these rows, about the mean of all rows, with the groups before"""
+    fvu_after: float | None
+    share_of_gain: float | None
+    """of all that the group adds; below 0 where it makes things worse"""
+
+
+class TokenGain(Config):
+    """What a group adds on one token."""
+
+    token: int
+    n_rows: int
+    share_of_gain: float | None
+    """of all that the group adds"""
+    gain_per_row: float | None
+    """squared error taken away on a row of this token, over the mean variance of a row"""
+
+
+class GroupGain(Config):
+    """One group and what it adds to those before it."""
+
+    group: int
+    """from 1"""
+    n_latents: int
+    prefix_end: int
+    fvu_before: float | None
+    """with the groups before; of the first group with no latent at all"""
+    fvu_after: float | None
+    share_of_variance: float | None
+    """fvu_before - fvu_after"""
+    share_of_rows: float
+    """on which any of its latents fires"""
+    l0: float
+    """mean number of its own latents that are active in a row"""
+    by_token_frequency: tuple[FrequencyGain, ...]
+    top_tokens: tuple[TokenGain, ...]
+    """largest share_of_gain first, of the tokens with at least settings.min_rows rows"""
+    top_tokens_per_row: tuple[TokenGain, ...]
+    """largest gain_per_row first, of the same tokens"""
+
+
+class GroupPair(Config):
+    """How the latents of two groups relate; a group with itself has directions only."""
+
+    parent_group: int
+    child_group: int
+    n_children: int
+    """latents of the child group that fired"""
+    n_with_parent: int
+    """of those, the ones that have an edge to the parent group (whether it is among the kept ones or not)"""
+    mean_best_parent: float | None
+    """mean over all n_children of the largest P(parent fires | child fires) among edges; 0 for one without any"""
+    share_implied: float | None
+    """share of n_children with a parent that fires on at least half (IMPLIED) of the rows on which the child does"""
+    mean_abs_cosine: float | None
+    """of the decoder rows of latents that fired"""
+
+
+class ClusterSummary(Config):
+    """The clusters in a few numbers."""
+
+    n_clusters: int
+    n_directions: int
+    """latents that fired"""
+    share_clustered: float
+    share_mixed: float | None
+    """share of the clusters that hold latents of more than one group"""
+
+
+class Hierarchy(Config):
+    """The content of hierarchy.json."""
+
+    format_version: Literal[1] = 1
+    transcoder: TranscoderFacts
+    shard_set: ShardSetFacts
+    settings: dict[str, Any]
+    n_rows: int
+    fvu_without_latents: float | None
+    groups: tuple[GroupGain, ...]
+    pairs: tuple[GroupPair, ...]
+    n_edges: int
+    clusters: ClusterSummary | None
+    """null when clusters were not asked for"""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides every number here."""
+        return {
+            "transcoder": {"step": self.transcoder.step, "sha256": self.transcoder.sha256},
+            "shard_set": {"digest": self.shard_set.digest},
+            "settings": self.settings,
+        }
+
+
+def read_hierarchy(folder: Path) -> Hierarchy | None:
+    """The hierarchy in `folder`; None when there is none that this version can read or one of its tables is gone."""
+    try:
+        found = Hierarchy.model_validate_json((folder / HIERARCHY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None
+    tables = [EDGES_FILE, COFIRING_FILE, *([CLUSTERS_FILE] if found.clusters is not None else [])]
+    return found if all((folder / name).is_file() for name in tables) else None
+
+
+def write_hierarchy(folder: Path, hierarchy: Hierarchy) -> Path:
+    """Publish hierarchy.json."""
+    publish_json(folder / HIERARCHY_FILE, hierarchy.model_dump(mode="json"))
+    return folder / HIERARCHY_FILE
+
+
+def write_edges(
+    folder: Path, edges: Edges, cosine: Tensor, counts: Tensor, n_rows: int, group_sizes: tuple[int, ...]
+) -> None:
+    """hierarchy.parquet: parent, child, parent_group, child_group (from 1), n_both, p_child_given_parent,
+    p_parent_given_child, lift, cosine."""
+    group = torch.repeat_interleave(torch.arange(len(group_sizes)) + 1, torch.tensor(group_sizes))
+    parent, child, both = edges.parent, edges.child, edges.n_both
+    columns = {
+        "parent": parent.int(),
+        "child": child.int(),
+        "parent_group": group[parent].short(),
+        "child_group": group[child].short(),
+        "n_both": both,
+        "p_child_given_parent": both.double() / counts[parent],
+        "p_parent_given_child": both.double() / counts[child],
+        "lift": lift(both, counts[parent], counts[child], n_rows),
+        "cosine": cosine.float(),
+    }
+    _publish(folder / EDGES_FILE, columns)
+
+
+def write_cofiring(folder: Path, partners: Partners, counts: Tensor) -> None:
+    """cofiring.parquet: latent, other, rank, n_both, jaccard, phi."""
+    columns = {
+        "latent": partners.latent.int(),
+        "other": partners.other.int(),
+        "rank": partners.rank.short(),
+        "n_both": partners.n_both,
+        "jaccard": jaccard(partners.n_both, counts[partners.latent], counts[partners.other]),
+        "phi": partners.phi,
+    }
+    _publish(folder / COFIRING_FILE, columns)
+
+
+def write_clusters(folder: Path, latent: Tensor, clusters: Clusters) -> None:
+    """clusters.parquet: latent, cluster, x, y; the latents that fired."""
+    columns = {
+        "latent": latent.int(),
+        "cluster": clusters.cluster.int(),
+        "x": clusters.place[:, 0].contiguous(),
+        "y": clusters.place[:, 1].contiguous(),
+    }
+    _publish(folder / CLUSTERS_FILE, columns)
+
+
+def _publish(path: Path, columns: dict[str, Tensor]) -> None:
+    """Equal columns give equal bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    table = pa.table({name: pa.array(column.numpy()) for name, column in columns.items()})
+    pq.write_table(table, buffer, compression="zstd")
+    publish_bytes(path, buffer.getvalue())

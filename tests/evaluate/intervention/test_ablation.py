@@ -1,0 +1,204 @@
+"""Single latents out of the model, against a plain Hugging Face model with plain hooks; and where latents fire."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evaluate.intervention import ablation as module
+from evaluate.intervention.ablation import ablate
+from evaluate.intervention.firing import find_firing
+from evaluate.intervention.screen import show_ablations
+from evaluate.report.ablation import ablation_facts
+from matryoshka.errors import UserError
+from matryoshka.shards import ShardSet
+from matryoshka.sites import apply_convention
+
+MODELS = ("gemma2", "llama", "gpt2")
+LATENTS = (0, 7, 20)
+NEVER = 30
+
+
+def twin(subject: Any, latent: int, scale: float) -> dict[str, Any]:
+    """All val contexts in which the latent fires, position by position, in float64."""
+    transcoder = subject.transcoder
+    sums = dict.fromkeys(("n", "act", "loss", "kl", "top1", "later", "later_loss", "later_kl"), 0.0)
+    contexts, ratio = 0, torch.zeros(len(subject.model.tokenizer), dtype=torch.float64)
+    for tokens, docs in subject.contexts():
+        special = torch.tensor([token in subject.special_ids for token in tokens])
+        seen: list[torch.Tensor] = []
+
+        def edit(
+            u: torch.Tensor, target: torch.Tensor, special: torch.Tensor = special, seen: list[torch.Tensor] = seen
+        ) -> torch.Tensor:
+            acts = transcoder.encode(u)
+            acts[special] = 0
+            seen.append(acts[:, latent].clone())
+            without = acts.clone()
+            without[:, latent] *= scale
+            return target + transcoder.decode(without) - transcoder.decode(acts)  # the error term stays
+
+        log_q = subject.logits(tokens, edit).double().log_softmax(-1)
+        log_p = subject.logits(tokens).double().log_softmax(-1)
+        act = seen[0]
+        if not bool((act > 0).any()):
+            continue
+        contexts += 1
+        fired = False
+        for p in range(len(tokens)):
+            fires = float(act[p]) > 0
+            if subject.is_scored(tokens, docs, p) and (fires or fired):
+                loss = float(log_p[p, tokens[p + 1]] - log_q[p, tokens[p + 1]])
+                kl = float((log_p[p].exp() * (log_p[p] - log_q[p])).sum())
+                if fires:
+                    sums["n"] += 1
+                    sums["act"] += float(act[p])
+                    sums["loss"] += loss
+                    sums["kl"] += kl
+                    sums["top1"] += float(int(log_p[p].argmax()) != int(log_q[p].argmax()))
+                    ratio += (log_q[p] - log_p[p])[: len(ratio)]
+                else:
+                    sums["later"] += 1
+                    sums["later_loss"] += loss
+                    sums["later_kl"] += kl
+            fired = fired or fires
+    return {**sums, "contexts": contexts, "ratio": ratio}
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+@pytest.mark.parametrize("kind", MODELS)
+def test_against_plain_hooks(kind: str, scale: float, subject: Callable[[str], Any], tmp_path: Path) -> None:
+    one = subject(kind)
+    config = one.config(tmp_path, ablate={"top": 3}, lm={"batch_tokens": 30})
+    for latent, made in zip(LATENTS, ablate(one.run, list(LATENTS), config, scale=scale), strict=True):
+        found, expected = made.ablation, twin(one, latent, scale)
+        n = expected["n"]
+        assert n > 0
+        assert made.path == tmp_path / "ablations" / f"{latent}.json"
+        assert (found.latent, found.scale) == (latent, scale)
+        assert (found.n_contexts, found.n_contexts_firing) == (expected["contexts"],) * 2
+        assert (found.n_positions, found.n_later) == (n, expected["later"])
+        assert found.mean_act == pytest.approx(expected["act"] / n, rel=1e-4)
+        assert found.loss_change == pytest.approx(expected["loss"] / n, rel=1e-3, abs=1e-5)
+        assert found.kl == pytest.approx(expected["kl"] / n, rel=1e-3, abs=1e-6)
+        assert found.top1_changed == pytest.approx(expected["top1"] / n)
+        later = expected["later"] or None  # a latent that fires everywhere leaves no later position
+        assert found.loss_change_later == (later and pytest.approx(expected["later_loss"] / later, rel=1e-3, abs=1e-5))
+        assert found.kl_later == (later and pytest.approx(expected["later_kl"] / later, rel=1e-3, abs=1e-6))
+        assert found.loss_change_interval is not None
+        effects = (expected["ratio"] / n).tolist()
+        order = sorted(range(len(effects)), key=effects.__getitem__)
+        for side, best in ((found.raised, order[::-1]), (found.lowered, order)):
+            assert [change.token for change in side] == best[:3]
+            assert [change.effect for change in side] == pytest.approx(
+                [effects[t] for t in best[:3]], rel=1e-2, abs=1e-4
+            )
+
+
+def test_a_factor_of_one_changes_nothing(subject: Callable[[str], Any], tmp_path: Path) -> None:
+    one = subject("llama")
+    (made,) = ablate(one.run, [7], one.config(tmp_path), scale=1.0)
+    assert made.ablation.kl == pytest.approx(0, abs=1e-9)
+    assert made.ablation.loss_change == pytest.approx(0, abs=1e-7)
+    assert made.ablation.top1_changed == 0
+
+
+def test_a_latent_that_never_fires(
+    subject: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = subject("gemma2")
+    made = ablate(one.run, [NEVER], one.config(tmp_path))
+    assert made[0].ablation.n_contexts_firing == made[0].ablation.n_positions == 0
+    assert made[0].ablation.kl is None
+    assert made[0].ablation.raised == ()
+    show_ablations(made)
+    assert f"latent {NEVER} fires in none of the contexts" in capsys.readouterr().err
+
+
+def test_contexts_are_drawn_among_those_where_it_fires(subject: Callable[[str], Any], tmp_path: Path) -> None:
+    one = subject("gpt2")
+    split = one.shards.val
+    counts = find_firing(one.transcoder, one.shards, split, [7], split.n_contexts).counts[0]
+    assert int((counts > 0).sum()) > 3
+    few = [
+        ablate(one.run, [7], one.config(tmp_path / str(seed), seed=seed, ablate={"contexts": 2}))[0].ablation
+        for seed in (0, 0, 1, 2, 3)
+    ]
+    assert {found.n_contexts for found in few} == {2}
+    assert few[0] == few[1]
+    assert len({found.kl for found in few}) > 1
+    some = ablate(one.run, [7], one.config(tmp_path, tokens=30))[0].ablation  # the first three contexts
+    assert some.n_contexts_firing == int((counts[:3] > 0).sum())
+
+
+def test_it_is_made_once(
+    subject: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one = subject("llama")
+    config = one.config(tmp_path)
+    first = ablate(one.run, [0, 7, 0], config)
+    assert [made.ablation.latent for made in first] == [0, 7]
+    before = first[0].path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_model", lambda *_: pytest.fail("the model was loaded for nothing"))
+        again = ablate(one.run, [7, 0], config)
+    assert [(made.ablation.latent, made.is_new) for made in again] == [(7, False), (0, False)]
+    assert again[1].ablation == first[0].ablation
+    show_ablations(again)
+    assert "nothing left to do" in capsys.readouterr().err
+    mixed = ablate(one.run, [0, 20], config)
+    assert [made.is_new for made in mixed] == [False, True]
+    other = ablate(one.run, [0], config, scale=0.5)
+    assert other[0].replaced == ("settings.scale: 0.0 -> 0.5",)
+    first[0].path.unlink()
+    assert ablate(one.run, [0], config)[0].path.read_bytes() == before
+
+
+def test_the_pages_can_read_it(subject: Callable[[str], Any], tmp_path: Path) -> None:
+    one = subject("llama")
+    (made,) = ablate(one.run, [7], one.config(tmp_path))
+    facts = ablation_facts(json.loads(made.path.read_text()), str)
+    assert facts["raised"][0][0] == str(made.ablation.raised[0].token)
+    assert facts["numbers"]["kl"] == pytest.approx(made.ablation.kl, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"), [([31], "latents 0 to 30, and no latent 31"), ([-1], "no latent -1"), ([], "no latent was")]
+)
+def test_mistakes(latents: list[int], message: str, subject: Callable[[str], Any], tmp_path: Path) -> None:
+    one = subject("llama")
+    with pytest.raises(UserError, match=message):
+        ablate(one.run, latents, one.config(tmp_path))
+    assert not (tmp_path / "ablations").exists()
+
+
+def test_where_latents_fire_against_loops(val_set: ShardSet, made: Any) -> None:
+    transcoder = made.transcoder(input="normalized")
+    latents = [3, 40, 11]
+    split = val_set.val
+    for n_contexts in (13, 7):
+        found = find_firing(transcoder, val_set, split, latents, n_contexts)
+        counts, largest = torch.zeros(3, n_contexts, dtype=torch.int64), torch.zeros(3)
+        context = 0
+        for shard, n in enumerate(split.shard_contexts):
+            tokens, source = split.tokens(shard), split.activations("source", shard)
+            for c in range(n):
+                for p in range(val_set.ctx_len):
+                    if context >= n_contexts or int(tokens[c, p]) in val_set.manifest.special_ids:
+                        continue
+                    x = apply_convention(source[p, c], "normalized", source_site="resid_mid", norm=val_set.norm)
+                    acts = transcoder.encode(x[None])[0, latents]
+                    counts[:, context] += acts > 0
+                    largest = largest.maximum(acts)
+                context += 1
+        assert torch.equal(found.counts, counts)
+        torch.testing.assert_close(found.largest, largest)
+        assert bool((counts > 0).any())

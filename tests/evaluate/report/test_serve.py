@@ -1,0 +1,339 @@
+"""`evaluate serve`: what it answers, whom it refuses, the search, and a text of one's own through a tiny model."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evaluate.config import EvaluateConfig
+from evaluate.report.build import make_report
+from evaluate.report.http_pages import MAX_BODY, Answers, PageServer
+from evaluate.report.serve import serve_report
+from evaluate.report.site_files import asset_files
+from evaluate.report.window_search import WindowIndex
+from evaluate.samples_file import all_windows
+from matryoshka.errors import UserError
+from matryoshka.lm import LanguageModel
+from matryoshka.runs import publish_json
+from matryoshka.shards import ShardSet
+from matryoshka.sites import apply_convention
+from matryoshka.transcoder import Transcoder
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_text: Path, made: Any) -> Path:
+    """A folder with a shard set l1 that was harvested from a tiny model, and a run with a report."""
+    folder = tmp_path_factory.mktemp("served")
+    words = ["--model", tiny_llama, "--dataset", tiny_text, "--layer", "1", "--tokens", "3k", "--out", "l1"]
+    words += ["--set", "harvest.ctx_len=32", "--set", "harvest.val_fraction=0.3", "--device", "cpu", "--dtype", "fp32"]
+    command(folder, "harvest", "run", *words)
+    hooks = {"source_hook": "blocks.1.hook_resid_mid", "target_hook": "blocks.1.hook_mlp_out"}
+    model = {"model": str(tiny_llama), "model_revision": None, "input": "normalized"}
+    run = made.run(folder / "l1-k9", made.transcoder(d_in=24, d_out=24, **hooks, **model))
+    publish_json(run / "run.json", {"format_version": 1, "config": {"shards": "l1"}})
+    config = EvaluateConfig.model_validate({"shards": folder / "l1", "device": "cpu", "samples": {"before": 6}})
+    assert make_report(run, config).notes == ()
+    return folder
+
+
+def command(folder: Path, *words: Any) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    line = [sys.executable, "-m", *map(str, words)]
+    done = subprocess.run(
+        line, cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def server(place: Path) -> Iterator[PageServer]:
+    served = serve_report(place / "l1-k9", EvaluateConfig(device="cpu"))
+    thread = threading.Thread(target=served.server.serve_forever, daemon=True)
+    thread.start()
+    yield served.server
+    served.server.shutdown()
+    served.server.server_close()
+    thread.join(10)
+
+
+def ask(server: PageServer, method: str, path: str, body: bytes | None = None, **headers: str | None) -> Any:
+    """(status, headers, body); headers replace those of our own page, None leaves one out."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    own = {"Host": f"127.0.0.1:{server.port}"}
+    if method == "POST":
+        own |= {"Origin": f"http://127.0.0.1:{server.port}", "Content-Type": "application/json"}
+    own |= {name.replace("_", "-"): value for name, value in headers.items()}  # type: ignore[misc]
+    try:
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in own.items():
+            if value is not None:
+                connection.putheader(name, value)
+        if body is not None and "Content-Length" not in own:
+            connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+    finally:
+        connection.close()
+
+
+def text(content: Any) -> bytes:
+    return json.dumps({"text": content}).encode()
+
+
+def test_the_files_of_the_folder_and_nothing_else(server: PageServer, place: Path) -> None:
+    folder = server.answers.folder
+    for name in ("data/overview.js", "data/chunk-0.js", "pages.json"):
+        status, headers, body = ask(server, "GET", f"/{name}")
+        assert (status, body) == (200, (folder / name).read_bytes())
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    status, headers, body = ask(server, "GET", "/")
+    assert status == 200
+    assert b"assets/live.js" in body
+    assert b"assets/live.js" not in (folder / "index.html").read_bytes()
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert "unsafe" not in headers["Content-Security-Policy"]
+    assert ask(server, "GET", "/assets/live.js")[2] == asset_files()["live.js"]
+    assert ask(server, "HEAD", "/")[2] == b""
+    secret = place / "l1-k9" / "run.json"
+    for path in (
+        "/../../../run.json",
+        "/..%2f..%2f..%2frun.json",
+        "//etc/passwd",
+        "/assets/../../../../run.json",
+        f"/{secret}",
+        "/data",
+        "/data/",
+        "/assets/../pages.json",
+    ):
+        status, headers, body = ask(server, "GET", path)
+        assert status == 404
+        assert b"format_version" not in body
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+
+
+def test_other_pages_cannot_ask(server: PageServer) -> None:
+    port = server.port
+    assert server.server_address[0] == "127.0.0.1"
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"0.0.0.0:{port}", None):
+        assert ask(server, "GET", "/", Host=host)[0] == 421
+        assert ask(server, "POST", "/api/try", text("w1"), Host=host)[0] == 421
+    assert ask(server, "GET", "/", Host=f"localhost:{port}")[0] == 200
+    for origin in (None, "null", "http://evil.example", f"https://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"):
+        assert ask(server, "POST", "/api/try", text("w1"), Origin=origin)[0] == 403
+    for site in ("cross-site", "same-site"):
+        assert ask(server, "POST", "/api/try", text("w1"), Sec_Fetch_Site=site)[0] == 403
+        assert ask(server, "GET", "/api/search?q=w1", Sec_Fetch_Site=site)[0] == 403
+    assert ask(server, "GET", "/api/search?q=w1", Sec_Fetch_Site="same-origin")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers"),
+    [
+        (415, text("w1"), {"Content_Type": "text/plain"}),
+        (415, text("w1"), {"Content_Type": "application/x-www-form-urlencoded"}),
+        (411, None, {}),
+        (411, None, {"Content_Length": "-5"}),
+        (413, None, {"Content_Length": str(MAX_BODY + 1)}),
+        (400, b"{", {}),
+        (400, b"\xff\xfe", {}),
+        (400, b"[" * 60_000, {}),
+        (400, b"[1]", {}),
+        (400, text(5), {}),
+        (400, text("   "), {}),
+        (400, text("w1 " * 1030), {}),
+    ],
+)
+def test_bodies_that_are_refused(
+    server: PageServer, status: int, body: bytes | None, headers: dict[str, str | None]
+) -> None:
+    found, _, answer = ask(server, "POST", "/api/try", body, **headers)
+    assert found == status
+    assert json.loads(answer)["error"]
+
+
+def test_methods_that_are_not_there(server: PageServer) -> None:
+    assert ask(server, "PUT", "/")[0] == 501
+    assert ask(server, "POST", "/", text("w1"))[0] == 404
+    assert ask(server, "POST", "/api/search", text("w1"))[0] == 404
+    status, headers, _ = ask(server, "OPTIONS", "/api/try")
+    assert status == 501
+    assert "Access-Control-Allow-Origin" not in headers
+
+
+def test_the_search_looks_at_all_windows(server: PageServer, place: Path) -> None:
+    samples = server.answers.folder.parent / "samples"
+    words = json.loads((Path(model_folder(place)) / "tokenizer.json").read_text())["model"]["vocab"]
+    names = {number: word for word, number in words.items()}
+    texts: dict[int, list[str]] = {}
+    for windows in all_windows(samples):
+        for window in windows:
+            if window.kind != "random":
+                texts.setdefault(window.latent, []).append("".join(names[token] for token in window.tokens).lower())
+    queries = ["w1w2", "w17", "W17", texts[4][-1][2:9], "<bos>", "nowhere", "w", ""]
+    for query in queries:
+        status, _, body = ask(server, "GET", f"/api/search?q={query.replace('<', '%3C')}")
+        wanted = sorted(i for i, own in texts.items() if any(query.lower() in one for one in own)) if query else []
+        assert (status, json.loads(body)["latents"]) == (200, wanted)
+    assert json.loads(ask(server, "GET", "/api/search?q=w17")[2])["latents"]
+    assert ask(server, "GET", f"/api/search?q={'w' * 201}")[0] == 400
+
+
+def test_a_search_without_windows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"latent": pa.array([], pa.int32()), "kind": pa.array([], pa.string())}
+    columns["tokens"] = pa.array([], pa.list_(pa.int32()))
+    pq.write_table(pa.table(columns), tmp_path / "samples.parquet")
+    assert WindowIndex.read(tmp_path, str).find("a") == []
+    (tmp_path / "samples.parquet").write_bytes(b"torn")
+    with pytest.raises(UserError, match="run evaluate samples again"):
+        WindowIndex.read(tmp_path, str)
+
+
+def model_folder(place: Path) -> str:
+    return str(ShardSet.open(place / "l1").manifest.model["model"])
+
+
+def by_hand(place: Path, words: str) -> list[dict[int, float]]:
+    """Latent -> activation of each token, from the model and the transcoder themselves."""
+    shards = ShardSet.open(place / "l1")
+    model = LanguageModel.load(model_folder(place), dtype="float32", device="cpu")
+    tokens = [model.bos_id, *model.tokenizer.convert_tokens_to_ids(words.split())]
+    hook = "blocks.1.hook_resid_mid"
+    raw = model.capture(torch.tensor([tokens]), [hook])[hook][0]
+    transcoder = Transcoder.load(place / "l1-k9" / "checkpoints" / "step-000400")
+    x = apply_convention(raw, "normalized", source_site="resid_mid", norm=shards.norm)
+    return [{i: act for i, act in enumerate(row) if act > 0} for row in transcoder.encode(x).tolist()][1:]
+
+
+def test_a_text_of_ones_own(server: PageServer, place: Path) -> None:
+    status, _, body = ask(server, "POST", "/api/try", text("w5 w17 <script> w80"))
+    assert status == 200
+    tokens = json.loads(body)["tokens"]
+    assert [token["text"] for token in tokens] == ["w5", "w17", "<unk>", "w80"]
+    # <unk> is a special token: harvested sets hold none, and no transcoder speaks of it.
+    assert tokens[2]["latents"] == []
+    wanted = by_hand(place, "w5 w17 <unk> w80")
+    for i in (0, 1, 3):
+        found = tokens[i]["latents"]
+        assert {latent: pytest.approx(act, rel=1e-3) for latent, act in found} == wanted[i]
+        assert [act for _, act in found] == sorted((act for _, act in found), reverse=True)
+
+
+def test_when_the_shard_set_is_gone_the_page_says_so(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "l1-k9", tmp_path / "l1-k9")
+    served = serve_report(tmp_path / "l1-k9", EvaluateConfig(device="cpu"))
+    try:
+        with pytest.raises(UserError, match="start the server again with --shards DIR"):
+            served.server.answers.try_text("w1")
+    finally:
+        served.server.server_close()
+
+
+def test_pages_are_made_when_there_are_none(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "l1-k9", tmp_path / "l1-k9")
+    (report,) = (tmp_path / "l1-k9").glob("eval/*/report")
+    (report / "pages.json").unlink()
+    config = EvaluateConfig.model_validate({"shards": place / "l1", "device": "cpu", "samples": {"before": 6}})
+    served = serve_report(tmp_path / "l1-k9", config)
+    served.server.server_close()
+    assert (report / "pages.json").is_file()
+    shutil.rmtree(report.parent)
+    with pytest.raises(UserError, match="has no samples yet"):
+        serve_report(tmp_path / "l1-k9", EvaluateConfig(device="cpu"))
+
+
+def test_a_port_that_is_taken(server: PageServer, tmp_path: Path) -> None:
+    answers = Answers("", tmp_path, {}, lambda _: [], lambda _: {})
+    with pytest.raises(UserError, match=f"port {server.port} of 127.0.0.1 cannot be had"):
+        PageServer(answers, server.port)
+
+
+def test_ctrl_c_is_the_ordinary_end(place: Path) -> None:
+    line = [sys.executable, "-c", "from matryoshka.launch import evaluate; evaluate()", "serve", "l1-k9"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        line, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
+        assert found is not None
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+        connection.request("GET", "/data/overview.js")
+        assert connection.getresponse().status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stdout.read() == "stopped\n"
+        assert "Traceback" not in process.stderr.read()
+
+
+@pytest.fixture
+def live(browser: Any, server: PageServer) -> Any:
+    """The browser on the served pages."""
+    return browser.on(f"http://127.0.0.1:{server.port}/")
+
+
+def test_the_live_search_in_a_browser(live: Any, server: PageServer) -> None:
+    live.go("#/latents", "latents")
+    pairs = (f"w{i}w{j}" for i in range(93) for j in range(93))
+    query, wanted = next((pair, found) for pair in pairs if 0 < len(found := server.answers.search(pair)) < 12)
+    live.one("#search").send_keys(query.upper())
+    live.count(f"{len(wanted)} of 48")
+    assert set(live.latents()) == set(wanted)
+    loaded = live.driver.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert not any("text-" in name for name in loaded)
+    live.one("#search").clear()
+    live.one("#search").send_keys("nothing like it")
+    live.count("0 of 48")
+
+
+def test_a_text_in_a_browser(live: Any, place: Path) -> None:
+    live.go("#/try", "try")
+    live.one("#text").send_keys("w5 w17 <img src=x onerror=window.hacked=1> w80")
+    live.one("#go").click()
+    live.wait(lambda _: live.texts("#typed .token"))
+    assert live.texts("#typed .token") == ["w5", "w17", "<unk>", "<unk>", "<unk>", "w80"]
+    assert live.all("#typed img, #typed unk") == []
+    live.all("#typed .token")[1].click()
+    wanted = by_hand(place, "w5 w17")[1]
+    shown = [int(text) for text in live.texts("#of-token li a")]
+    assert set(shown) == set(wanted)
+    assert [wanted[latent] for latent in shown] == sorted(wanted.values(), reverse=True)
+    before = live.all("#typed .token")[1].get_attribute("style")
+    live.all("#of-token li button")[-1].click()
+    assert live.all("#typed .token")[1].get_attribute("style") != before
+    live.resize(390, 800)
+    assert live.fits(390)
+    live.all("#of-token li a")[0].click()
+    live.at(f"latent/{shown[0]}")
+    live.driver.back()
+    live.at("try")
+    assert live.texts("#typed .token")[0] == "w5"
+
+
+def test_a_text_that_cannot_be_tried(live: Any) -> None:
+    live.go("#/try", "try")
+    live.one("#go").click()
+    live.wait(lambda _: "type a few words" in live.one("#state").text)
+    assert live.all("#typed .token") == []
+    # The refusal itself is what the browser logs.
+    assert all("400" in entry["message"] for entry in live.driver.get_log("browser"))

@@ -1,0 +1,282 @@
+"""`evaluate absorption` and `evaluate probing` on words whose first letter is planted in the source."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from evaluate.cli import app
+from evaluate.config import EvaluateConfig
+from evaluate.probing.absorption_run import fit_places, measure_absorption
+from evaluate.probing.absorption_screen import absorption_table
+from evaluate.probing.first_letter import is_test_word
+from evaluate.probing.letter_task import LetterTask
+from evaluate.probing.probing_screen import probing_table
+from evaluate.probing.sparse_probing import probe_runs
+from evaluate.run import Silent
+from matryoshka.errors import UserError
+from matryoshka.shards import Manifest, ShardSet, ShardSetWriter, SiteFacts, SplitPlan
+from matryoshka.tokens import TokenTexts
+
+LETTERS = "abcdefgh"
+SETS = ("first_letter", "token_kind", "document_start")
+N_WORDS = 30
+D_IN, D_OUT, CTX_LEN = 40, 10, 33
+FACTS = {
+    "source_hook": "blocks.1.hook_resid_mid",
+    "target_hook": "blocks.1.hook_mlp_out",
+    "model": "planted",
+    "model_revision": None,
+}
+WORDS = [letter + "xyz"[i % 3] * (i // 3 + 1) for letter in LETTERS for i in range(N_WORDS)]
+PIECES = ["<s>", *(f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in WORDS), *".,!?;:()[]{}-+=*", "ing", *"0123456789"]
+TEST_WORDS = [word for word in WORDS if is_test_word(word, 0.3, 0)]
+ABSORBED = [word for word in TEST_WORDS if word[0] == "a"][:2] + [word for word in TEST_WORDS if word[0] == "c"][:1]
+
+
+def word_source(word: str) -> Tensor:
+    """3 along the letter's own dimension, 1.5 along a direction of the word's own in the others but the last."""
+    own = torch.randn(D_IN - len(LETTERS) - 1, generator=torch.Generator().manual_seed(WORDS.index(word)))
+    letter = torch.zeros(len(LETTERS))
+    letter[LETTERS.index(word[0])] = 3.0
+    return torch.cat([letter, 1.5 * torch.nn.functional.normalize(own, dim=0), torch.zeros(1)])
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """A set of random words and punctuation, and its tokenizer in a folder beside it."""
+    from tokenizers import Tokenizer, models
+
+    folder = tmp_path_factory.mktemp("letters")
+    (folder / "tokenizer").mkdir()
+    vocabulary = {piece: number for number, piece in enumerate(PIECES)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<s>")).save(str(folder / "tokenizer" / "tokenizer.json"))
+    plans = {
+        "train": SplitPlan(contexts=40, chunk_positions=11, shard_contexts=(40, 30)),
+        "val": SplitPlan(contexts=40, chunk_positions=3, shard_contexts=(40,)),
+    }
+    manifest = Manifest(
+        model={"model": "planted", "tokenizer": {"name": str(folder / "tokenizer")}},
+        dataset={"name": "random words"},
+        source=SiteFacts(site="resid_mid", layer=1, hook_point=FACTS["source_hook"] or "", width=D_IN),
+        target=SiteFacts(site="mlp_out", layer=1, hook_point=FACTS["target_hook"] or "", width=D_OUT),
+        ctx_len=CTX_LEN,
+        bos_id=0,
+        special_ids=(0,),
+        norm=None,
+        codec="raw",
+        splits=plans,
+        settings={},
+        versions={},
+    )
+    table = torch.zeros(len(PIECES), D_IN)
+    for number, word in enumerate(WORDS, start=1):
+        table[number] = word_source(word)
+    writer, generator, document = ShardSetWriter.open(folder / "l1", manifest, None), torch.Generator(), 0
+    generator.manual_seed(0)
+    for split, plan in plans.items():
+        for shard, n in enumerate(plan.shard_contexts):
+            tokens = torch.randint(1, len(PIECES), (n, CTX_LEN), generator=generator, dtype=torch.int32)
+            tokens[:, 0] = 0
+            x = table[tokens.long()] + 0.05 * torch.randn(n, CTX_LEN, D_IN, generator=generator)
+            # Each context is a document; those with an even number have more along the last dimension.
+            docs = torch.arange(document, document + n, dtype=torch.int32)[:, None].repeat(1, CTX_LEN)
+            x[..., -1] += 2.0 * (docs % 2 == 0)
+            document += n
+            y = torch.randn(CTX_LEN, n, D_OUT, generator=generator)
+            source = x.transpose(0, 1).contiguous().bfloat16()
+            writer.write_shard(split, shard, tokens, docs.contiguous(), source, y.bfloat16())
+    writer.finish()
+    return ShardSet.open(folder / "l1")
+
+
+@pytest.fixture(scope="module")
+def run(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose first group has a latent a letter; the second has one for each of ABSORBED, whose words the
+    letter's latent of the full transcoder does not fire on."""
+    assert len(ABSORBED) == 3
+    n = len(LETTERS)
+    sizes = (n, len(ABSORBED) + 2)
+    transcoder = made.transcoder(d_in=D_IN, d_out=D_OUT, group_sizes=sizes, k=3, **FACTS)
+    W_enc = torch.zeros(D_IN, sum(sizes))
+    W_enc[:n, :n] = torch.eye(n)
+    for number, word in enumerate(ABSORBED):
+        direction = word_source(word)
+        direction[:n] = 0
+        direction = torch.nn.functional.normalize(direction, dim=0)
+        W_enc[:, n + number] = direction
+        W_enc[:, LETTERS.index(word[0])] -= 2 * direction
+    weights = dict(transcoder.named_parameters())
+    threshold = torch.cat([torch.full((n,), 1.0), torch.full((len(ABSORBED) + 2,), 1.3)])
+    made_up = {"W_enc": W_enc, "b_enc": torch.zeros(sum(sizes)), "threshold": threshold}
+    transcoder.set_weights({**{name: weight.detach() for name, weight in weights.items()}, **made_up})
+    return made.run(tmp_path_factory.mktemp("runs") / "planted", transcoder)
+
+
+def config(letters: ShardSet, **changes: Any) -> EvaluateConfig:
+    absorption = {"per_word": 6, "test_share": 0.3, "min_letters": 8, "min_words": 3, "train_tokens": 100_000}
+    probing = {"test_share": 0.3, "min_examples": 5, "ks": [1, 3], "sets": list(SETS)}
+    settings = {"shards": letters.path, "bootstrap": 50, "device": "cpu", "absorption": absorption, "probing": probing}
+    return EvaluateConfig.model_validate({**settings, **changes})
+
+
+def test_planted_absorption_is_found_where_it_is(run: Path, letters: ShardSet) -> None:
+    """By hand: of each letter's rows those of ABSORBED words are absorbed, and by those words' own latents."""
+    (measured,) = measure_absorption([run], config(letters))
+    result = measured.result
+    assert measured.is_new
+    assert [probe.letter for probe in result.probes if probe.passed] == list(LETTERS)
+    assert min(probe.f1 or 0 for probe in result.probes if probe.passed) > 0.95
+    task = LetterTask(letters, config(letters), TokenTexts.read(result.tokenizer), Silent())
+    rows = [task.test.words[word] for word in task.test.word.tolist()]
+    assert {is_test_word(word, 0.3, 0) for word in rows} == {True}
+    full = result.prefixes[-1]
+    assert full.n_letters == 8
+    for number, letter in enumerate(full.letters):
+        assert letter.main_latents[0] == number
+        own = [word for word in rows if word[0] == letter.letter]
+        share = sum(word in ABSORBED for word in own) / len(own)
+        assert letter.full_absorption == pytest.approx(share, abs=1e-9)
+        assert letter.missed == pytest.approx(share, abs=1e-9)
+        assert letter.absorption_fraction == pytest.approx(share, abs=0.02)
+        absorbers = {absorber.latent: absorber.words for absorber in letter.absorbers}
+        assert absorbers == {8 + i: (word,) for i, word in enumerate(ABSORBED) if word[0] == letter.letter}
+    assert full.full_absorption == pytest.approx(np.mean([letter.full_absorption for letter in full.letters]))
+    assert full.full_absorption_interval is not None
+    assert full.full_absorption_interval[0] <= (full.full_absorption or 0) <= full.full_absorption_interval[1]
+    # The first group alone has the same silent latents, and nobody who speaks for them.
+    first = result.prefixes[0]
+    assert first.prefix_end == 8
+    assert first.full_absorption == 0.0
+    assert first.missed == pytest.approx(full.missed)
+
+
+def test_the_same_again_is_only_read_and_gives_the_same_bytes(run: Path, letters: ShardSet) -> None:
+    (first,) = measure_absorption([run], config(letters))
+    before = first.path.read_bytes()
+    (again,) = measure_absorption([run], config(letters))
+    assert not again.is_new
+    assert again.result == first.result
+    first.path.unlink()
+    (anew,) = measure_absorption([run], config(letters))
+    assert anew.is_new
+    assert anew.path.read_bytes() == before
+    (other,) = measure_absorption([run], config(letters, seed=0, bootstrap=20))
+    assert other.replaced == ("settings.bootstrap: 50 -> 20",)
+
+
+def test_one_prefix_has_a_folder_of_its_own(run: Path, letters: ShardSet) -> None:
+    (alone,) = measure_absorption([run], config(letters, prefix=1))
+    assert alone.path.parent.name == "prefix-1"
+    (whole,) = measure_absorption([run], config(letters))
+    assert alone.result.prefixes == whole.result.prefixes[:1]
+
+
+def test_too_few_letters_are_refused(run: Path, letters: ShardSet) -> None:
+    settings = config(letters).model_copy(deep=True)
+    strict = settings.absorption.model_copy(update={"min_letters": 9})
+    with pytest.raises(UserError, match=r"first letter of 8 letters .* 9 are needed.*min_letters=8"):
+        measure_absorption([run], settings.model_copy(update={"absorption": strict, "bootstrap": 7}))
+
+
+def test_text_without_words_is_refused(made: Any, letters: ShardSet, val_set: ShardSet, run: Path) -> None:
+    other = made.run(run.parent / "other", made.transcoder(model=made.facts["model"]))
+    settings = config(letters).model_copy(update={"shards": val_set.path})
+    tokenizer = run.parent / "numbers"
+    tokenizer.mkdir()
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {f"{number}": number for number in range(60)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="0")).save(str(tokenizer / "tokenizer.json"))
+    with pytest.raises(UserError, match="the first letter of 0 letters"):
+        measure_absorption([other], settings, str(tokenizer))
+    (probed,) = probe_runs([other], settings, tokenizer=str(tokenizer))
+    assert {"first_letter", "token_kind"} <= set(probed.result.skipped)
+
+
+def test_with_split_train_the_readback_sees_no_scored_row(letters: ShardSet) -> None:
+    settings = config(letters, split="train")
+    task = LetterTask(letters, settings, TokenTexts.read(str(Path(letters.path).parent / "tokenizer")), Silent())
+    context, position = fit_places(task)
+    used = set(zip(context.tolist(), position.tolist(), strict=True))
+    scored = set(zip(task.test.context.tolist(), task.test.position.tolist(), strict=True))
+    assert scored
+    assert not used & scored
+    assert len(used) == 70 * (CTX_LEN - 1) - len(scored)
+    assert not set(task.test.word.tolist()) & set(task.train.word.tolist())
+
+
+def test_probing_finds_the_planted_latents(run: Path, letters: ShardSet) -> None:
+    (probed,) = probe_runs([run], config(letters))
+    assert probed.is_new
+    sets = {label_set.name: label_set for label_set in probed.result.sets}
+    assert probed.result.skipped == {"document_start": "fewer than two classes have 5 rows on either side"}
+    letter = sets["first_letter"]
+    assert [one.label for one in letter.classes] == list(LETTERS)
+    assert letter.majority_accuracy == 0.5
+    assert letter.source.accuracy > 0.95
+    assert [score.k for score in letter.source_top_k] == [1, 3]
+    best = {one.label: one for one in letter.prefixes[-1].scores[0].classes}
+    assert [best[name].latents for name in LETTERS] == [(number,) for number in range(8)]
+    # Of b, whose latent is never silent, one latent says all.
+    assert best["b"].accuracy == 1.0
+    assert best["a"].accuracy < 1.0
+    kinds = sets["token_kind"]
+    assert [one.label for one in kinds.classes] == ["digits", "lower-case word", "punctuation"]
+    # Punctuation and digits are where no letter is: all they have in common is a small source.
+    assert kinds.source.accuracy > 0.6
+    (again,) = probe_runs([run], config(letters))
+    assert not again.is_new
+
+
+def test_labels_of_documents(run: Path, letters: ShardSet, tmp_path: Path) -> None:
+    """The parity of a document's number stands in the last dimension, which no latent reads."""
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(json.dumps({"doc_id": doc, "label": doc % 2}) + "\n" for doc in range(110)))
+    settings = config(letters)
+    only_labels = settings.probing.model_copy(update={"sets": ()})
+    settings = settings.model_copy(update={"probing": only_labels})
+    (probed,) = probe_runs([run], settings, labels)
+    (documents,) = probed.result.sets
+    assert (documents.name, documents.unit) == ("labels", "document")
+    assert [(one.label, one.n_train, one.n_test) for one in documents.classes] == [("0", 70, 40), ("1", 70, 40)]
+    assert documents.source_top_k[0].accuracy == 1.0
+    (other,) = probe_runs([run], settings)
+    assert any("labels_sha256" in change for change in other.replaced)
+    (train,) = probe_runs([run], settings.model_copy(update={"split": "train"}), labels)
+    sizes = train.result.sets[0].classes[0]
+    assert sizes.n_train + sizes.n_test < 70
+    labels.write_text('{"doc_id": 1, "label": "x"}\n{"doc_id": 2, "label": "y"}\n')
+    with pytest.raises(UserError, match="2 of its documents are in the train split and 0 in the test"):
+        probe_runs([run], settings, labels)
+
+
+def test_the_commands(run: Path, letters: ShardSet) -> None:
+    small = ["min_letters=8", "min_words=3", "test_share=0.3", "per_word=6"]
+    options = [word for one in small for word in ("--set", f"evaluate.absorption.{one}")]
+    shards = ["--shards", str(letters.path), "--device", "cpu"]
+    shown = CliRunner().invoke(app, ["absorption", str(run), *shards, *options], catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    assert "first-letter absorption, 8 letters" in shown.output
+    shown = CliRunner().invoke(app, ["probing", str(run), *shards, "--set", "evaluate.probing.ks=[1]"])
+    assert shown.exit_code == 0, shown.output
+    assert "sparse probing" in shown.output
+    assert "nothing left to do" in CliRunner().invoke(app, ["absorption", str(run), *shards, *options]).output
+
+
+def test_the_tables(run: Path, letters: ShardSet) -> None:
+    (measured,) = measure_absorption([run], config(letters))
+    assert absorption_table(measured.result).row_count == 2 + 8
+    doubtful = measured.result.prefixes[-1].model_copy(update={"main_f1": 0.1})
+    table = absorption_table(measured.result.model_copy(update={"prefixes": (doubtful,)}))
+    assert "hardly any" in str(table.caption)
+    assert "hardly any" not in str(absorption_table(measured.result).caption)
+    (probed,) = probe_runs([run], config(letters))
+    assert probing_table(probed.result).row_count == 3 * len(probed.result.sets)
