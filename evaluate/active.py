@@ -126,7 +126,7 @@ def group_sums(transcoder: Transcoder, active: Active, counts: Tensor) -> Float[
         per_sample_weights=active.value,
         mode="sum",
         include_last_offset=True,
-    ).view(*counts.shape, -1)
+    ).view(*counts.shape, transcoder.config.d_out)
 
 
 def base_output(transcoder: Transcoder, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:

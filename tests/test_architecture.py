@@ -29,6 +29,10 @@ OWNERS = {
     "huggingface_hub": ("matryoshka/interop/hub.py", "matryoshka/lm.py", "harvest/text.py", "matryoshka/tokens.py"),
     "wandb": ("train/sinks.py", "matryoshka/wandb_artifacts.py"),
     "yaml": ("matryoshka/config.py", "matryoshka/pipeline.py", "matryoshka/interop/circuit_tracer.py"),
+    "obstore": ("matryoshka/shards/",),
+    "umap": ("evaluate/structure/clusters.py",),
+    "sklearn": ("evaluate/structure/clusters.py", "evaluate/probing/probe.py"),
+    "scipy": ("evaluate/probing/codes.py",),
     "sae_lens": (),
     "pickle": (),
 }

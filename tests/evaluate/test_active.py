@@ -63,3 +63,11 @@ def test_nothing_fires(made: Any) -> None:
     assert len(active.value) == 0
     for y_hat in reconstructions(transcoder, active, x):
         assert torch.equal(y_hat, transcoder.b_dec.expand(3, -1))
+
+
+def test_no_rows(made: Any) -> None:
+    """What a selection of rows may leave: the top-k mode of a batch in which it equals the threshold mode."""
+    transcoder = made.transcoder()
+    none = torch.zeros(0, dtype=torch.int64)
+    nested = reconstructions(transcoder, Active(0, none, none, torch.zeros(0)), torch.zeros(0, made.d_in))
+    assert [y_hat.shape for y_hat in nested] == [(0, made.d_out)] * len(transcoder.prefix_ends)
