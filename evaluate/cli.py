@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .intervention.commands import ablate, faithfulness, logits, steer
-from .options import ConfigFile, Device, Overrides, Prefix, Run, Runs, Shards, Split, Tokenizer, Tokens
+from .options import ConfigFile, Device, Overrides, Prefix, Run, Runs, Shards, Split, Tokenizer, Tokens, read_settings
 
 app = typer.Typer(
     add_completion=False,
@@ -38,14 +38,11 @@ def run(
     set_: Overrides = None,
 ) -> None:
     """FVU, L0, cosine, dead and dense latents of each nested prefix, as a table and as RUN/eval/.../report.json."""
-    from matryoshka.config import find_file, load_config
-
-    from .config import EvaluateConfig
     from .run import evaluate
     from .screen import Screen
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device, "out": out}
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    settings = read_settings(config, set_ or (), flags)
     with Screen() as screen:
         evaluations = evaluate(runs, settings, screen)
     screen.report(evaluations)
@@ -73,16 +70,13 @@ def compare(
     set_: Overrides = None,
 ) -> None:
     """FVU of transcoders of any origin at equal L0 on identical held-out rows, with 95% intervals."""
-    from matryoshka.config import find_file, load_config
-
     from .compare import compare, comparison_path
     from .compare_screen import comparison_table
-    from .config import EvaluateConfig
     from .screen import Screen
 
     overrides = [*(set_ or ()), *([f"evaluate.compare.l0={l0}"] if l0 else ())]
     flags = {"shards": shards, "tokens": tokens, "split": split, "device": device, "out": out}
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    settings = read_settings(config, overrides, flags)
     with Screen() as screen:
         result = compare(transcoders, settings, screen)
     screen.table(comparison_table(result), comparison_path(settings))
@@ -100,15 +94,12 @@ def samples(
     set_: Overrides = None,
 ) -> None:
     """The contexts in which each latent fires most, in which it fires at all, and in which it does not."""
-    from matryoshka.config import find_file, load_config
-
-    from .config import EvaluateConfig
     from .samples import make_samples
     from .screen import Screen
 
     overrides = [*(set_ or ()), *([f"evaluate.samples.split={split}"] if split else ())]
     flags = {"shards": shards, "tokens": tokens, "prefix": prefix, "device": device}
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    settings = read_settings(config, overrides, flags)
     for path in runs:
         with Screen("samples") as screen:
             sampled = make_samples(path, settings, screen)
@@ -143,16 +134,13 @@ def report(
     set_: Overrides = None,
 ) -> None:
     """Pages to look at a run and each of its latents, or at all runs of a fleet; they open from the disk."""
-    from matryoshka.config import find_file, load_config
-
-    from .config import EvaluateConfig
     from .report.build import make_report
     from .report.fleet import is_fleet, make_fleet_report
     from .screen import Screen
     from .wandb_report import log_pages
 
     flags = {"shards": shards, "device": device, "out": out}
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    settings = read_settings(config, set_ or (), flags)
     with Screen("report") as screen:
         if is_fleet(runs):
             pages = make_fleet_report(runs, settings, progress=screen)
@@ -175,14 +163,11 @@ def serve(
     set_: Overrides = None,
 ) -> None:
     """The pages of `report` on 127.0.0.1, with a search in all windows and a field to try your own text."""
-    from matryoshka.config import find_file, load_config
-
-    from .config import EvaluateConfig
     from .report.serve import serve_report
     from .screen import Screen
 
     flags = {"shards": shards, "device": device}
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    settings = read_settings(config, set_ or (), flags)
     with Screen("report") as screen:
         served = serve_report(run, settings, port=port, tokenizer=tokenizer, progress=screen)
     served.run(typer.echo)
@@ -203,15 +188,12 @@ def hierarchy(
     set_: Overrides = None,
 ) -> None:
     """Which latents imply which, which fire together, how directions cluster, and what each group adds."""
-    from matryoshka.config import find_file, load_config
-
-    from .config import EvaluateConfig
     from .screen import Screen
     from .structure.hierarchy import make_hierarchy
 
     overrides = [*(set_ or ()), *([] if clusters is None else [f"evaluate.hierarchy.clusters={str(clusters).lower()}"])]
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    settings = read_settings(config, overrides, flags)
     for path in runs:
         with Screen("hierarchy") as screen:
             structured = make_hierarchy(path, settings, screen)
@@ -231,15 +213,12 @@ def absorption(
     set_: Overrides = None,
 ) -> None:
     """How often a first-letter latent stays silent because another latent speaks for it (SAEBench's two scores)."""
-    from matryoshka.config import find_file, load_config
-
-    from .config import EvaluateConfig
     from .probing.absorption_run import measure_absorption
     from .probing.absorption_screen import absorption_table
     from .screen import Screen
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    settings = read_settings(config, set_ or (), flags)
     with Screen("absorption") as screen:
         measured = measure_absorption(runs, settings, tokenizer, screen)
     for one in measured:
@@ -262,15 +241,12 @@ def probing(
     set_: Overrides = None,
 ) -> None:
     """How well the few latents that differ most tell known classes apart, beside a probe on the whole input."""
-    from matryoshka.config import find_file, load_config
-
-    from .config import EvaluateConfig
     from .probing.probing_screen import probing_table
     from .probing.sparse_probing import probe_runs
     from .screen import Screen
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    settings = read_settings(config, set_ or (), flags)
     with Screen("probing") as screen:
         probed = probe_runs(runs, settings, labels, tokenizer, screen)
     for one in probed:
@@ -295,16 +271,13 @@ def match(
     set_: Overrides = None,
 ) -> None:
     """How much of one transcoder another one has: closest decoder rows, most correlated activations."""
-    from matryoshka.config import find_file, load_config
-
-    from .config import EvaluateConfig
     from .screen import Screen
     from .structure.matching import match
     from .structure.matching_file import MATCHING_FILE
     from .structure.relations_screen import matching_table
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "device": device, "out": out}
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=set_ or (), flags=flags)
+    settings = read_settings(config, set_ or (), flags)
     with Screen("match") as screen:
         matching = match(one, other, settings, other_shards=other_shards, progress=screen)
     screen.table(matching_table(matching), None if settings.out is None else settings.out / MATCHING_FILE)

@@ -1,11 +1,15 @@
-"""Options that several commands of `evaluate` share, each written once."""
+"""Options that several commands of `evaluate` share, each written once, and the settings they make."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from .config import EvaluateConfig
 
 Runs = Annotated[
     list[Path], typer.Argument(metavar="RUN", help="Runs such as data/runs/l17-k96, fleets, or checkpoint folders.")
@@ -31,3 +35,12 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="evaluate.key
 Model = Annotated[
     str | None, typer.Option("--model", help="Folder or hub name of the language model. (what the shard set names)")
 ]
+
+
+def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> EvaluateConfig:
+    """The settings of a command: its flags over its --set options over the file. Raises UserError."""
+    from matryoshka.config import find_file, load_config
+
+    from .config import EvaluateConfig
+
+    return load_config(EvaluateConfig, "evaluate", file=find_file(file), overrides=overrides, flags=flags)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import ConfigFile, Device, Model, Overrides, Prefix, Run, Runs, Shards, Split, Tokens
+from ..options import ConfigFile, Device, Model, Overrides, Prefix, Run, Runs, Shards, Split, Tokens, read_settings
 
 
 def faithfulness(
@@ -24,17 +24,14 @@ def faithfulness(
     set_: Overrides = None,
 ) -> None:
     """Loss, KL and top-1 agreement of the language model with each nested reconstruction in place of the target."""
-    from matryoshka.config import find_file, load_config
-
     from ..checkpoint import expand_fleets
-    from ..config import EvaluateConfig
     from ..screen import Screen
     from .faithfulness import measure_faithfulness
     from .screen import show_faithfulness
 
     overrides = [*(set_ or ()), *([f"evaluate.faithfulness.tokens={tokens}"] if tokens else ()), *_lm(model)]
     flags = {"shards": shards, "split": split, "prefix": prefix, "device": device}
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    settings = read_settings(config, overrides, flags)
     for path in expand_fleets(runs):
         with Screen("faithfulness") as screen:
             measured = measure_faithfulness(path, settings, screen, error_term=error_term)
@@ -50,16 +47,13 @@ def logits(
     set_: Overrides = None,
 ) -> None:
     """The tokens each latent speaks for or against: its decoder row through the final norm and the unembedding."""
-    from matryoshka.config import find_file, load_config
-
     from ..checkpoint import expand_fleets
-    from ..config import EvaluateConfig
     from .logits import make_logits
     from .screen import show_logits
 
     flags = {"shards": shards, "device": device}
     overrides = [*(set_ or ()), *_lm(model)]
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    settings = read_settings(config, overrides, flags)
     for path in expand_fleets(runs):
         show_logits(make_logits(path, settings))
 
@@ -77,16 +71,13 @@ def ablate(
     set_: Overrides = None,
 ) -> None:
     """What the language model predicts differently without single latents, where they fire."""
-    from matryoshka.config import find_file, load_config
-
-    from ..config import EvaluateConfig
     from ..screen import Screen
     from .ablation import ablate
     from .screen import show_ablations
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "device": device}
     overrides = [*(set_ or ()), *_lm(model)]
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    settings = read_settings(config, overrides, flags)
     with Screen("ablate") as screen:
         ablated = ablate(run, latents, settings, screen, scale=scale)
     show_ablations(ablated)
@@ -107,15 +98,12 @@ def steer(
     set_: Overrides = None,
 ) -> None:
     """Let the language model go on with a text, as it is and with a latent's direction added to every token."""
-    from matryoshka.config import find_file, load_config
-
-    from ..config import EvaluateConfig
     from .screen import show_steered
     from .steering import Writing, steer
 
     flags = {"shards": shards, "device": device}
     overrides = [*(set_ or ()), *_lm(model)]
-    settings = load_config(EvaluateConfig, "evaluate", file=find_file(config), overrides=overrides, flags=flags)
+    settings = read_settings(config, overrides, flags)
     writing = Writing(n_tokens=tokens, temperature=temperature, seed=seed)
     show_steered(steer(run, latent, text, settings, scale=scale, writing=writing))
 

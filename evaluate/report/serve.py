@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,7 +43,10 @@ class Served:
         return f"http://{host}:{port}/"
 
     def run(self, say: Callable[[str], Any]) -> None:
-        """Answer until Ctrl-C, which is the ordinary end."""
+        """Answer until Ctrl-C or SIGTERM, which are the ordinary ends. In the main thread only."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # Said outright, because a shell starts what runs in the background with SIGINT ignored.
+            signal.signal(number, signal.default_int_handler)
         for note in self.notes:
             say(note)
         say(f"{self.name}: {self.address} (Ctrl-C ends it)")

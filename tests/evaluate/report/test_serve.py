@@ -267,7 +267,8 @@ def test_a_port_that_is_taken(server: PageServer, tmp_path: Path) -> None:
         PageServer(answers, server.port)
 
 
-def test_ctrl_c_is_the_ordinary_end(place: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_ctrl_c_is_the_ordinary_end(number: signal.Signals, place: Path) -> None:
     line = [sys.executable, "-c", "from matryoshka.launch import evaluate; evaluate()", "serve", "l1-k9"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -280,7 +281,7 @@ def test_ctrl_c_is_the_ordinary_end(place: Path) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
         connection.request("GET", "/data/overview.js")
         assert connection.getresponse().status == 200
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(60) == 0
         assert process.stdout.read() == "stopped\n"
         assert "Traceback" not in process.stderr.read()
