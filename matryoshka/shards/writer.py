@@ -287,13 +287,16 @@ def check_place(path: str | Path | Place) -> None:
 
 
 def measure_codec(manifest: Manifest, records: Iterable[CommitRecord]) -> dict[str, float]:
-    """What the codec did to the shards of `records`, as the manifest keeps it; raw bfloat16 counts room for padding."""
+    """What the codec did to the shards of `records`, as the manifest keeps it: bytes stored over those of the data.
+
+    The padding of a shard that is not full is stored, but it is no data.
+    """
     stored, raw = 0, 0
     losses: dict[str, list[Loss]] = {}
     for record in records:
-        room = manifest.ctx_len * manifest.splits[record.split].contexts
+        n_tokens = manifest.ctx_len * record.n_contexts
         for side, facts in zip(layout.SIDES, (manifest.source, manifest.target), strict=True):
-            raw += room * facts.width * BYTES_PER_VALUE
+            raw += n_tokens * facts.width * BYTES_PER_VALUE
             names = (f"{record.split}/{side}/", f"{record.split}/{side}_")
             stored += sum(file.size for key, file in record.files.items() if key.startswith(names))
         for side, loss in record.loss.items():
