@@ -11,6 +11,8 @@ SOURCES := matryoshka harvest train evaluate tests examples benchmarks
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_inputs.py data/demo/inputs
 	$(BIN)/pipeline run examples/demo.yaml
+	$(BIN)/evaluate hierarchy data/demo/runs/l15-k32 --shards data/demo/l15 --no-clusters
+	$(BIN)/evaluate logits data/demo/runs/l15-k32 --shards data/demo/l15
 	$(BIN)/evaluate report data/demo/runs/l15-k32 --shards data/demo/l15
 
 test: $(VENV)/.dev browser
