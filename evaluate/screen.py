@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,8 +13,7 @@ from rich.table import Table
 
 from .checkpoint import Checkpoint
 from .compare_screen import ROWS_OF
-from .probing.absorption_run import Absorbed
-from .probing.sparse_probing import Probed
+from .probing.measured import Measured
 from .report.build import Pages
 from .report_file import Report
 from .run import Evaluation
@@ -125,7 +125,7 @@ class Screen:
         if path is not None:
             self._console.print(f"{path}: written", markup=False)
 
-    def measured(self, table: Table, measured: Absorbed | Probed) -> None:
+    def measured(self, table: Table, measured: Measured[Any]) -> None:
         """Print the table of a result of its own, how an older one differed, and where it lies."""
         self._output.print(table)
         self._unfinished(measured.checkpoint)

@@ -7,25 +7,19 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Barrier
 
-import torch
+from matryoshka.threads import keep_own_number, use_one_core
 
 
 @contextmanager
 def background(n_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads in which torch works on one core each.
-
-    Otherwise each of them would start as many threads of its own as the machine has cores. On a CPU the model has those
-    already, and every operation of either side then waits for the other's: a shard's sums took fifty times as long.
-    """
+    """Threads in which torch works on one core each: the model has the others."""
     with ThreadPoolExecutor(n_threads, thread_name_prefix="shard-writer") as executor:
         all_started = Barrier(n_threads)
 
         def begin() -> None:
             all_started.wait()
-            torch.get_num_threads()  # a thread's first operation takes the number for all; let that be over
-            torch.set_num_threads(1)
+            use_one_core()
 
         wait([executor.submit(begin) for _ in range(n_threads)])
-        # torch counts threads for each thread, but what a new thread starts with is what was said last, anywhere.
-        torch.set_num_threads(torch.get_num_threads())
+        keep_own_number()
         yield executor

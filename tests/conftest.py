@@ -61,6 +61,26 @@ def save_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, 
 
 
 @pytest.fixture(scope="session")
+def tiny_olmo2(save_tiny_model: Callable[[Any, Any], Path]) -> Path:
+    """A model whose norms come after the attention and the MLP, before none of them."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    config = Olmo2Config(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    return save_tiny_model(Olmo2ForCausalLM, config)
+
+
+@pytest.fixture(scope="session")
 def tiny_gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gemma-2: offset RMSNorm before and after each sublayer, soft-capped attention, sliding window. d=24, 3 layers."""
     from transformers import Gemma2Config, Gemma2ForCausalLM

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
+from matryoshka.threads import keep_own_number, use_one_core
 
 MAX_STREAMS = 8
 _READ_AHEAD_BATCHES = 4
@@ -109,7 +110,7 @@ class Stream:
         """The batches of the steps [start, stop). Reading goes on in the background; close the iterator to end it."""
         ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_READ_AHEAD_BATCHES)
         ended = threading.Event()
-        torch.get_num_threads()  # the training thread takes its number before those below take theirs
+        keep_own_number()
         producer = threading.Thread(target=self._produce, args=(start, stop, ready, ended), name="batches", daemon=True)
         producer.start()
         try:
@@ -121,14 +122,14 @@ class Stream:
         finally:
             ended.set()
             producer.join()
-            torch.set_num_threads(torch.get_num_threads())  # what threads that come later start with
+            keep_own_number()
 
     def _produce(
         self, start: int, stop: int, ready: queue.Queue[Batch | BaseException], ended: threading.Event
     ) -> None:
         try:
-            _use_one_core()
-            with ThreadPoolExecutor(self._n_readers, "chunks", initializer=_use_one_core) as executor:
+            use_one_core()
+            with ThreadPoolExecutor(self._n_readers, "chunks", initializer=use_one_core) as executor:
                 cursors = [_LaneCursor(self, stream, executor) for stream in self._own]
                 for step in range(start, stop):
                     batch = self._assemble(step, cursors)
@@ -250,15 +251,6 @@ class Stream:
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed & (2**64 - 1), *key])))
-
-
-def _use_one_core() -> None:
-    """Let torch work on one core in this thread.
-
-    Otherwise it would have threads of its own here, as many as the machine has cores, and the training step has those.
-    """
-    torch.get_num_threads()  # a thread's first operation takes the number for all; let that be over
-    torch.set_num_threads(1)
 
 
 class _LaneCursor:

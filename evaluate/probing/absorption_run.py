@@ -36,25 +36,13 @@ from .codes import Codes, encode_rows
 from .first_letter import LETTERS, split_tokens
 from .letter_task import LetterProbes, LetterTask
 from .main_latents import find_main_latents
+from .measured import Measured
 from .probe import require_sklearn
 from .readback import Readback, fit_readback, norm_directions
 from .word_bootstrap import mean_over_classes
 
 _SHOWN = 5
 _TILE = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class Absorbed:
-    """A result and how it came about."""
-
-    checkpoint: Checkpoint
-    path: Path
-    result: AbsorptionResult
-    is_new: bool
-    """False when it was there already."""
-    replaced: tuple[str, ...] = ()
-    """How an older result in the same place differed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +65,7 @@ class _Rows:
 
 def measure_absorption(
     runs: Sequence[Path], config: EvaluateConfig, tokenizer: str | None = None, progress: Progress | None = None
-) -> list[Absorbed]:
+) -> list[Measured[AbsorptionResult]]:
     """Publish absorption.json for each of `runs`, or read the one that answers already.
 
     Raises UserError for whatever the user can mend, too few readable letters among it.
@@ -100,7 +88,7 @@ def tokenizer_name(shards: ShardSet) -> str:
     return str(name or shards.manifest.model.get("model", ""))
 
 
-def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Absorbed:
+def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Measured[AbsorptionResult]:
     shards, config = task.shards, task.config
     transcoder = load_transcoder(checkpoint, shards, config)
     folder = result_folder(checkpoint, shards, config)
@@ -112,7 +100,7 @@ def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Absorb
     }
     changes = [] if existing is None else changed_fields(existing.identity(), identity)
     if existing is not None and not changes:
-        return Absorbed(checkpoint, folder / ABSORPTION_FILE, existing, is_new=False)
+        return Measured(checkpoint, folder / ABSORPTION_FILE, existing, is_new=False)
     make_directory(folder)
     probes = task.probes(transcoder)
     result = AbsorptionResult(
@@ -125,7 +113,7 @@ def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Absorb
         probes=probes.facts,
         prefixes=_prefixes(transcoder.to(resolve_device(config.device)), checkpoint.name, task, probes),
     )
-    return Absorbed(checkpoint, write_absorption(folder, result), result, is_new=True, replaced=tuple(changes))
+    return Measured(checkpoint, write_absorption(folder, result), result, is_new=True, replaced=tuple(changes))
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from .absorption_run import tokenizer_name
 from .examples import Side, choose, is_held_out_document, keep_side, pooled_documents, read_side, side_rows, token_rows
 from .k_probes import Examples, KProbe, balanced, dense_top_k, k_sparse
 from .labels import read_labels
+from .measured import Measured
 from .probe import Quality, require_sklearn
 from .probing_file import (
     PROBING_FILE,
@@ -41,19 +42,6 @@ from .probing_file import (
 )
 
 TOKEN_SETS = ("first_letter", "token_kind", "document_start")
-
-
-@dataclass(frozen=True, slots=True)
-class Probed:
-    """A result and how it came about."""
-
-    checkpoint: Checkpoint
-    path: Path
-    result: ProbingResult
-    is_new: bool
-    """False when it was there already."""
-    replaced: tuple[str, ...] = ()
-    """How an older result in the same place differed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +61,7 @@ def probe_runs(
     labels: Path | None = None,
     tokenizer: str | None = None,
     progress: Progress | None = None,
-) -> list[Probed]:
+) -> list[Measured[ProbingResult]]:
     """Publish probing.json for each of `runs`, or read the one that answers already.
 
     `labels` adds a label set of documents. Raises UserError for whatever the user can mend.
@@ -98,7 +86,7 @@ class _Probing:
     tokenizer: str
     progress: Progress
 
-    def measure(self, checkpoint: Checkpoint) -> Probed:
+    def measure(self, checkpoint: Checkpoint) -> Measured[ProbingResult]:
         """One run."""
         config, shards = self.config, self.shards
         transcoder = load_transcoder(checkpoint, shards, config)
@@ -111,7 +99,7 @@ class _Probing:
         }
         changes = [] if existing is None else changed_fields(existing.identity(), identity)
         if existing is not None and not changes:
-            return Probed(checkpoint, folder / PROBING_FILE, existing, is_new=False)
+            return Measured(checkpoint, folder / PROBING_FILE, existing, is_new=False)
         make_directory(folder)
         transcoder = transcoder.to(resolve_device(config.device))
         skipped: dict[str, str] = {}
@@ -124,7 +112,7 @@ class _Probing:
             sets=tuple(sets),
             skipped=skipped,
         )
-        return Probed(checkpoint, write_probing(folder, result), result, is_new=True, replaced=tuple(changes))
+        return Measured(checkpoint, write_probing(folder, result), result, is_new=True, replaced=tuple(changes))
 
     def _settings(self) -> dict[str, Any]:
         shared = {name: getattr(self.config, name) for name in ("split", "tokens", "prefix", "seed")}

@@ -221,22 +221,8 @@ def test_names_of_the_hub_are_compared(load: Callable[[str], LanguageModel], mon
         check_model(make(24, "normalized", model="google/gemma-2-2b"), model)
 
 
-def test_a_model_without_the_norm_is_refused(save_tiny_model: Callable[[Any, Any], Path]) -> None:
-    from transformers import Olmo2Config, Olmo2ForCausalLM
-
-    config = Olmo2Config(
-        vocab_size=97,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    model = LanguageModel.load(str(save_tiny_model(Olmo2ForCausalLM, config)), dtype="float32", device="cpu")
+def test_a_model_without_the_norm_is_refused(tiny_olmo2: Path) -> None:
+    model = LanguageModel.load(str(tiny_olmo2), dtype="float32", device="cpu")
     with pytest.raises(UserError, match="has no norm there"), make(24, "normalized").spliced_into(model):
         pass
 

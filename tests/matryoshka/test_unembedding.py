@@ -86,20 +86,6 @@ def test_rank_correlation_by_hand() -> None:
     assert _rank_correlation(a, torch.tensor([[1.0, 2, 4, 3], [5, 6, 7, 8]])) == pytest.approx(0.8)
 
 
-def test_post_norm_models_have_an_unembedding_too(save_tiny_model: Callable[[Any, Any], Path]) -> None:
-    from transformers import Olmo2Config, Olmo2ForCausalLM
-
-    config = Olmo2Config(
-        vocab_size=97,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    model = LanguageModel.load(str(save_tiny_model(Olmo2ForCausalLM, config)), dtype="float32", device="cpu")
+def test_post_norm_models_have_an_unembedding_too(tiny_olmo2: Path) -> None:
+    model = LanguageModel.load(str(tiny_olmo2), dtype="float32", device="cpu")
     assert model.unembedding.norm.kind == "rms"

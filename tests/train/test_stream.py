@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +112,28 @@ def test_a_reading_error_reaches_the_trainer(random_shards: ShardSet, monkeypatc
     monkeypatch.setattr(stream, "load", fail)
     with pytest.raises(OSError, match="disk gone"):
         next(stream.batches(0, 5))
+
+
+def test_reading_leaves_the_cores_to_the_step(random_shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    for name in ("load", "_assemble"):  # on the threads that read chunks, and on the one that puts batches together
+        original = getattr(Stream, name)
+
+        def counted(*args: Any, original: Any = original) -> Any:
+            seen.add(torch.get_num_threads())
+            return original(*args)
+
+        monkeypatch.setattr(Stream, name, counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in stream_of(random_shards).batches(0, 3):
+            assert torch.get_num_threads() == 3
+        assert seen == {1}
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_batch_larger_than_the_set_is_refused(random_shards: ShardSet) -> None:
