@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from matryoshka.lm import LanguageModel
 from matryoshka.shards import Manifest, ShardSetWriter, SiteFacts, plan_splits
 from matryoshka.shards.manifest import NormFacts
 from matryoshka.sites import Norm
@@ -121,3 +122,16 @@ def toy_path(toy: ToySet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_toy_fixture():  # noqa: ANN201
     """`make_toy`, since test modules cannot import this file."""
     return make_toy
+
+
+@pytest.fixture(scope="module")
+def load(request: pytest.FixtureRequest) -> Callable[..., LanguageModel]:
+    """A function (name of a fixture that is a model's folder, dtype) -> the model, loaded once per test module."""
+    models: dict[tuple[str, str], LanguageModel] = {}
+
+    def get(name: str, dtype: str = "float32") -> LanguageModel:
+        if (name, dtype) not in models:
+            models[name, dtype] = LanguageModel.load(str(request.getfixturevalue(name)), dtype=dtype, device="cpu")
+        return models[name, dtype]
+
+    return get

@@ -45,18 +45,6 @@ def tiny_gemma3(save_tiny_model: Callable[[Any, Any], Path]) -> Path:
     return save_tiny_model(Gemma3ForCausalLM, config)
 
 
-@pytest.fixture(scope="session")
-def load(request: pytest.FixtureRequest) -> Callable[[str], LanguageModel]:
-    models: dict[str, LanguageModel] = {}
-
-    def get(name: str) -> LanguageModel:
-        if name not in models:
-            models[name] = LanguageModel.load(str(request.getfixturevalue(name)), dtype="float32", device="cpu")
-        return models[name]
-
-    return get
-
-
 def tokens(n_contexts: int = 2, ctx_len: int = 11) -> Tensor:
     return torch.randint(4, 90, (n_contexts, ctx_len), generator=torch.Generator().manual_seed(0))
 

@@ -7,15 +7,12 @@ import contextlib
 import json
 import logging
 import shutil
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from matryoshka.devices import resolve_device, resolve_dtype
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.sites import SITES, Norm, apply_convention, hook_point
@@ -55,20 +52,6 @@ EDGES = {
 }
 LAYERS = (0, 1, 2)
 ALL_POINTS = [hook_point(site, layer) for layer in LAYERS for site in SITES]
-
-
-@pytest.fixture(scope="module")
-def load(request):
-    """LanguageModel of a fixture's folder, loaded once per test module."""
-    loaded = {}
-
-    def load(name, dtype="float32"):
-        if (name, dtype) not in loaded:
-            folder = request.getfixturevalue(name)
-            loaded[name, dtype] = LanguageModel.load(str(folder), dtype=dtype, device="cpu")
-        return loaded[name, dtype]
-
-    return load
 
 
 def plain_model(folder, dtype=torch.float32):
@@ -356,124 +339,6 @@ def test_bridge_only_hook_points_are_captured_too(load):
     model, tokens = load("tiny_llama"), tokens_of()
     pattern = model.capture(tokens, ["blocks.1.attn.hook_pattern"])["blocks.1.attn.hook_pattern"]
     torch.testing.assert_close(pattern.sum(-1), torch.ones(3, 3, 29))
-
-
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
-
-
-def test_scaled_contributions_are_read_through_the_bridge(save_tiny_model):
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    # Granite multiplies what a sublayer returns, so no module's output is what is added to the residual stream.
-    folder = save_tiny_model(GraniteForCausalLM, GraniteConfig(**SMALL, residual_multiplier=0.25))
-    model = LanguageModel.load(str(folder), dtype="float32", device="cpu")
-    points = [hook_point(site, 1) for site in SITES]
-    pre, attn, mid, mlp, post = model.capture(tokens_of(), points).values()
-    torch.testing.assert_close(pre + attn, mid)
-    torch.testing.assert_close(mid + mlp, post)
-    clean = model.logits(tokens_of())
-    ablated = model.logits(tokens_of(), {points[3]: torch.zeros_like})
-    assert (ablated - clean).norm() > 0.01 * clean.norm()
-
-
-def test_parallel_blocks_have_no_resid_mid(save_tiny_model):
-    from transformers import GPTJConfig, GPTJForCausalLM
-
-    config = GPTJConfig(
-        vocab_size=97, n_embd=24, n_layer=2, n_head=3, rotary_dim=4, n_positions=64, bos_token_id=2, eos_token_id=1
-    )
-    model = LanguageModel.load(str(save_tiny_model(GPTJForCausalLM, config)), dtype="float32", device="cpu")
-    with pytest.raises(UserError, match="attention and its MLP read the same input"):
-        model.capture(tokens_of(), [hook_point("resid_mid", 1)])
-    with pytest.raises(UserError, match="parallel"):
-        model.norm_before("resid_mid", 0)
-    others = [hook_point(site, 1) for site in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
-    pre, attn, mlp, post = model.capture(tokens_of(), others).values()
-    torch.testing.assert_close(pre + attn + mlp, post)
-    assert model.norm_before("resid_pre", 1).kind == "layer"
-
-
-def test_a_post_norm_is_not_taken_for_a_norm_before(save_tiny_model):
-    from transformers import Olmo2Config, Olmo2ForCausalLM
-
-    model = LanguageModel.load(str(save_tiny_model(Olmo2ForCausalLM, Olmo2Config(**SMALL))), dtype="float32")
-    assert model.norm_before("resid_mid", 1) is None
-    assert model.norm_before("resid_pre", 1) is None
-    pre, attn, mid = model.capture(tokens_of(), [hook_point(s, 1) for s in SITES[:3]]).values()
-    torch.testing.assert_close(pre + attn, mid)
-
-
-# --- facts ------------------------------------------------------------------------------------------------------
-
-
-def test_facts_of_the_model(load, tiny_gemma2):
-    model = load("tiny_gemma2", "bfloat16")
-    plain = plain_model(tiny_gemma2)
-    n_params = sum(p.numel() for p in plain.parameters())
-    assert (model.name, model.revision, model.dtype) == (str(tiny_gemma2), None, torch.bfloat16)
-    assert (model.d_model, model.n_layers, model.n_ctx, model.device.type) == (24, 3, 64, "cpu")
-    assert (model.bos_id, model.special_ids) == (2, (0, 1, 2, 3))
-    assert (model.n_params, model.weight_bytes) == (n_params, 2 * n_params)
-    facts = json.loads(json.dumps(model.describe()))
-    assert facts["architecture"] == "Gemma2ForCausalLM"
-    assert facts["weight_dtype"] == "bfloat16"
-    assert facts["attention"] == "eager"  # sdpa has no soft cap
-    assert facts["tokenizer"]["vocab_size"] == 97
-    assert load("tiny_llama").describe()["attention"] == "sdpa"
-
-
-def test_the_weights_are_held_once(load):
-    model = load("tiny_gemma2")
-    bridged = {id(p) for p in model._bridge.original_model.parameters()}
-    assert {id(p) for p in model._plain.parameters()} <= bridged  # the bridge adds a bias of zeros to the unembedding
-    assert not {id(m) for m in model._plain.modules()} & {id(m) for m in model._bridge.original_model.modules()}
-
-
-def test_the_tokenizer_stays_as_it_was_loaded(load):
-    model = load("tiny_gpt2")
-    assert (model.bos_id, model.special_ids, model.tokenizer.pad_token) == (0, (0,), None)
-    assert model.tokenizer("w0 w3")["input_ids"] == [1, 4]
-    assert load("tiny_gemma2").tokenizer("w0 w3")["input_ids"] == [4, 7]
-
-
-def test_auto_device_and_dtype(monkeypatch):
-    assert resolve_dtype("bf16") == resolve_dtype("bfloat16") == torch.bfloat16
-    assert [resolve_dtype(d) for d in ("float16", "fp16", "float32")] == [torch.float16, torch.float16, torch.float32]
-    assert resolve_dtype("auto", "mps") == torch.float32
-    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, c=capability: c)
-        assert resolve_dtype("auto", "cuda") == dtype
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native, raising=False)
-        assert resolve_dtype("auto", "cpu") == dtype
-    for cuda, mps, device in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
-        assert resolve_device("auto").type == device
-    with pytest.raises(UserError, match="float8"):
-        resolve_dtype("float8")
-    with pytest.raises(UserError, match="nonsense"):
-        resolve_device("nonsense")
-
-
-def test_import_is_cheap():
-    code = (
-        "import sys, matryoshka.lm; "
-        "sys.exit(str([m for m in ('transformers', 'transformer_lens', 'datasets') if m in sys.modules] or ''))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
 
 
 def test_loading_leaves_nothing_behind_and_prints_nothing(tiny_llama, capfd):

@@ -16,18 +16,6 @@ from matryoshka.unembedding import Unembedding, _rank_correlation
 MODELS = {"tiny_gemma2": "rms", "tiny_llama": "rms", "tiny_gpt2": "layer"}
 
 
-@pytest.fixture(scope="module")
-def load(request: pytest.FixtureRequest) -> Callable[..., LanguageModel]:
-    models: dict[tuple[str, str], LanguageModel] = {}
-
-    def get(name: str, dtype: str = "float32") -> LanguageModel:
-        if (name, dtype) not in models:
-            models[name, dtype] = LanguageModel.load(str(request.getfixturevalue(name)), dtype=dtype, device="cpu")
-        return models[name, dtype]
-
-    return get
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_again(name: str, load: Callable[..., LanguageModel]) -> None:
     model = load(name)
