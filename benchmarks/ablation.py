@@ -33,7 +33,10 @@ from train.progress import Screen
 from train.run import TrainResult, train_fleet
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE: dict[str, Any] = {"input": "normalized", "condition": "centre", "lr": 3e-3, "init": "pairs", "auxk_coef": 1 / 32}
+BASE: dict[str, Any] = {"input": "normalized", "condition": "centre", "lr": 3e-3, "init": "pairs", "auxk_coef": 1 / 8}
+
+OLD_AUX: dict[str, Any] = {"k_aux": "d_in / 2", "auxk_coef": 1 / 32}
+"""The aux loss of Gao et al. 2024, the default until these tables were made."""
 
 
 def choices() -> list[dict[str, Any]]:
@@ -44,22 +47,27 @@ def choices() -> list[dict[str, Any]]:
         for condition in ("none", "centre", "standardise")
     ]
     members += [{"lr": lr, "init": init} for lr in (4e-4, 1.5e-3, 3e-3, 6e-3) for init in ("pairs", "tied")]
-    members += [{"auxk_coef": coef} for coef in (0.0, 0.125)]
-    return [*members, {"init_scale": 2.0}, {"input": "resid_mid", "condition": "standardise", "lr": 6e-3}]
+    return [*members, {"auxk_coef": 0.0}, {"auxk_coef": 1 / 32}, {"init_scale": 2.0}]
 
 
 def close_calls() -> list[dict[str, Any]]:
     """What the other tables could not decide, each with three seeds: the spread of a row is what seeds alone do."""
-    small_aux = {"k_aux": 64, "auxk_coef": 0.125}
-    members: list[dict[str, Any]] = [{}, small_aux, small_aux | {"lr": 1.5e-3}]
-    members += [small_aux | {"condition": "standardise"}, small_aux | {"input": "mlp_in"}]
+    members = [{}, OLD_AUX, {"lr": 1.5e-3}, {"condition": "standardise"}, {"input": "mlp_in"}]
     return [member | {"seed": seed} for member in members for seed in (0, 1, 2)]
+
+
+def long() -> list[dict[str, Any]]:
+    """The same for a pass over all of a set, where dead latents have time to come back by themselves; one seed."""
+    members: list[dict[str, Any]] = [{}, OLD_AUX, {"auxk_coef": 0.0}, {"lr": 1.5e-3}]
+    return [*members, {"condition": "standardise"}, {"input": "mlp_in"}]
 
 
 def aux() -> list[dict[str, Any]]:
     """The aux loss: how many dead latents rebuild a residual, and how much that weighs. Many of them cost time."""
     members: list[dict[str, Any]] = [{"auxk_coef": 0.0}]
-    return members + [{"k_aux": k_aux, "auxk_coef": coef} for k_aux in (288, 64, 32) for coef in (1 / 32, 1 / 8)]
+    for k_aux in ("d_in / 2", "4 k", "2 k", "k"):
+        members += [{"k_aux": k_aux, "auxk_coef": coef} for coef in (1 / 32, 1 / 8)]
+    return members
 
 
 def prefixes() -> list[dict[str, Any]]:
@@ -67,14 +75,17 @@ def prefixes() -> list[dict[str, Any]]:
     return [{}, {"sampled_prefixes": 4}, {"sampled_prefixes": 10}]
 
 
-FLEETS = {"choices": choices, "close-calls": close_calls, "aux": aux, "prefixes": prefixes}
+FLEETS = {"choices": choices, "close-calls": close_calls, "long": long, "aux": aux, "prefixes": prefixes}
 
 
-def fleet(kind: str) -> list[dict[str, Any]]:
+def fleet(kind: str, *, k: int, d_in: int) -> list[dict[str, Any]]:
     """The members with their names, those that are equal once."""
+    sizes = {"d_in / 2": d_in // 2, "4 k": 4 * k, "2 k": 2 * k, "k": k}
     unique: dict[str, dict[str, Any]] = {}
     for member in FLEETS[kind]():
         chosen = BASE | member
+        if "k_aux" in chosen:
+            chosen["k_aux"] = sizes[chosen["k_aux"]]
         name = "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in chosen.values())
         unique.setdefault(name, {"name": name, **chosen})
     return list(unique.values())
@@ -144,7 +155,7 @@ def train_all(options: argparse.Namespace, shards: ShardSet, path: Path) -> list
         "k": options.k,
         "steps": steps,
         "batch_tokens": options.batch_tokens,
-        "fleet": fleet(options.fleet),
+        "fleet": fleet(options.fleet, k=options.k, d_in=shards.d_in),
     }
     with Screen() as screen, StepTimes():
         result = train_fleet(TrainConfig.model_validate(settings), screen)
@@ -155,7 +166,8 @@ def train_all(options: argparse.Namespace, shards: ShardSet, path: Path) -> list
 
 def table(options: argparse.Namespace, runs: list[TrainResult], shards: ShardSet) -> None:
     """One row for each setting, its seeds together: mean, and half the range where there are several."""
-    varied = sorted({key for member in fleet(options.fleet) for key in member if key not in (*BASE, "name", "seed")})
+    members = fleet(options.fleet, k=options.k, d_in=shards.d_in)
+    varied = sorted({key for member in members for key in member} - {*BASE, "name", "seed"})
     rows: dict[tuple[str, ...], list[list[float]]] = defaultdict(list)
     for run in runs:
         settings = json.loads((run.path / "run.json").read_text())

@@ -36,7 +36,7 @@ from matryoshka.shards import ShardSet
 from train.config import TrainConfig
 from train.fleet import members
 from train.member import Member
-from train.memory import member_need, stream_need
+from train.memory import member_need, reckoned
 from train.plan import make_plan
 from train.run import Silent, train_fleet
 from train.step import StepReport
@@ -224,8 +224,8 @@ def estimate(config: TrainConfig, shards: ShardSet) -> int:
     for member in members(config):
         plan = make_plan(member.config, shards, 0)
         needs.append(member_need(member.config, plan, **widths, device=torch.device("cpu")))
-    held = sum(need.held for need in needs)
-    return held + max(n.step for n in needs) + max(n.snapshot for n in needs) + stream_need(config, **widths)
+    stream = Stream(shards, batch_rows=BATCH, buffer_rows=config.buffer_tokens, seed=0)
+    return reckoned(needs, stream.n_bytes)
 
 
 def finished(folder: Path, shards: Path, *flags: object) -> dict[str, Any]:

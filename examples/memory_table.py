@@ -28,7 +28,7 @@ def gigabytes(d: int, d_sae: int, batch: int) -> float:
         warmup_steps=50,
         decay_steps=200,
         input="normalized",
-        k_aux=d // 2,
+        k_aux=192,
         dead_after_tokens=10_000_000,
         lr=4e-4,
         k_start=96,

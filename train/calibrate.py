@@ -13,7 +13,9 @@ from .conditioning import Conditioning
 from .ranks import Rank
 from .step import StepState
 
-_ROWS = 2048
+_MAX_ROWS = 2048
+_ELEMENTS = 1 << 23
+"""Pre-activations in memory at once, 32 MiB."""
 
 
 def calibrate_threshold(
@@ -36,7 +38,7 @@ def calibrate_threshold(
     # One more than is kept: the threshold itself is not (pre > threshold is strict).
     pool = torch.zeros(0)
     bound = 0.0
-    for source in _val_rows(shards, n_rows):
+    for source in _val_rows(shards, n_rows, at_once=rows_at_once(len(state.b_enc))):
         pre_acts = torch.addmm(state.b_enc, conditioning.input(source.to(state.W_enc.device)), state.W_enc.T)
         pool = torch.cat([pool, pre_acts[pre_acts > bound].cpu()])
         if len(pool) > 2 * n_wanted + 1:
@@ -47,6 +49,11 @@ def calibrate_threshold(
     if len(pool) <= n_wanted:
         return 0.0
     return float(pool.topk(n_wanted + 1).values.min())
+
+
+def rows_at_once(d_sae: int) -> int:
+    """Rows that are encoded together."""
+    return max(1, min(_MAX_ROWS, _ELEMENTS // d_sae))
 
 
 def _of_all(own: Tensor, n: int, team: Rank) -> Tensor:
@@ -60,12 +67,12 @@ def _of_all(own: Tensor, n: int, team: Rank) -> Tensor:
     return everyone[everyone > 0]
 
 
-def _val_rows(shards: ShardSet, n_rows: int) -> Iterator[Tensor]:
-    """The first `n_rows` source rows of val in the order of the disk, a batch at a time."""
+def _val_rows(shards: ShardSet, n_rows: int, *, at_once: int) -> Iterator[Tensor]:
+    """The first `n_rows` source rows of val in the order of the disk, `at_once` at a time."""
     left = n_rows
     for block in shards.val.blocks():
         source, _ = block.rows()
-        yield from source[:left].split(_ROWS)
+        yield from source[:left].split(at_once)
         left -= min(left, len(source))
         if left == 0:
             return

@@ -96,21 +96,24 @@ class Conditioning:
         With z = x_hat @ W_enc.T + b_enc, s_y * relu(z) = relu(s_y * z): the output scale goes into the encoder and the
         threshold, so that the decoder keeps unit rows. Computed in float64.
         """
-        w = {name: tensor.detach().double().cpu() for name, tensor in weights.items()}
-        mu_x, s_x = self.mu_x.double().cpu(), self.s_x.double().cpu()
-        W_enc = w["W_enc"].T / s_x[:, None]
-        b_enc = w["b_enc"] - mu_x @ W_enc
-        b_dec = w["b_dec"] * self.s_y
-        d_sae = len(b_enc)
+        # One matrix at a time in float64: a checkpoint is written while training needs its memory.
+        mu_x, s_x = self.mu_x.cpu().double(), self.s_x.cpu().double()
+        W_enc = weights["W_enc"].detach().cpu().to(torch.float64, copy=True).T.div_(s_x[:, None])
+        b_enc = weights["b_enc"].detach().cpu().double() - mu_x @ W_enc
+        b_dec = weights["b_dec"].detach().cpu().double() * self.s_y
         folded = {
-            "W_enc": W_enc * self.s_y,
-            "b_enc": b_enc * self.s_y,
-            "W_dec": w["W_dec"],
-            "threshold": threshold.detach().double().cpu().expand(d_sae) * self.s_y,
+            "W_enc": _saved(W_enc.mul_(self.s_y)),
+            "b_enc": _saved(b_enc * self.s_y),
+            "W_dec": _saved(weights["W_dec"].detach().cpu()),
+            "threshold": _saved(threshold.detach().cpu().double().expand(len(b_enc)) * self.s_y),
         }
-        if "W_skip" in w:
-            W_skip = w["W_skip"] / s_x[:, None] * self.s_y
+        del W_enc
+        if "W_skip" in weights:
+            W_skip = weights["W_skip"].detach().cpu().double() / s_x[:, None] * self.s_y
             b_dec = b_dec - mu_x @ W_skip
-            folded["W_skip"] = W_skip
-        folded["b_dec"] = b_dec
-        return {name: tensor.float().contiguous() for name, tensor in folded.items()}
+            folded["W_skip"] = _saved(W_skip)
+        return folded | {"b_dec": _saved(b_dec)}
+
+
+def _saved(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()

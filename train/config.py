@@ -98,10 +98,10 @@ class TrainConfig(Config):
     """Factor on the encoder's initial norm."""
     skip: bool = False
     """Add an affine path from input to output (skip transcoder)."""
-    auxk_coef: Annotated[float, Field(ge=0)] = 1 / 32
+    auxk_coef: Annotated[float, Field(ge=0)] = 1 / 8
     """Weight of the loss that revives dead latents; 0 turns it off."""
     k_aux: Count | None = None
-    """Dead latents that rebuild the residual of a row; d_in / 2 by default."""
+    """Dead latents that rebuild the residual of a row; 2 k by default."""
     dead_after_tokens: Count | None = None
     """Rows without firing after which a latent is dead; 10M, but at most a twentieth of the run, by default."""
     max_norm: Annotated[float, Field(gt=0)] | None = None

@@ -21,6 +21,7 @@ from .features import FeatureStep
 from .fleet import MemberConfig
 from .initial import initial_state
 from .measurements import measurements
+from .memory import give_back
 from .parallel import ParallelStep
 from .plan import Plan
 from .prefixes import sampled_sizes
@@ -219,6 +220,7 @@ class Member:
             transcoder.set_weights(self._conditioning.fold(weights, threshold))
             save_checkpoint(folder, step, tensors, transcoder, finished=finished)
             prune_checkpoints(folder, config.keep_checkpoints, config.keep_every)
+            give_back()
 
         self._writer.submit(write)
 

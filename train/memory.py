@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +12,14 @@ import torch
 
 from matryoshka.errors import UserError
 
+from .calibrate import rows_at_once
 from .config import TrainConfig
 from .plan import Plan
 
-_READ_AHEAD_BATCHES = 6
-"""Batches between the reader and the step: those in the queue, the one being filled and the one in use."""
+_SELECTION = 8 << 20
+"""Scratch in which a step looks for the activations to keep, of each member on a CPU (train/selection.py)."""
+_HOLES = 1.2
+"""The C library keeps a part of what is freed, in pieces (benchmarks/fleet.py --tables memory)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +27,11 @@ class Need:
     """Bytes of one member."""
 
     held: int
-    """Weights, both Adam moments and counters, all the time."""
+    """Weights, both Adam moments, counters and scratch, all the time."""
     step: int
-    """Gradients and activations, while this member takes its step."""
+    """Gradients and activations while this member takes its step, or what calibrating its threshold takes."""
     snapshot: int
-    """A copy of the state and the folded weights, in the memory of the CPU, while a checkpoint is written."""
+    """A copy of the state and the folded weights twice, in the memory of the CPU, while a checkpoint is written."""
 
 
 def member_need(
@@ -38,7 +43,7 @@ def member_need(
     """
     d_sae, batch = -(-plan.d_sae // n_parts), config.batch_tokens
     n_weights = d_sae * (d_in + d_out + 1) + d_out + (d_in * d_out if config.skip else 0)
-    held = 12 * n_weights + 8 * d_sae
+    held = 12 * n_weights + 8 * d_sae + (_SELECTION if device.type == "cpu" else 0)
     k = max(config.k, plan.k_start)
     # x, y, every prefix's reconstruction and residual, lists of the kept and of the dead latents' entries, gradients.
     n_prefixes = config.sampled_prefixes or len(plan.group_sizes)
@@ -47,25 +52,37 @@ def member_need(
     # On a CPU `auto` goes dense for small dictionaries only.
     if config.backend == "dense" or (config.backend == "auto" and device.type == "cuda"):
         step += 12 * batch * d_sae
-    return Need(held=held, step=step, snapshot=n_parts * (held + 20 * n_weights))
+    n_rows = config.calibration_tokens
+    calibration = 20 * config.k * n_rows + 12 * min(n_rows, rows_at_once(d_sae)) * d_sae
+    return Need(held=held, step=max(step, calibration), snapshot=n_parts * 20 * n_weights)
 
 
-def stream_need(config: TrainConfig, *, d_in: int, d_out: int) -> int:
-    """Bytes of the stream: two buffers and the batches that are read ahead, bfloat16."""
-    return 2 * (d_in + d_out) * (2 * config.buffer_tokens + _READ_AHEAD_BATCHES * config.batch_tokens)
+def reckoned(needs: Sequence[Need], stream: int) -> int:
+    """Bytes that a fleet takes on a CPU: one member steps and one snapshot is written at a time."""
+    steps = sum(need.held for need in needs) + max(need.step for need in needs)
+    return int(_HOLES * (steps + max(need.snapshot for need in needs) + stream))
 
 
 def check_memory(needs: Mapping[str, Need], stream: int, device: torch.device) -> None:
     """Raise UserError when the members and the stream cannot fit into what is free now."""
     if not needs:
         return
-    on_device = sum(need.held for need in needs.values()) + max(need.step for need in needs.values())
-    on_cpu = stream + max(need.snapshot for need in needs.values())
+    each = list(needs.values())
+    if device.type == "cpu":
+        _refuse(needs, reckoned(each, stream), free_memory(), "the CPU")
+        return
     if device.type == "cuda":
+        on_device = sum(need.held for need in each) + max(need.step for need in each)
         _refuse(needs, on_device, torch.cuda.mem_get_info(device)[0], str(device))
-    elif device.type == "cpu":
-        on_cpu += on_device
-    _refuse(needs, on_cpu, free_memory(), "the CPU")
+    _refuse(needs, stream + max(need.snapshot for need in each), free_memory(), "the CPU")
+
+
+def give_back() -> None:
+    """Return what was freed to the system, where the C library can be told to (glibc): it fills holes last."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def free_memory() -> int | None:

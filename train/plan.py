@@ -98,7 +98,7 @@ def make_plan(config: TrainConfig, shards: ShardSet, n_rows: int) -> Plan:
         warmup_steps=min(_MAX_WARMUP, n_steps // _SHARE) if warmup is None else warmup,
         decay_steps=int(config.decay_fraction * n_steps),
         input=config.input or default_input,
-        k_aux=min(config.k_aux or max(1, shards.d_in // 2), d_sae),
+        k_aux=min(config.k_aux or 2 * config.k, d_sae),
         dead_after_tokens=config.dead_after_tokens or max(1, min(_DEAD_WINDOW, n_trained // _SHARE)),
         # What TopK trainers use over widths: 2e-4 / sqrt(d_sae / 2^14).
         lr=config.lr if config.lr_d_sae is None else config.lr * math.sqrt(config.lr_d_sae / d_sae),

@@ -29,7 +29,7 @@ from .config import TrainConfig
 from .fleet import MemberConfig, fleet_folder, is_fleet, members
 from .interrupt import StopRequest
 from .member import Entry, Member, Outcome, Waiting
-from .memory import check_memory, member_need, stream_need
+from .memory import check_memory, give_back, member_need
 from .plan import make_plan
 from .ranks import Rank
 from .record import parked_reason, publish_fleet, refuse_other_fleet, refuse_other_run, run_record, stream_record
@@ -144,7 +144,7 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
         entry.name: member_need(entry.settings.config, entry.plan, **widths, device=device, n_parts=n_parts)
         for entry in left
     }
-    check_memory(needs, stream_need(config, d_in=shards.d_in, d_out=shards.d_out), device)
+    check_memory(needs, stream.n_bytes, device)
     if group is not None and rank.index == 0:
         make_directory(fleet_folder(config))
         publish_fleet(fleet_folder(config), stream_record(config, shards), [entry.name for entry in every])
@@ -193,6 +193,7 @@ class _Fleet:
                 runs.append(run)
                 closing.callback(run.close)
             first_rows.clear()
+            give_back()
             progress.started(entries, [run.first for run in runs])
             self._steps(runs, stop, progress)
             if stop.signal is not None:

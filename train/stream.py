@@ -172,11 +172,29 @@ class Stream:
         """Order of the rows inside one block."""
         return torch.from_numpy(self._generator(1, epoch, stream, block).permutation(n_rows))
 
-    def load(self, pieces: tuple[_Piece, ...]) -> tuple[Tensor, Tensor]:
-        """Read the rows of a block: source and target, bfloat16."""
+    @property
+    def n_bytes(self) -> int:
+        """What reading takes: two blocks of every lane, the batches read ahead, the one being filled and the one in
+        use."""
+        lanes = 2 * len(self._own) * self._most_rows
+        batches = (_READ_AHEAD_BATCHES + 2) * self.batch_rows * len(self._own) // self.n_streams
+        return 2 * (lanes + batches) * (self._shards.d_in + self._shards.d_out)
+
+    @property
+    def _most_rows(self) -> int:
+        """Rows of the largest block of a lane, at most: a share of the buffer, or one chunk where that is more."""
+        lane, chunk = -(-self.n_rows // self.n_streams), max(piece.stop for piece in self._chunks)
+        return min(lane, max(self._block_rows, chunk))
+
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """Room for the largest block of a lane: source and target, bfloat16."""
+        source = torch.empty(self._most_rows, self._shards.d_in, dtype=torch.bfloat16)
+        return source, torch.empty(self._most_rows, self._shards.d_out, dtype=torch.bfloat16)
+
+    def load(self, pieces: tuple[_Piece, ...], memory: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Read the rows of a block, source and target, into the first rows of `memory`."""
         n_rows = sum(piece.stop - piece.start for piece in pieces)
-        source = torch.empty(n_rows, self._shards.d_in, dtype=torch.bfloat16)
-        target = torch.empty(n_rows, self._shards.d_out, dtype=torch.bfloat16)
+        source, target = (side[:n_rows] for side in memory)
         filled = 0
         for piece in pieces:
             end = piece.position + self._split.chunk_positions
@@ -237,16 +255,13 @@ class Stream:
             cut = _Piece(piece.shard, piece.position, max(first - begin, 0), min(last - begin, piece.stop))
             if cut.stop <= cut.start:
                 break
-            pieces.append(cut)
-            held += cut.stop - cut.start
-            if held >= wanted:
+            if pieces and held + cut.stop - cut.start > wanted:
                 blocks.append(tuple(pieces))
                 starts.append(starts[-1] + held)
                 pieces, held, wanted = [], 0, self._block_rows
-        if pieces:
-            blocks.append(tuple(pieces))
-        else:
-            starts.pop()
+            pieces.append(cut)
+            held += cut.stop - cut.start
+        blocks.append(tuple(pieces))
         return _Lane(tuple(blocks), tuple(starts))
 
     def _generator(self, *key: int) -> np.random.Generator:
@@ -254,15 +269,18 @@ class Stream:
 
 
 class _LaneCursor:
-    """Walks one virtual stream forwards; the next block is read while this one is used."""
+    """Walks one virtual stream forwards; the next block is read into the one half of its memory while the block in the
+    other half is used."""
 
     def __init__(self, stream: Stream, number: int, executor: ThreadPoolExecutor) -> None:
         self._stream = stream
         self._number = number
         self._executor = executor
-        self._loading: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
+        self._used, self._free = stream.memory(), stream.memory()
         self._key: tuple[int, int] | None = None
-        self._rows: tuple[Tensor, Tensor] | None = None
+        self._rows: tuple[Tensor, Tensor] = self._used
+        self._coming: Future[tuple[Tensor, Tensor]] | None = None
+        self._coming_key: tuple[int, int] | None = None
         self._order = torch.empty(0, dtype=torch.int64)
 
     def copy(self, position: int, source: Tensor, target: Tensor) -> None:
@@ -279,19 +297,20 @@ class _LaneCursor:
             filled += len(chosen)
 
     def _block(self, epoch: int, block: int) -> tuple[Tensor, Tensor]:
-        if self._key != (epoch, block) or self._rows is None:
-            self._rows = None  # freed before the next one arrives
-            self._rows = self._read(epoch, block).result()
+        if self._key != (epoch, block):
+            if self._coming_key != (epoch, block):
+                self._read(epoch, block)
+            assert self._coming is not None
+            self._rows = self._coming.result()
+            self._used, self._free = self._free, self._used
             self._key = (epoch, block)
             self._order = self._stream.permutation(epoch, self._number, block, len(self._rows[0]))
-            self._loading.clear()
             last = block + 1 == len(self._stream.lane(epoch, self._number).blocks)
             self._read(*((epoch + 1, 0) if last else (epoch, block + 1)))
         return self._rows
 
-    def _read(self, epoch: int, block: int) -> Future[tuple[Tensor, Tensor]]:
-        key = (epoch, block)
-        if key not in self._loading:
-            pieces = self._stream.lane(epoch, self._number).blocks[block]
-            self._loading[key] = self._executor.submit(self._stream.load, pieces)
-        return self._loading[key]
+    def _read(self, epoch: int, block: int) -> None:
+        """Begin to read a block into the half that is free. A cursor only goes forwards: nothing else is being read."""
+        pieces = self._stream.lane(epoch, self._number).blocks[block]
+        self._coming_key = (epoch, block)
+        self._coming = self._executor.submit(self._stream.load, pieces, self._free)

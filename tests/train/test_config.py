@@ -62,7 +62,7 @@ def test_the_plan_resolves_every_default(random_shards: ShardSet) -> None:
     assert plan.group_sizes == (6, 12, 24, 54)
     assert plan.n_steps == 27
     assert plan.input == "normalized"
-    assert plan.k_aux == 6
+    assert plan.k_aux == 8  # 2 k
     assert plan.dead_after_tokens == 135
     assert (plan.warmup_steps, plan.decay_steps) == (1, 5)
 

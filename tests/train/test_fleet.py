@@ -151,9 +151,9 @@ def test_one_stream_feeds_all(run_settings: dict[str, Any], tmp_path: Path, monk
     loads = {"n": 0}
     load = Stream.load
 
-    def counted(self: Stream, pieces: Any) -> Any:
+    def counted(self: Stream, *args: Any) -> Any:
         loads["n"] += 1
-        return load(self, pieces)
+        return load(self, *args)
 
     monkeypatch.setattr(Stream, "load", counted)
     train_fleet(config_of(run_settings, tmp_path / "one", fleet=LIST[:1]))

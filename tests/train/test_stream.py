@@ -97,6 +97,16 @@ def test_streams_share_the_rows_evenly(random_shards: ShardSet, batch_rows: int)
         assert sum(piece.stop - piece.start for block in lane.blocks for piece in block) == n_rows
 
 
+@pytest.mark.parametrize("buffer_rows", [64, 700, 10**6])
+def test_every_block_fits_into_the_memory_that_is_reckoned(random_shards: ShardSet, buffer_rows: int) -> None:
+    stream = stream_of(random_shards, buffer_rows=buffer_rows)
+    source, target = stream.memory()
+    lanes = [stream.lane(epoch, i) for epoch in range(5) for i in range(stream.n_streams)]
+    largest = max(sum(piece.stop - piece.start for piece in block) for lane in lanes for block in lane.blocks)
+    assert largest <= len(source) == len(target)
+    assert stream.n_bytes >= 2 * stream.n_streams * (source.nbytes + target.nbytes)
+
+
 def test_an_iterator_may_be_closed_at_any_time(random_shards: ShardSet) -> None:
     batches = stream_of(random_shards).batches(0, 10_000)
     next(batches)
@@ -106,7 +116,7 @@ def test_an_iterator_may_be_closed_at_any_time(random_shards: ShardSet) -> None:
 def test_a_reading_error_reaches_the_trainer(random_shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = stream_of(random_shards)
 
-    def fail(_pieces: object) -> tuple[Tensor, Tensor]:
+    def fail(_pieces: object, _memory: object) -> tuple[Tensor, Tensor]:
         raise OSError("disk gone")
 
     monkeypatch.setattr(stream, "load", fail)
