@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ def run(
     """Harvest, train and evaluate what FILE describes. What is done already is not done again."""
     costs = []
     for command in stage_commands(file):
-        typer.echo(f"$ {' '.join(command)}", err=True)
+        typer.echo(f"$ {shlex.join(command)}", err=True)
         started = time.perf_counter()
         code, peak_bytes = _run([sys.executable, "-m", *command])
         if code != 0:

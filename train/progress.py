@@ -44,6 +44,8 @@ class Screen:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._live.stop()
+        if self._lines and not self._console.is_terminal:
+            self._console.line()  # rich ends the table with one only on a terminal
 
     def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
         """Say what is trained and show the table."""
