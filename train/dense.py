@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .entries import Kept
 from .gradients import Gradients
-from .nested import nested_loss_
+from .nested import nested_loss_, squared_spread
 
 
 def spread(kept: Kept, values: Tensor, batch: int, d_sae: int) -> Tensor:
@@ -35,6 +35,7 @@ def dense_gradients(
     aux_coef: Tensor | float,
     bf16: bool = False,
     join: Callable[[Tensor], Tensor] = lambda planes: planes,
+    residual_spread: Callable[[Tensor], Tensor] = squared_spread,
 ) -> Gradients:
     """Loss and gradients by whole matrices; the arguments and the result of `sparse_gradients`.
 
@@ -69,6 +70,7 @@ def dense_gradients(
         weights=group_weights,
         target_variance=target_variance,
         aux_coef=None if dead_acts is None else aux_coef,
+        residual_spread=residual_spread,
     )
     d_acts, d_W_dec = torch.empty_like(acts), torch.empty_like(W_dec)
     for i, (start, end) in enumerate(spans):

@@ -14,9 +14,9 @@ fire far more often than the last: in blocks, the first rank would have most of 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import among_largest, gather, smallest_, sum_
 from .dead import select_dead, select_dead_fixed_shape
 from .entries import Kept
 from .gradients import Gradients
@@ -38,32 +38,29 @@ class FeatureStep(TrainStep):
         self._slice = LatentSlice(rank, sum(settings.group_sizes))
         super().__init__(settings, state, device, latents=self._slice.latents)
         self._rank = rank
-        self._join = _sum_
+        self._join = sum_
 
-    def _select(self, x: Tensor) -> tuple[Kept, Kept | None, Tensor | float]:
-        settings, state = self.settings, self.state
-        n = settings.k * x.shape[0]
+    def _largest(self, x: Tensor) -> Kept:
+        state, n = self.state, self.settings.k * x.shape[0]
         if self._fixed_shapes:
-            found = select_fixed_shape(x, state.W_enc, state.b_enc, n, bf16=self.bf16)
-            kept = self._of_all_fixed_shape(found, n)
-        else:
-            kept = None
-            # Twice a rank's fair part nearly always holds all it has among the n largest; where not, it is asked again.
-            for n_asked in (min(n, 2 * n // self._rank.world + 64), n):
-                found = self._encoder.select(x, state.W_enc, state.b_enc, n_asked)
-                kept = self._of_all(found, n_asked, n)
-                if kept is not None:
-                    break
-            assert kept is not None
-        dead, aux_coef = self._select_dead(x)
-        return kept, dead, aux_coef
+            own = select_fixed_shape(x, state.W_enc, state.b_enc, n, bf16=self.bf16)
+            return among_largest(own, gather(own.acts, self._rank), n, self._rank)
+        kept = None
+        # Twice a rank's fair part nearly always holds all it has among the n largest; where not, it is asked again.
+        for n_asked in (min(n, 2 * n // self._rank.world + 64), n):
+            found = self._encoder.select(x, state.W_enc, state.b_enc, n_asked)
+            kept = self._of_all(found, n_asked, n)
+            if kept is not None:
+                break
+        assert kept is not None
+        return kept
 
     def _of_all(self, own: Kept, n_asked: int, n: int) -> Kept | None:
         """Those of this rank's entries that are among the `n` largest of all ranks, ties going to the smallest
         row * d_sae + latent of the whole dictionary; None when a rank may hold more of them than it was asked for."""
         offered = torch.full((n_asked,), -1.0)
         offered[: len(own.acts)] = own.acts
-        everyone = self._gather(offered)
+        everyone = gather(offered, self._rank)
         values = everyone.view(-1)
         nth = values.topk(n, sorted=False).values.min() if len(values) >= n else torch.tensor(-1.0)
         if n_asked < n and bool((everyone.min(1).values >= nth.clamp_min(0)).any()):
@@ -77,18 +74,10 @@ class FeatureStep(TrainStep):
             flat = own.rows[ties].long() * self._slice.d_sae + self._slice.numbers(own.latents[ties])
             padded = torch.full((int((everyone == nth).sum(1).max()),), torch.iinfo(torch.int64).max)
             padded[: len(flat)] = flat
-            last = self._gather(padded).view(-1).sort().values[n_wanted - 1]
+            last = gather(padded, self._rank).view(-1).sort().values[n_wanted - 1]
             ties[ties.nonzero().squeeze(1)[flat > last]] = False
         chosen = above | ties
         return Kept(own.rows[chosen], own.latents[chosen], own.acts[chosen])
-
-    def _of_all_fixed_shape(self, own: Kept, n: int) -> Kept:
-        """The same with shapes that do not depend on the data; ties fall as torch.topk lets them, alike on each."""
-        best = self._gather(own.acts).view(-1).topk(n, sorted=False).indices
-        chosen = torch.zeros(self._rank.world * n, dtype=torch.bool, device=own.acts.device).index_fill_(0, best, True)
-        selected = chosen.view(self._rank.world, n)[self._rank.index]
-        selected = selected if own.selected is None else selected & own.selected
-        return Kept(own.rows, own.latents, torch.where(selected, own.acts, 0.0), selected)
 
     def _select_dead(self, x: Tensor) -> tuple[Kept | None, Tensor | float]:
         """The own dead latents among the k_aux largest of each row over all ranks, and the aux term's coefficient."""
@@ -96,7 +85,7 @@ class FeatureStep(TrainStep):
         if settings.auxk_coef == 0:
             return None, 0.0
         is_dead = state.tokens_since_fired >= settings.dead_after_tokens
-        n_dead = _sum_(is_dead.sum())
+        n_dead = sum_(is_dead.sum())
         if self._fixed_shapes:
             own = select_dead_fixed_shape(x, state.W_enc, state.b_enc, is_dead, settings.k_aux)
             assert own.selected is not None
@@ -118,33 +107,19 @@ class FeatureStep(TrainStep):
         offered = torch.full((batch, k), -torch.inf, device=values.device)
         n_own = values.numel() // batch
         offered[:, :n_own] = values.view(batch, n_own)
-        everyone = self._gather(offered).permute(1, 0, 2).reshape(batch, -1)
+        everyone = gather(offered, self._rank).permute(1, 0, 2).reshape(batch, -1)
         chosen = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, everyone.topk(k, dim=1).indices, True)
         return chosen.view(batch, self._rank.world, k)[:, self._rank.index, :n_own].reshape(-1)
 
     def _measure(self, gradients: Gradients) -> Measured:
-        return measure(gradients, self.state, over_ranks=_sum_, common=COMMON)
+        return measure(gradients, self.state, over_ranks=sum_, common=COMMON)
 
     def _smallest(self, acts: Tensor, positive: Tensor) -> Tensor:
-        smallest = super()._smallest(acts, positive)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        return smallest
+        return smallest_(super()._smallest(acts, positive))
 
     def _count(self, kept: Kept, batch: int, finite: Tensor) -> Tensor:
-        return _sum_(super()._count(kept, batch, finite))
+        return sum_(super()._count(kept, batch, finite))
 
     def _dead_share(self) -> float:
-        n_dead = _sum_((self.state.tokens_since_fired >= self.settings.dead_after_tokens).sum())
+        n_dead = sum_((self.state.tokens_since_fired >= self.settings.dead_after_tokens).sum())
         return float(n_dead) / self._slice.d_sae
-
-    def _gather(self, own: Tensor) -> Tensor:
-        """[world, *shape of own]: that of every rank, the same bits on each."""
-        everyone = own.new_empty(self._rank.world, *own.shape)
-        dist.all_gather(list(everyone.unbind(0)), own.contiguous())
-        return everyone
-
-
-def _sum_(part: Tensor) -> Tensor:
-    """The sum over ranks, in place, the same bits on each."""
-    dist.all_reduce(part)
-    return part

@@ -3,6 +3,8 @@
 Weights, moments, threshold and counters are the same on every rank at every step: what is added up over ranks is added
 up by the same collective for all, and every rank then takes the same update. BatchTopK is that of the whole batch: the
 k * B largest of all ranks' activations. Summation order differs from one rank's, so results agree to rounding.
+
+Exchanged in a step: about 1.25 k B activations, and the gradients of all weights once (an all-reduce).
 """
 
 from __future__ import annotations
@@ -10,38 +12,56 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from .collectives import among_largest, gather, smallest_, sum_
 from .entries import Kept
 from .gradients import Gradients
 from .nested import NestedLoss
 from .ranks import Rank
+from .selection import select_fixed_shape
 from .step import NonFiniteLoss, StepReport, StepSettings, StepState, TrainStep
 
 
 class ParallelStep(TrainStep):
-    """TrainStep on this rank's rows of a batch. On the CPU, through gloo; every rank must call it for every batch."""
+    """TrainStep on this rank's rows of a batch; every rank must call it for every batch, with as many rows."""
 
     def __init__(self, settings: StepSettings, state: StepState, device: torch.device, rank: Rank) -> None:
         super().__init__(settings, state, device)
         self._rank = rank
+        # The loss of a rank is the mean over its rows, and the whole's is the mean over ranks.
+        self._residual_spread = lambda residual: self._whole_spread(residual.double()).float() / rank.world
+        self._spare = 64
+        self._whole_is_finite = torch.ones((), dtype=torch.bool)
 
-    def _select(self, x: Tensor) -> tuple[Kept, Kept | None, Tensor | float]:
-        # A row that is not finite would stop its own rank alone, and the others would wait for it for ever.
-        n_bad = _sum((~torch.isfinite(x.sum())).float())
-        if float(n_bad) > 0:
+    def _largest(self, x: Tensor) -> Kept:
+        # Asked before anything is: a bad row would stop its own rank alone, and the others would wait for ever.
+        self._whole_is_finite = sum_((~torch.isfinite(x.sum())).float()) == 0
+        if not self._fixed_shapes and not bool(self._whole_is_finite):
             raise NonFiniteLoss(int(self.state.step), float("nan"))
-        local = self.settings
-        n = local.k * x.shape[0] * self._rank.world
-        try:
-            # The aux entries are each row's own; BatchTopK's are first taken as if this rank held all of the largest.
-            self.settings = replace(local, k=min(n // x.shape[0], sum(local.group_sizes)))
-            kept, dead, aux_coef = super()._select(x)
-        finally:
-            self.settings = local
-        return self._of_all(kept, n), dead, aux_coef
+        state, rank = self.state, self._rank
+        n = self.settings.k * x.shape[0] * rank.world
+        if not self._fixed_shapes:
+            own = self._encoder.select(x, state.W_enc, state.b_enc, min(n, x.shape[0] * state.W_enc.shape[0]))
+            return self._of_all(own, n)
+        # Rows are dealt at random, so a rank's part of the n largest is close to its fair one. To know that nobody held
+        # back more, the host waits for the device once in a step.
+        n_asked = min(n, n * 5 // (4 * rank.world) + self._spare, x.shape[0] * state.W_enc.shape[0])
+        own = select_fixed_shape(x, state.W_enc, state.b_enc, n_asked, bf16=self.bf16)
+        offers = gather(own.acts, rank)
+        if n_asked < n and bool(self._may_hold_more(offers, n)):
+            own = select_fixed_shape(
+                x, state.W_enc, state.b_enc, min(n, x.shape[0] * state.W_enc.shape[0]), bf16=self.bf16
+            )
+            offers = gather(own.acts, rank)
+        return among_largest(own, offers, n, rank)
+
+    def _may_hold_more(self, offers: Tensor, n: int) -> Tensor:
+        """Whether some rank's smallest offer is among the `n` largest of all `offers` [world, n_asked], so that what it
+        did not offer may be too; 0-d bool."""
+        least = offers.min(1).values
+        nth = offers.view(-1).topk(min(n, offers.numel()), sorted=False).values.min()
+        return ((least >= nth) & (least > 0)).any()
 
     def _of_all(self, kept: Kept, n: int) -> Kept:
         """The entries of this rank that are among the `n` largest of all ranks.
@@ -50,84 +70,61 @@ class ParallelStep(TrainStep):
         """
         padded = torch.full((n,), -1.0)
         padded[: len(kept.acts)] = kept.acts
-        everyone = [torch.empty_like(padded) for _ in range(self._rank.world)]
-        dist.all_gather(everyone, padded)
-        values = torch.cat(everyone)
+        everyone = gather(padded, self._rank)
+        values = everyone.view(-1)
         nth = values.topk(n).values[-1]
         if nth < 0:
             return kept
         above = kept.acts > nth
         ties = (kept.acts == nth).nonzero().squeeze(1)
-        n_ties = n - int((values > nth).sum()) - sum(int((one == nth).sum()) for one in everyone[: self._rank.index])
+        n_ties = n - int((values > nth).sum()) - int((everyone[: self._rank.index] == nth).sum())
         flat = kept.rows[ties].long() * self.state.W_enc.shape[0] + kept.latents[ties]
         above[ties[flat.argsort()[: max(0, n_ties)]]] = True
         return Kept(kept.rows[above], kept.latents[above], kept.acts[above])
 
+    def _is_finite(self, x: Tensor) -> Tensor:  # noqa: ARG002 -- asked of all ranks in _largest
+        return self._whole_is_finite
+
     def _gradients(self, x: Tensor, y: Tensor, kept: Kept, dead: Kept | None, aux_coef: Tensor | float) -> Gradients:
-        world, share = self._rank.world, 1.0
-        if dead is not None:
-            # L_aux divides by the variance of the whole batch's residual; the backend knows that of its rows only.
-            share = world * self._residual_share(x, y, kept)
-        local = super()._gradients(x, y, kept, dead, aux_coef * share)
+        local = super()._gradients(x, y, kept, dead, aux_coef)
         d_sae = self.state.W_enc.shape[0]
-        whole = {name: _sum(local.rows(name, 0, d_sae)) / world for name in ("W_enc", "W_dec")}
+        whole = {name: self._mean_(local.rows(name, 0, d_sae)) for name in ("W_enc", "W_dec")}
         nested = NestedLoss(
-            loss=_sum(local.nested.loss) / world,
-            aux_loss=_sum(local.nested.aux_loss * share) / world,
-            sq_err=_sum(local.nested.sq_err),
+            loss=self._mean_(local.nested.loss),
+            aux_loss=self._mean_(local.nested.aux_loss),
+            sq_err=sum_(local.nested.sq_err),
         )
-        small = {name: _sum(gradient) / world for name, gradient in sorted(local.small.items())}
+        small = {name: self._mean_(gradient.contiguous()) for name, gradient in sorted(local.small.items())}
         return Gradients(
             nested=nested,
             small=small,
-            decoder_dot=_sum(local.decoder_dot) / world,
+            decoder_dot=self._mean_(local.decoder_dot),
             rows=lambda name, start, end: whole[name][start:end],
             stored=True,
         )
 
-    def _residual_share(self, x: Tensor, y: Tensor, kept: Kept) -> float:
-        """Variance of the residual over this rank's rows, times their number, over the same of the whole batch."""
-        weights = self.state.weights()
-        order = (kept.rows.long() * self.state.W_enc.shape[0] + kept.latents).argsort()
-        starts = torch.searchsorted(kept.rows[order].contiguous(), torch.arange(len(y) + 1, dtype=torch.int32))
-        decoded = F.embedding_bag(
-            kept.latents[order].long(),
-            weights["W_dec"],
-            starts,
-            per_sample_weights=kept.acts[order],
-            mode="sum",
-            include_last_offset=True,
-        )
-        residual = (y - decoded - weights["b_dec"]).double()
-        if "W_skip" in weights:
-            residual = residual - (x @ weights["W_skip"]).double()
-        own = residual.var(0, correction=0).sum() * len(y)
-        return float(own / self._spread(residual))
+    def _mean_(self, part: Tensor) -> Tensor:
+        """The mean over ranks, in place."""
+        return sum_(part).div_(self._rank.world)
 
-    def _spread(self, values: Tensor) -> Tensor:
-        """sum over the whole batch of ||v - mean(v)||^2, for this rank's rows `values` [rows, d], float64."""
-        mean = _sum(values.sum(0)) / (len(values) * self._rank.world)
-        return _sum((values - mean).square().sum())
+    def _whole_spread(self, values: Tensor) -> Tensor:
+        """sum over the whole batch of ||v - mean(v)||^2, for this rank's rows `values` [rows, d]."""
+        mean = sum_(values.sum(0)) / (len(values) * self._rank.world)
+        return sum_((values - mean).square().sum())
+
+    def _times_fired(self, kept: Kept, positive: Tensor) -> Tensor:
+        return sum_(super()._times_fired(kept, positive))
+
+    def _smallest(self, acts: Tensor, positive: Tensor) -> Tensor:
+        return smallest_(super()._smallest(acts, positive))
 
     def _count(self, kept: Kept, batch: int, finite: Tensor) -> Tensor:
-        settings, state = self.settings, self.state
-        positive = kept.acts > 0
-        fired = torch.zeros(state.W_enc.shape[0]).index_add_(0, kept.latents, positive.float())
-        since = state.tokens_since_fired + batch * self._rank.world
-        state.tokens_since_fired.copy_(torch.where(_sum(fired) > 0, 0, since))
-        smallest = torch.cat([kept.acts[positive], torch.tensor([torch.inf])]).min()
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        if bool(torch.isfinite(smallest)) and int(state.step) >= settings.threshold_start_step:
-            decay = settings.threshold_decay
-            average = decay * state.threshold + (1 - decay) * smallest if state.threshold > 0 else smallest
-            state.threshold.copy_(average)
-        assert bool(finite)  # checked on all ranks alike, before anything is changed
-        return _sum(positive.sum().double()) / self._rank.world
+        return self._mean_(super()._count(kept, batch * self._rank.world, finite).double())
 
     def _sq_err(self, gradients: Gradients, x: Tensor, y: Tensor, kept: Kept) -> Tensor:
         own = super()._sq_err(gradients, x, y, kept)
         # That of the loss is added up already.
-        return own if self.settings.sampled_sizes is None else _sum(own)
+        return own if self.settings.sampled_sizes is None else sum_(own)
 
     def _report(
         self, gradients: Gradients, norm: Tensor, n_kept: Tensor, sq_err: Tensor, y: Tensor, lr: float
@@ -136,13 +133,6 @@ class ParallelStep(TrainStep):
         sq_err = sq_err.double()
         return replace(
             report,
-            fvu=tuple((sq_err / self._spread(y.double())).tolist()),
+            fvu=tuple((sq_err / self._whole_spread(y.double())).tolist()),
             l2_loss=float(sq_err[-1]) / (len(y) * self._rank.world),
         )
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    """The sum over ranks, the same bits on each."""
-    total = tensor.detach().clone().contiguous()
-    dist.all_reduce(total)
-    return total

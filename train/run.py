@@ -120,10 +120,10 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
     shards = ShardSet.open(config.shards)
     device = resolve_device(rank.device(config.device))
     team = rank if config.parallel != "configs" and rank.world > 1 else None
-    if config.parallel == "data" and team is not None and device.type != "cpu":
+    if team is not None and device.type not in ("cpu", "cuda"):
         raise UserError(
-            f"--parallel data shares batches between CPU processes only, and the device is {device}; use --device cpu, "
-            "or --parallel configs with one run for each GPU"
+            f"--parallel {config.parallel} joins processes on CPUs or CUDA GPUs, and the device is {device}; use "
+            "--device cpu, or --parallel configs"
         )
     # With the latents spread over ranks every rank sees every row.
     part = (0, 1) if team is None or config.parallel == "features" else (team.index, team.world)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .entries import Kept, bag_starts, row_dots
 from .gradients import Gradients
-from .nested import nested_loss_
+from .nested import nested_loss_, squared_spread
 
 
 def sparse_gradients(
@@ -23,10 +23,12 @@ def sparse_gradients(
     target_variance: float,
     aux_coef: Tensor | float,
     join: Callable[[Tensor], Tensor] = lambda planes: planes,
+    residual_spread: Callable[[Tensor], Tensor] = squared_spread,
 ) -> Gradients:
     """Loss and gradients from the entries alone; x [batch, d_in], y [batch, d_out], prefix_ends int32 [n_groups].
 
-    Where `weights` hold a part of the latents, `join` adds the parts of the others to the planes [groups, rows, d_out].
+    Where `weights` hold a part of the latents, `join` adds the parts of the others to the planes [groups, rows, d_out];
+    where x and y are a part of the batch, `residual_spread` gives that of the whole.
 
     A bag is one (group, row) pair; the dead latents' entries form one more plane of bags. The three products are
     an embedding_bag over bags (decode), a sampled dense-dense product (d_acts), and embedding_bags over latents
@@ -56,6 +58,7 @@ def sparse_gradients(
         weights=group_weights,
         target_variance=target_variance,
         aux_coef=None if dead is None else aux_coef,
+        residual_spread=residual_spread,
     )
     d_acts = row_dots(starts, latents, decoded, W_dec)
     if selected is not None:

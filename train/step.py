@@ -21,6 +21,7 @@ from .dead import select_dead, select_dead_fixed_shape
 from .dense import dense_gradients
 from .entries import Kept
 from .gradients import Gradients
+from .nested import squared_spread
 from .selection import TileEncoder, select_fixed_shape
 from .sparse import prefix_errors, sparse_gradients
 from .state import StepState
@@ -151,6 +152,8 @@ class TrainStep:
         self._group_ends = self._own_ends(settings.group_sizes)
         self._join: Callable[[Tensor], Tensor] = lambda planes: planes
         """Adds what other holders of latents have decoded to the own part."""
+        self._residual_spread: Callable[[Tensor], Tensor] = squared_spread
+        """Gives the variance of the residual, of which other holders of rows have theirs."""
         # CUDA: shapes that never depend on data, so no step waits for the device
         self._fixed_shapes = self.device.type == "cuda"
         self._encoder = TileEncoder(self.bf16)
@@ -183,7 +186,7 @@ class TrainStep:
         measured = self._measure(gradients)
         loss = gradients.nested.loss
         # a NaN input can hide from the loss, as no comparison selects it; finite weights and inputs cannot make one
-        finite = torch.isfinite(loss) & torch.isfinite(measured.norm) & torch.isfinite(x.sum())
+        finite = torch.isfinite(loss) & torch.isfinite(measured.norm) & self._is_finite(x)
         skip = None
         if self._fixed_shapes:
             skip = (~finite).float()
@@ -205,22 +208,34 @@ class TrainStep:
 
     def _select(self, x: Tensor) -> tuple[Kept, Kept | None, Tensor | float]:
         """BatchTopK's entries, the dead latents' entries, and the aux term's coefficient."""
+        return self._largest(x), *self._select_dead(x)
+
+    def _largest(self, x: Tensor) -> Kept:
+        """The k * batch largest activations of the batch."""
+        state, n = self.state, self.settings.k * x.shape[0]
+        if self._fixed_shapes:
+            return select_fixed_shape(x, state.W_enc, state.b_enc, n, bf16=self.bf16)
+        return self._encoder.select(x, state.W_enc, state.b_enc, n)
+
+    def _select_dead(self, x: Tensor) -> tuple[Kept | None, Tensor | float]:
+        """The dead latents' entries, and the aux term's coefficient."""
         settings, state = self.settings, self.state
-        n = settings.k * x.shape[0]
+        if settings.auxk_coef == 0:
+            return None, 0.0
         is_dead = state.tokens_since_fired >= settings.dead_after_tokens
         if self._fixed_shapes:
-            kept = select_fixed_shape(x, state.W_enc, state.b_enc, n, bf16=self.bf16)
-            if settings.auxk_coef == 0:
-                return kept, None, 0.0
             dead = select_dead_fixed_shape(x, state.W_enc, state.b_enc, is_dead, settings.k_aux)
-            return kept, dead, settings.auxk_coef * (is_dead.sum() / settings.k_aux).clamp_max(1.0)
-        kept = self._encoder.select(x, state.W_enc, state.b_enc, n)
+            return dead, settings.auxk_coef * (is_dead.sum() / settings.k_aux).clamp_max(1.0)
         dead_latents = is_dead.nonzero().squeeze(1)
         n_dead = dead_latents.shape[0]
-        if n_dead == 0 or settings.auxk_coef == 0:
-            return kept, None, 0.0
+        if n_dead == 0:
+            return None, 0.0
         dead = select_dead(x, state.W_enc, state.b_enc, dead_latents, settings.k_aux)
-        return kept, dead, settings.auxk_coef * min(n_dead / settings.k_aux, 1.0)
+        return dead, settings.auxk_coef * min(n_dead / settings.k_aux, 1.0)
+
+    def _is_finite(self, x: Tensor) -> Tensor:
+        """Whether the whole batch is finite, 0-d bool."""
+        return torch.isfinite(x.sum())
 
     def _gradients(self, x: Tensor, y: Tensor, kept: Kept, dead: Kept | None, aux_coef: Tensor | float) -> Gradients:
         settings, weights = self.settings, self.state.weights()
@@ -237,6 +252,7 @@ class TrainStep:
                 aux_coef=aux_coef,
                 bf16=self.bf16 and self.device.type == "cuda",
                 join=self._join,
+                residual_spread=self._residual_spread,
             )
         return sparse_gradients(
             x,
@@ -249,6 +265,7 @@ class TrainStep:
             target_variance=settings.target_variance,
             aux_coef=aux_coef,
             join=self._join,
+            residual_spread=self._residual_spread,
         )
 
     def _own_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -279,8 +296,7 @@ class TrainStep:
         """Dead counters and threshold: the only place that changes them. Returns the number of kept entries."""
         settings, state = self.settings, self.state
         positive = kept.acts > 0
-        fired = torch.zeros(state.W_enc.shape[0], device=self.device).index_add_(0, kept.latents, positive.float()) > 0
-        since = torch.where(fired, 0, state.tokens_since_fired + batch)
+        since = torch.where(self._times_fired(kept, positive) > 0, 0, state.tokens_since_fired + batch)
         state.tokens_since_fired.copy_(torch.where(finite, since, state.tokens_since_fired))
         smallest = self._smallest(kept.acts, positive)
         decay = settings.threshold_decay
@@ -288,6 +304,10 @@ class TrainStep:
         moves = finite & torch.isfinite(smallest) & (state.step >= settings.threshold_start_step)
         state.threshold.copy_(torch.where(moves, average, state.threshold))
         return positive.sum()
+
+    def _times_fired(self, kept: Kept, positive: Tensor) -> Tensor:
+        """In how many rows of the batch each latent is active, fp32 [d_sae]."""
+        return torch.zeros(self.state.W_enc.shape[0], device=self.device).index_add_(0, kept.latents, positive.float())
 
     def _smallest(self, acts: Tensor, positive: Tensor) -> Tensor:
         """The smallest kept activation, 0-d; infinite when nothing is."""

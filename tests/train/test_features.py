@@ -142,6 +142,7 @@ def test_one_step_of_every_kind(tmp_path: Path, world: int) -> None:
 
 def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks with the even and the odd of six latents, the four largest of seven entries, by hand."""
+    from train import features
     from train.entries import Kept
     from train.features import FeatureStep
 
@@ -160,13 +161,13 @@ def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.Monkey
         answers = [offers, flats]
 
         def gather(
-            given: torch.Tensor, answers: list[list[torch.Tensor]] = answers, index: int = index
+            given: torch.Tensor, _rank: Rank, answers: list[list[torch.Tensor]] = answers, index: int = index
         ) -> torch.Tensor:
             everyone = answers.pop(0)
             assert torch.equal(given, everyone[index])
             return torch.stack(everyone)
 
-        monkeypatch.setattr(step, "_gather", gather, raising=False)
+        monkeypatch.setattr(features, "gather", gather)
         kept = step._of_all(own[index], 4, 4)
         assert kept is not None
         numbers = step._slice.numbers(kept.latents).tolist()
@@ -175,6 +176,7 @@ def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.Monkey
 
 
 def test_a_rank_with_more_than_it_was_asked_for_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from train import features
     from train.entries import Kept
     from train.features import FeatureStep
 
@@ -183,7 +185,7 @@ def test_a_rank_with_more_than_it_was_asked_for_is_asked_again(monkeypatch: pyte
     own = Kept(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2]), torch.tensor([3.0, 2.0, 1.5]))
     # The fourth largest of all is 1.5, so this rank may hold more of that size; then it is 2: it holds no more of that.
     for other, again in ((torch.tensor([4.0, 1.0, 0.5]), True), (torch.tensor([4.0, 2.5, 0.5]), False)):
-        monkeypatch.setattr(step, "_gather", lambda given, other=other: torch.stack([given, other]), raising=False)
+        monkeypatch.setattr(features, "gather", lambda given, _rank, other=other: torch.stack([given, other]))
         assert (step._of_all(own, 3, 4) is None) is again
 
 
