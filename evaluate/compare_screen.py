@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.table import Table
 
 from .compare import Comparison
+from .tables import number, result_table
 
 ROWS_OF = {"val": "held-out rows", "train": "TRAIN rows (seen in training)"}
 """What a table calls the rows of a split."""
@@ -13,17 +13,15 @@ ROWS_OF = {"val": "held-out rows", "train": "TRAIN rows (seen in training)"}
 
 def comparison_table(comparison: Comparison) -> Table:
     """One line a transcoder and L0; a dash where a curve does not reach that L0."""
-    table = Table(
+    table = result_table(
         title=f"{comparison.n_rows:,} {ROWS_OF[comparison.split]} of {comparison.shard_set}",
         caption="own: at its own threshold. at L0: interpolated on its L0-FVU curve, never beyond it. [95% interval]",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
+        narrow=False,
     )
     for name in ("transcoder", "reads", "latents", "own L0", "own FVU", "at L0", "FVU", "minus first"):
         table.add_column(name, justify="left" if name in ("transcoder", "reads") else "right", overflow="fold")
     for entry in comparison.entries:
-        facts = (entry.name, entry.input, f"{entry.d_sae:,}", f"{entry.l0:.1f}", _number(entry.fvu))
+        facts = (entry.name, entry.input, f"{entry.d_sae:,}", f"{entry.l0:.1f}", number(entry.fvu, ".4f"))
         for place, matched in enumerate(entry.matched):
             table.add_row(
                 *(facts if place == 0 else ("",) * len(facts)),
@@ -34,9 +32,6 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
-    return _number(value) if interval is None else f"{_number(value)} [{interval[0]:.4f}, {interval[1]:.4f}]"
+    shown = number(value, ".4f")
+    return shown if interval is None else f"{shown} [{interval[0]:.4f}, {interval[1]:.4f}]"

@@ -17,6 +17,7 @@ from matryoshka.shards import ShardSet
 
 from .checkpoint import Checkpoint
 from .config import EvaluateConfig
+from .identity import identity_of
 
 REPORT_FILE = "report.json"
 
@@ -149,11 +150,7 @@ class Report(Config):
 
     def identity(self) -> dict[str, Any]:
         """What decides every number here."""
-        return {
-            "transcoder": {"step": self.transcoder.step, "sha256": self.transcoder.sha256},
-            "shard_set": {"digest": self.shard_set.digest},
-            "settings": self.settings,
-        }
+        return identity_of(self.transcoder, self.shard_set, self.settings)
 
 
 def finite(value: float) -> float | None:

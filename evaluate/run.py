@@ -8,13 +8,13 @@ from typing import Any, Literal, Protocol
 
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
-from matryoshka.runs import changed_fields
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 from .checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from .config import EvaluateConfig
 from .fits import check_fits, portable_name
+from .identity import already_answered, identity_of
 from .latent_table import LATENTS_FILE, write_latents
 from .latents import LOG10_DENSITY_EDGES, group_latents, latent_range
 from .measure import Measurement
@@ -98,10 +98,9 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Make the report of one checkpoint in `folder`, or read the one that is there."""
     transcoder = load_transcoder(checkpoint, shards, config)
-    identity = _identity(checkpoint, shards, config)
-    existing = read_report(folder)
-    changes = [] if existing is None else changed_fields(existing.identity(), identity)
-    if existing is not None and not changes and (folder / LATENTS_FILE).is_file():
+    identity = identity_of(checkpoint, shards, config.content())
+    existing, changes = already_answered(read_report(folder), identity)
+    if existing is not None and (folder / LATENTS_FILE).is_file():
         return Evaluation(checkpoint, folder / REPORT_FILE, existing, is_new=False)
     with unfinished(folder / REPORT_FILE, identity, config.save_minutes) as saved:
         transcoder = transcoder.to(resolve_device(config.device))
@@ -111,7 +110,7 @@ def evaluate_checkpoint(
         # The report last: where it is, its table is too.
         write_latents(folder, transcoder, sums.latents, neighbours)
         path = write_report(folder, report)
-    return Evaluation(checkpoint, path, report, is_new=True, replaced=tuple(changes), n_resumed=saved.n_resumed)
+    return Evaluation(checkpoint, path, report, is_new=True, replaced=changes, n_resumed=saved.n_resumed)
 
 
 def load_transcoder(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> Transcoder:
@@ -186,15 +185,6 @@ def _folders(checkpoints: list[Checkpoint], shards: ShardSet, config: EvaluateCo
             f"{config.out or 'one folder'}; name each run once, and evaluate runs of equal names one at a time"
         )
     return folders
-
-
-def _identity(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:
-    """`Report.identity` of the report that is asked for."""
-    return {
-        "transcoder": {"step": checkpoint.step, "sha256": checkpoint.sha256},
-        "shard_set": {"digest": shards.digest},
-        "settings": config.content(),
-    }
 
 
 def transcoder_facts(checkpoint: Checkpoint, transcoder: Transcoder) -> TranscoderFacts:

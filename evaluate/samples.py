@@ -7,12 +7,13 @@ from pathlib import Path
 
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
-from matryoshka.runs import changed_fields, make_directory
+from matryoshka.runs import make_directory
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 from .checkpoint import Checkpoint, find_checkpoint
 from .config import EvaluateConfig
+from .identity import already_answered
 from .report_file import result_folder
 from .resume import Unfinished, unfinished
 from .run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
@@ -51,19 +52,19 @@ def make_samples(run: Path, config: EvaluateConfig, progress: Progress | None = 
     transcoder = load_transcoder(checkpoint, shards, config)
     # Which rows the windows are of is a setting of samples alone, and stands in their mark.
     folder = result_folder(checkpoint, shards, config.model_copy(update={"split": "val"})) / SAMPLES_FOLDER
-    existing, wanted = read_mark(folder), _mark(checkpoint, transcoder, shards, config, 0, 0)
-    changes = [] if existing is None else changed_fields(existing.identity(), wanted.identity())
-    if existing is not None and not changes:
+    identity = _mark(checkpoint, transcoder, shards, config, 0, 0).identity()
+    existing, changes = already_answered(read_mark(folder), identity)
+    if existing is not None:
         return Sampled(folder, existing, is_new=False)
     make_directory(folder)
-    with unfinished(folder / MARK_FILE, wanted.identity(), config.save_minutes) as saved:
+    with unfinished(folder / MARK_FILE, identity, config.save_minutes) as saved:
         transcoder = transcoder.to(resolve_device(config.device))
         sampling = _pass(transcoder, checkpoint.name, shards, config, progress or Silent(), saved)
         rows = sample_rows(sampling, config.samples.per_decile, config.samples.random)
         text = window_tokens(shards.split(config.samples.split), sampling.shape, rows.place, shards.ctx_len)
         mark = _mark(checkpoint, transcoder, shards, config, sampling.n_rows, len(rows.latent))
         write_samples(folder, mark, sampling, rows, text)
-    return Sampled(folder, mark, is_new=True, replaced=tuple(changes), n_resumed=saved.n_resumed)
+    return Sampled(folder, mark, is_new=True, replaced=changes, n_resumed=saved.n_resumed)
 
 
 def find_samples(run: Path, shards: str | None = None) -> Path:

@@ -18,6 +18,7 @@ from matryoshka.config import Config
 from matryoshka.errors import UserError
 from matryoshka.runs import fsync_path, publish_json
 
+from .identity import identity_of
 from .report_file import ShardSetFacts, TranscoderFacts
 from .sample_rows import DECILE, KINDS, TOP, SampleRows, WindowTokens
 from .sampling import Sampling
@@ -44,11 +45,7 @@ class SamplesMark(Config):
 
     def identity(self) -> dict[str, Any]:
         """What decides every byte here."""
-        return {
-            "transcoder": {"step": self.transcoder.step, "sha256": self.transcoder.sha256},
-            "shard_set": {"digest": self.shard_set.digest},
-            "settings": self.settings,
-        }
+        return identity_of(self.transcoder, self.shard_set, self.settings)
 
 
 @dataclass(frozen=True, slots=True)

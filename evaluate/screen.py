@@ -6,7 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -20,6 +19,7 @@ from .run import Evaluation
 from .samples import Sampled
 from .structure.hierarchy import Structured
 from .structure.hierarchy_screen import clusters_line, group_table
+from .tables import number, result_table, run_and_step
 
 
 class Screen:
@@ -137,30 +137,24 @@ class Screen:
 
 def prefix_table(report: Report) -> Table:
     """One line a nested prefix, then the latents of all groups together."""
-    step = "" if report.transcoder.step is None else f", step {report.transcoder.step:,}"
     n_groups = report.settings.get("prefix")
     alone = "" if n_groups is None else f", its first {n_groups} groups alone"
     rows = f"{report.n_rows:,} {ROWS_OF[report.shard_set.split]}"
-    table = Table(
-        title=f"{report.transcoder.run}{step}{alone}, on {rows} of {report.shard_set.name}",
+    table = result_table(
+        title=f"{run_and_step(report.transcoder)}{alone}, on {rows} of {report.shard_set.name}",
         caption="+-: half the 95% interval of FVU. top-k: FVU with BatchTopK as in training. dead, dense: of the group",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        collapse_padding=True,
-        show_edge=False,
         show_footer=True,
     )
     total, prefixes, groups = report.total, report.threshold, report.groups
     columns = {
         "group": (f"{total.n_latents:,}", [f"{group.n_latents:,}" for group in groups]),
         "prefix": ("", [f"{prefix.prefix_end:,}" for prefix in prefixes]),
-        "FVU": ("", [_number(prefix.fvu, 4) for prefix in prefixes]),
+        "FVU": ("", [number(prefix.fvu, ".4f") for prefix in prefixes]),
         "+-": ("", [f"{(high - low) / 2:.4f}" for low, high in report.spread.fvu_interval or ()]),
-        "L0": ("", [_number(prefix.l0, 1) for prefix in prefixes]),
-        "top-k": ("", [_number(prefix.fvu, 4) for prefix in report.batch_topk or ()]),
-        "cosine": ("", [_number(prefix.cosine, 4) for prefix in prefixes]),
-        "norm": ("", [_number(prefix.norm_ratio, 3) for prefix in prefixes]),
+        "L0": ("", [number(prefix.l0, ".1f") for prefix in prefixes]),
+        "top-k": ("", [number(prefix.fvu, ".4f") for prefix in report.batch_topk or ()]),
+        "cosine": ("", [number(prefix.cosine, ".4f") for prefix in prefixes]),
+        "norm": ("", [number(prefix.norm_ratio, ".3f") for prefix in prefixes]),
         "dead": (f"{total.dead_share:.1%}", [f"{group.dead_share:.1%}" for group in groups]),
         "dense": (f"{total.dense_share:.1%}", [f"{group.dense_share:.1%}" for group in groups]),
     }
@@ -170,7 +164,3 @@ def prefix_table(report: Report) -> Table:
     for cells in zip(*(cells for _, cells in shown.values()), strict=True):
         table.add_row(*cells)
     return table
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -18,6 +18,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 N_WORDS = 93
 
+# Sizes and special tokens of all but GPT-2, and the further sizes of both Gemmas.
+_TINY: dict[str, Any] = {
+    "vocab_size": N_WORDS + 4,
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+_TINY_GEMMA: dict[str, Any] = {
+    **_TINY,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 16,
+}
+
 
 def _tokenizer(specials: list[str], **roles: str) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -65,18 +85,7 @@ def tiny_olmo2(save_tiny_model: Callable[[Any, Any], Path]) -> Path:
     """A model whose norms come after the attention and the MLP, before none of them."""
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
-    config = Olmo2Config(
-        vocab_size=97,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
+    config = Olmo2Config(**_TINY, intermediate_size=40, num_hidden_layers=2, num_key_value_heads=3)
     return save_tiny_model(Olmo2ForCausalLM, config)
 
 
@@ -85,22 +94,15 @@ def tiny_gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gemma-2: offset RMSNorm before and after each sublayer, soft-capped attention, sliding window. d=24, 3 layers."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    config = Gemma2Config(
-        vocab_size=97,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=10,
-        query_pre_attn_scalar=10,
-        max_position_embeddings=64,
-        sliding_window=16,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    return _save(tmp_path_factory.mktemp("tiny") / "gemma2", Gemma2ForCausalLM, config)
+    return _save(tmp_path_factory.mktemp("tiny") / "gemma2", Gemma2ForCausalLM, Gemma2Config(**_TINY_GEMMA))
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(save_tiny_model: Callable[[Any, Any], Path]) -> Path:
+    """Gemma-3: offset RMSNorm before and after each sublayer, norms of queries and keys, local and global layers."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return save_tiny_model(Gemma3ForCausalLM, Gemma3TextConfig(**_TINY_GEMMA))
 
 
 @pytest.fixture(scope="session")
@@ -108,18 +110,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Llama: plain RMSNorm, no post-norms. d=24, 4 layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=24,
-        intermediate_size=44,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
+    config = LlamaConfig(**_TINY, intermediate_size=44, num_hidden_layers=4, num_key_value_heads=1)
     return _save(tmp_path_factory.mktemp("tiny") / "llama", LlamaForCausalLM, config)
 
 
@@ -171,7 +162,7 @@ def _wandb_records(path: Path) -> Iterator[Any]:
         held += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue] -- made at import
             record.ParseFromString(held)
             yield record
             held = b""

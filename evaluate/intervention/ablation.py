@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
-from matryoshka.runs import changed_fields, make_directory, publish_json
+from matryoshka.runs import make_directory, publish_json
 from matryoshka.shards import ShardSet
 from matryoshka.splice import edited
 from matryoshka.transcoder import Transcoder
 
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
+from ..identity import already_answered, identity_of
 from ..report_file import result_folder
 from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
 from ..sampling import count_contexts
 from .ablation_file import ABLATIONS_FOLDER, Ablation, TokenChange, read_ablation
 from .contexts import Contexts, context_batches
-from .faithfulness_file import identity_of
 from .firing import find_firing
 from .model import load_model, text_of_tokens, weight_dtype
 from .recovered import Estimates, increase, mean_of
@@ -65,12 +65,11 @@ def ablate(
     changed: dict[int, tuple[str, ...]] = {}
     for latent in latents:
         path = folder / f"{latent}.json"
-        existing = read_ablation(path)
-        changes = [] if existing is None else changed_fields(existing.identity(), identity_of(**facts))
-        if existing is not None and not changes:
+        existing, changes = already_answered(read_ablation(path), identity_of(**facts))
+        if existing is not None:
             done[latent] = Ablated(path, existing, is_new=False)
         else:
-            changed[latent] = tuple(changes)
+            changed[latent] = changes
     if changed:
         make_directory(folder)
         ablating = _Ablating(transcoder, shards, config, scale, facts, progress or Silent())

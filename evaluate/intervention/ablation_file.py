@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from matryoshka.config import Config
 
+from ..identity import identity_of
 from ..report_file import ShardSetFacts, TranscoderFacts
-from .faithfulness_file import Interval, identity_of
+from .faithfulness_file import Interval
 
 ABLATIONS_FOLDER = "ablations"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
-from matryoshka.runs import changed_fields, publish_json
+from matryoshka.runs import publish_json
 from matryoshka.shards import ShardSet
 from matryoshka.splice import edited
 from matryoshka.transcoder import Transcoder
@@ -26,6 +26,7 @@ from matryoshka.transcoder import Transcoder
 from ..active import active_latents, base_output, group_counts, group_sums, nested_reconstructions
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
+from ..identity import already_answered, identity_of
 from ..report_file import ShardSetFacts, TranscoderFacts, finite, result_folder
 from ..resume import Unfinished, unfinished
 from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
@@ -36,7 +37,6 @@ from .faithfulness_file import (
     WITH_ERROR_FILE,
     Faithfulness,
     SplicedPrefix,
-    identity_of,
     read_faithfulness,
 )
 from .model import load_model, weight_dtype
@@ -84,9 +84,8 @@ def measure_faithfulness(
     facts = transcoder_facts(checkpoint, transcoder), shard_set_facts(shards, config.split)
     settings = _settings(shards, config, error_term=error_term)
     identity = identity_of(*facts, settings)
-    existing = read_faithfulness(path)
-    changes = [] if existing is None else changed_fields(existing.identity(), identity)
-    if existing is not None and not changes:
+    existing, changes = already_answered(read_faithfulness(path), identity)
+    if existing is not None:
         return Measured(path, existing, is_new=False)
     with unfinished(path, identity, config.save_minutes) as saved:
         model = load_model(shards, config)
@@ -98,7 +97,7 @@ def measure_faithfulness(
             *facts, settings, transcoder.prefix_ends, Estimates.of(sums, config.bootstrap, config.seed)
         )
         publish_json(path, numbers.model_dump(mode="json"))
-    return Measured(path, numbers, is_new=True, replaced=tuple(changes), n_resumed=saved.n_resumed)
+    return Measured(path, numbers, is_new=True, replaced=changes, n_resumed=saved.n_resumed)
 
 
 def _pass(

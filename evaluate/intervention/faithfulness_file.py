@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from matryoshka.config import Config
 
+from ..identity import identity_of
 from ..report_file import ShardSetFacts, TranscoderFacts
 
 FAITHFULNESS_FILE = "faithfulness.json"
@@ -71,15 +72,6 @@ class Faithfulness(Config):
     def identity(self) -> dict[str, Any]:
         """What decides every number here."""
         return identity_of(self.transcoder, self.shard_set, self.settings)
-
-
-def identity_of(transcoder: TranscoderFacts, shard_set: ShardSetFacts, settings: dict[str, Any]) -> dict[str, Any]:
-    """Weights, rows and settings: the same for the same numbers."""
-    return {
-        "transcoder": {"step": transcoder.step, "sha256": transcoder.sha256},
-        "shard_set": {"digest": shard_set.digest},
-        "settings": settings,
-    }
 
 
 def read_faithfulness(path: Path) -> Faithfulness | None:

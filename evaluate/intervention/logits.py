@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matryoshka.errors import UserError
-from matryoshka.runs import changed_fields, make_directory
+from matryoshka.runs import make_directory
 from matryoshka.shards import ShardSet
 
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
+from ..identity import already_answered
 from ..report_file import result_folder
 from ..run import load_transcoder, shard_set_facts, transcoder_facts
 from .logit_effects import token_effects
@@ -45,9 +46,8 @@ def make_logits(run: Path, config: EvaluateConfig) -> Effects:
     folder = result_folder(checkpoint, shards, config)
     facts = transcoder_facts(checkpoint, transcoder), shard_set_facts(shards)
     settings = {"top": config.logits.top, "dtype": weight_dtype(shards, config)}
-    existing = read_logits_mark(folder)
-    changes = [] if existing is None else changed_fields(existing.identity(), logits_identity(*facts, settings))
-    if existing is not None and not changes and (folder / LOGITS_FILE).is_file():
+    existing, changes = already_answered(read_logits_mark(folder), logits_identity(*facts, settings))
+    if existing is not None and (folder / LOGITS_FILE).is_file():
         return Effects(folder / LOGITS_FILE, existing, is_new=False)
     make_directory(folder)
     model = load_model(shards, config)
@@ -57,4 +57,4 @@ def make_logits(run: Path, config: EvaluateConfig) -> Effects:
         transcoder=facts[0], shard_set=facts[1], settings=settings, norm=unembedding.norm.kind, n_tokens=n_tokens
     )
     effects = token_effects(transcoder.W_dec, unembedding, n_tokens, config.logits.top)
-    return Effects(write_logits(folder, mark, effects), mark, is_new=True, replaced=tuple(changes))
+    return Effects(write_logits(folder, mark, effects), mark, is_new=True, replaced=changes)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from matryoshka.config import Config
 from matryoshka.runs import publish_bytes, publish_json
 
+from ..identity import identity_of
 from ..report_file import ShardSetFacts, TranscoderFacts
 from .logit_effects import TokenEffects
 
@@ -38,11 +39,7 @@ class LogitsMark(Config):
 
 def logits_identity(transcoder: TranscoderFacts, shard_set: ShardSetFacts, settings: dict[str, Any]) -> dict[str, Any]:
     """The weights of both models: the shard set stands for the language model's."""
-    return {
-        "transcoder": {"step": transcoder.step, "sha256": transcoder.sha256},
-        "shard_set": {"digest": shard_set.digest},
-        "settings": settings,
-    }
+    return identity_of(transcoder, shard_set, settings)
 
 
 def write_logits(folder: Path, mark: LogitsMark, effects: TokenEffects) -> Path:

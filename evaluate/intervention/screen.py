@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..show import visible
+from ..tables import number, result_table
 from .ablation import Ablated
 from .ablation_file import TokenChange
 from .faithfulness import Measured
@@ -30,10 +30,12 @@ def show_faithfulness(measured: Measured) -> None:
 
 def faithfulness_table(numbers: Faithfulness) -> Table:
     """One line for the model itself, one for each ablation of the target and each nested prefix."""
-    table = _table(
-        f"{numbers.transcoder.run}: the model with y_hat in place of {numbers.shard_set.target_hook}, "
+    table = result_table(
+        title=f"{numbers.transcoder.run}: the model with y_hat in place of {numbers.shard_set.target_hook}, "
         f"{numbers.n_tokens:,} tokens of {numbers.n_contexts:,} {numbers.shard_set.split} contexts",
-        "nats a token; recovered: share of what the ablation costs that y_hat gives back. [95% interval over contexts]",
+        caption="nats a token; recovered: share of what the ablation costs that y_hat gives back. [95% interval over "
+        "contexts]",
+        narrow=False,
     )
     for name in ("target", "L0", "CE", "more", "recovered (zero)", "recovered (mean)", "KL", "top-1"):
         table.add_column(name, justify="left" if name == "target" else "right", overflow="fold")
@@ -66,10 +68,11 @@ def show_logits(effects: Effects) -> None:
 def show_ablations(ablated: list[Ablated]) -> None:
     """One line a latent: what its absence does, and to which tokens."""
     first = ablated[0].ablation
-    table = _table(
-        f"{first.transcoder.run}: activations times {first.scale:g} at {first.shard_set.target_hook}",
-        "mean over the positions where the latent fires; loss: change of -log p(next token), nats; top-1: share of "
-        "them where another token becomes the most likely one",
+    table = result_table(
+        title=f"{first.transcoder.run}: activations times {first.scale:g} at {first.shard_set.target_hook}",
+        caption="mean over the positions where the latent fires; loss: change of -log p(next token), nats; top-1: "
+        "share of them where another token becomes the most likely one",
+        narrow=False,
     )
     for name in ("latent", "positions", "act", "loss", "KL", "top-1", "more likely", "less likely"):
         table.add_column(name, justify="left" if name.endswith("likely") else "right", overflow="fold")
@@ -77,10 +80,10 @@ def show_ablations(ablated: list[Ablated]) -> None:
         table.add_row(
             str(one.latent),
             f"{one.n_positions:,}",
-            _number(one.mean_act, ".2f"),
+            number(one.mean_act, ".2f"),
             _with_interval(one.loss_change, one.loss_change_interval, "+.4f"),
-            _number(one.kl, ".4f"),
-            _number(one.top1_changed, ".1%"),
+            number(one.kl, ".4f"),
+            number(one.top1_changed, ".1%"),
             _words(one.raised),
             _words(one.lowered),
         )
@@ -101,22 +104,14 @@ def show_steered(steered: Steered) -> None:
         console.print(line.append(visible(text), style="not dim"), soft_wrap=True)
 
 
-def _table(title: str, caption: str) -> Table:
-    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-
-
 def _words(changes: tuple[TokenChange, ...]) -> Text:
     # Text, not markup: brackets in a token mean nothing.
     return Text(" ".join(f"{visible(change.text)!r}" for change in changes[:_TOKENS_SHOWN]))
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
-
-
 def _with_interval(value: float | None, interval: Interval | None, form: str) -> str:
     if value is None or interval is None:
-        return _number(value, form)
+        return number(value, form)
     return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
 
 

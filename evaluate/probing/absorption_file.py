@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from matryoshka.config import Config
 from matryoshka.runs import publish_json
 
+from ..identity import identity_of
 from ..report_file import ShardSetFacts, TranscoderFacts
 
 ABSORPTION_FILE = "absorption.json"
@@ -99,11 +100,7 @@ class AbsorptionResult(Config):
 
     def identity(self) -> dict[str, Any]:
         """What decides every number here."""
-        return {
-            "transcoder": {"step": self.transcoder.step, "sha256": self.transcoder.sha256},
-            "shard_set": {"digest": self.shard_set.digest},
-            "settings": self.settings,
-        }
+        return identity_of(self.transcoder, self.shard_set, self.settings)
 
 
 def read_absorption(folder: Path) -> AbsorptionResult | None:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
-from matryoshka.runs import changed_fields, make_directory
+from matryoshka.runs import make_directory
 from matryoshka.shards import ShardSet
 from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from ..config import EvaluateConfig
+from ..identity import already_answered, identity_of
 from ..report_file import result_folder
 from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
 from .absorption import RowScores, score_rows
@@ -92,14 +93,9 @@ def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Measur
     shards, config = task.shards, task.config
     transcoder = load_transcoder(checkpoint, shards, config)
     folder = result_folder(checkpoint, shards, config)
-    existing, settings = read_absorption(folder), _settings(config)
-    identity = {
-        "transcoder": {"step": checkpoint.step, "sha256": checkpoint.sha256},
-        "shard_set": {"digest": shards.digest},
-        "settings": settings,
-    }
-    changes = [] if existing is None else changed_fields(existing.identity(), identity)
-    if existing is not None and not changes:
+    settings = _settings(config)
+    existing, changes = already_answered(read_absorption(folder), identity_of(checkpoint, shards, settings))
+    if existing is not None:
         return Measured(checkpoint, folder / ABSORPTION_FILE, existing, is_new=False)
     make_directory(folder)
     probes = task.probes(transcoder)
@@ -113,7 +109,7 @@ def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Measur
         probes=probes.facts,
         prefixes=_prefixes(transcoder.to(resolve_device(config.device)), checkpoint.name, task, probes),
     )
-    return Measured(checkpoint, write_absorption(folder, result), result, is_new=True, replaced=tuple(changes))
+    return Measured(checkpoint, write_absorption(folder, result), result, is_new=True, replaced=changes)
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:

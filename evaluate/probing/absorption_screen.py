@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.table import Table
 
+from ..tables import number, result_table, run_and_step
 from .absorption_file import AbsorptionResult, Interval, PrefixAbsorption
 
 _CAPTION = (
@@ -17,16 +17,10 @@ _TRUSTED_F1 = 0.5
 def absorption_table(result: AbsorptionResult) -> Table:
     """One line a nested prefix, then one a letter of the last one."""
     n_passed = sum(probe.passed for probe in result.probes)
-    step = "" if result.transcoder.step is None else f", step {result.transcoder.step:,}"
-    table = Table(
-        title=f"{result.transcoder.run}{step}: first-letter absorption, {n_passed} letters, "
+    table = result_table(
+        title=f"{run_and_step(result.transcoder)}: first-letter absorption, {n_passed} letters, "
         f"{result.n_test_rows:,} rows of {result.shard_set.name} ({result.shard_set.split})",
         caption=_CAPTION + _doubt(result.prefixes[-1]),
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        collapse_padding=True,
-        show_edge=False,
     )
     for name in ("prefix", "fraction", "+-", "full", "+-", "missed", "main", "F1", "probe F1", "rows"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -35,10 +29,11 @@ def absorption_table(result: AbsorptionResult) -> Table:
         table.add_row(*_line(prefix))
     table.add_section()
     for letter in result.prefixes[-1].letters:
-        cells = (letter.absorption_fraction, letter.full_absorption, letter.missed)
-        fraction, full, missed = (_number(cell) for cell in cells)
-        main, f1 = str(len(letter.main_latents)), letter.k_sparse_f1[len(letter.main_latents) - 1]
-        row = (letter.letter, fraction, "", full, "", missed, main, _number(f1), _number(probes[letter.letter]))
+        n_main = len(letter.main_latents)
+        f1s = (letter.k_sparse_f1[n_main - 1], probes[letter.letter])
+        scores = (letter.absorption_fraction, letter.full_absorption, letter.missed, *f1s)
+        fraction, full, missed, f1, probe_f1 = (number(score, ".3f") for score in scores)
+        row = (letter.letter, fraction, "", full, "", missed, str(n_main), f1, probe_f1)
         table.add_row(*row, f"{letter.n_true_positives:,}")
     return table
 
@@ -56,20 +51,16 @@ def _doubt(prefix: PrefixAbsorption) -> str:
 def _line(prefix: PrefixAbsorption) -> tuple[str, ...]:
     return (
         f"{prefix.prefix_end:,}",
-        _number(prefix.absorption_fraction),
+        number(prefix.absorption_fraction, ".3f"),
         _half(prefix.absorption_fraction_interval),
-        _number(prefix.full_absorption),
+        number(prefix.full_absorption, ".3f"),
         _half(prefix.full_absorption_interval),
-        _number(prefix.missed),
-        "-" if prefix.n_main_latents is None else f"{prefix.n_main_latents:.1f}",
-        _number(prefix.main_f1),
+        number(prefix.missed, ".3f"),
+        number(prefix.n_main_latents, ".1f"),
+        number(prefix.main_f1, ".3f"),
         "",
         f"{sum(letter.n_true_positives for letter in prefix.letters):,}",
     )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _half(interval: Interval | None) -> str:

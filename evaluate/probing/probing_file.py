@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from matryoshka.config import Config
 from matryoshka.runs import publish_json
 
+from ..identity import identity_of
 from ..report_file import ShardSetFacts, TranscoderFacts
 
 PROBING_FILE = "probing.json"
@@ -89,11 +90,7 @@ class ProbingResult(Config):
 
     def identity(self) -> dict[str, Any]:
         """What decides every number here."""
-        return {
-            "transcoder": {"step": self.transcoder.step, "sha256": self.transcoder.sha256},
-            "shard_set": {"digest": self.shard_set.digest},
-            "settings": self.settings,
-        }
+        return identity_of(self.transcoder, self.shard_set, self.settings)
 
 
 def read_probing(folder: Path) -> ProbingResult | None:

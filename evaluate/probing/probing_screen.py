@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.table import Table
 
+from ..tables import result_table, run_and_step
 from .probing_file import ProbingResult
 
 
 def probing_table(result: ProbingResult) -> Table:
     """Mean test accuracy of each label set: a line for each nested prefix, then one for its input."""
-    step = "" if result.transcoder.step is None else f", step {result.transcoder.step:,}"
-    table = Table(
-        title=f"{result.transcoder.run}{step}: sparse probing on {result.shard_set.name} ({result.shard_set.split})",
+    shards = result.shard_set
+    table = result_table(
+        title=f"{run_and_step(result.transcoder)}: sparse probing on {shards.name} ({shards.split})",
         caption="mean test accuracy over the classes, chance 0.5. k: latents (of the input: dimensions) that differ "
         "most. all: a probe on the whole input",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        collapse_padding=True,
-        show_edge=False,
     )
     ks: list[int] = result.settings["ks"]
     for name in ("labels", "classes", "prefix", *(f"k={k}" for k in ks), "all"):

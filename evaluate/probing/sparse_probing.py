@@ -13,13 +13,14 @@ import torch
 
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
-from matryoshka.runs import changed_fields, make_directory
+from matryoshka.runs import make_directory
 from matryoshka.shards import ShardSet
 from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from ..config import EvaluateConfig
+from ..identity import already_answered, identity_of
 from ..report_file import result_folder
 from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
 from .absorption_run import tokenizer_name
@@ -91,14 +92,9 @@ class _Probing:
         config, shards = self.config, self.shards
         transcoder = load_transcoder(checkpoint, shards, config)
         folder = result_folder(checkpoint, shards, config)
-        existing, settings = read_probing(folder), self._settings()
-        identity = {
-            "transcoder": {"step": checkpoint.step, "sha256": checkpoint.sha256},
-            "shard_set": {"digest": shards.digest},
-            "settings": settings,
-        }
-        changes = [] if existing is None else changed_fields(existing.identity(), identity)
-        if existing is not None and not changes:
+        settings = self._settings()
+        existing, changes = already_answered(read_probing(folder), identity_of(checkpoint, shards, settings))
+        if existing is not None:
             return Measured(checkpoint, folder / PROBING_FILE, existing, is_new=False)
         make_directory(folder)
         transcoder = transcoder.to(resolve_device(config.device))
@@ -112,7 +108,7 @@ class _Probing:
             sets=tuple(sets),
             skipped=skipped,
         )
-        return Measured(checkpoint, write_probing(folder, result), result, is_new=True, replaced=tuple(changes))
+        return Measured(checkpoint, write_probing(folder, result), result, is_new=True, replaced=changes)
 
     def _settings(self) -> dict[str, Any]:
         shared = {name: getattr(self.config, name) for name in ("split", "tokens", "prefix", "seed")}

@@ -12,13 +12,13 @@ from torch import Tensor
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
 from matryoshka.metrics import FiringCounts
-from matryoshka.runs import changed_fields
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 from ..active import active_latents
 from ..checkpoint import Checkpoint, find_checkpoint
 from ..config import EvaluateConfig
+from ..identity import already_answered, identity_of
 from ..report_file import finite, result_folder
 from ..resume import Unfinished, unfinished
 from ..rows import count_rows, input_and_target, row_batches
@@ -85,9 +85,9 @@ def make_hierarchy(run: Path, config: EvaluateConfig, progress: Progress | None 
         raise UserError(f"the {config.split} split of {shards.path} holds only special tokens; harvest more text")
     transcoder = load_transcoder(checkpoint, shards, config)
     folder = result_folder(checkpoint, shards, config)
-    existing, identity = read_hierarchy(folder), _identity(checkpoint, shards, config)
-    changes = [] if existing is None else changed_fields(existing.identity(), identity)
-    if existing is not None and not changes:
+    identity = identity_of(checkpoint, shards, _settings(config))
+    existing, changes = already_answered(read_hierarchy(folder), identity)
+    if existing is not None:
         return Structured(folder / HIERARCHY_FILE, existing, is_new=False)
     with unfinished(folder / HIERARCHY_FILE, identity, config.save_minutes) as saved:
         transcoder = transcoder.to(resolve_device(config.device))
@@ -102,7 +102,7 @@ def make_hierarchy(run: Path, config: EvaluateConfig, progress: Progress | None 
             write_clusters(folder, counts.nonzero().squeeze(1), clusters)
         hierarchy = _hierarchy(transcoder, checkpoint, shards, config, sums, found, clusters)
         path = write_hierarchy(folder, hierarchy)
-    return Structured(path, hierarchy, is_new=True, replaced=tuple(changes), n_resumed=saved.n_resumed)
+    return Structured(path, hierarchy, is_new=True, replaced=changes, n_resumed=saved.n_resumed)
 
 
 def _pass(
@@ -207,12 +207,3 @@ def _summary(clusters: Clusters, alive: Tensor, sizes: tuple[int, ...]) -> Clust
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
     shared = {name: getattr(config, name) for name in ("split", "prefix", "tokens", "batch_rows", "seed")}
     return {**config.hierarchy.model_dump(mode="json"), **shared}
-
-
-def _identity(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:
-    """`Hierarchy.identity` of what is asked for."""
-    return {
-        "transcoder": {"step": checkpoint.step, "sha256": checkpoint.sha256},
-        "shard_set": {"digest": shards.digest},
-        "settings": _settings(config),
-    }

@@ -17,6 +17,7 @@ from torch import Tensor
 from matryoshka.config import Config
 from matryoshka.runs import publish_bytes, publish_json
 
+from ..identity import identity_of
 from ..report_file import ShardSetFacts, TranscoderFacts
 from .clusters import Clusters
 from .cofiring import Edges, Partners, jaccard, lift
@@ -119,11 +120,7 @@ class Hierarchy(Config):
 
     def identity(self) -> dict[str, Any]:
         """What decides every number here."""
-        return {
-            "transcoder": {"step": self.transcoder.step, "sha256": self.transcoder.sha256},
-            "shard_set": {"digest": self.shard_set.digest},
-            "settings": self.settings,
-        }
+        return identity_of(self.transcoder, self.shard_set, self.settings)
 
 
 def read_hierarchy(folder: Path) -> Hierarchy | None:

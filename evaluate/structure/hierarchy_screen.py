@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.table import Table
 
 from ..compare_screen import ROWS_OF
+from ..tables import number, result_table, run_and_step
 from .hierarchy_file import IMPLIED, GroupGain, Hierarchy
 
 
 def group_table(hierarchy: Hierarchy) -> Table:
     """One line a group: what it adds to those before it, and how it hangs on them."""
-    step = "" if hierarchy.transcoder.step is None else f", step {hierarchy.transcoder.step:,}"
+    without = number(hierarchy.fvu_without_latents, ".4f")
     rows = f"{hierarchy.n_rows:,} {ROWS_OF[hierarchy.shard_set.split]}"
-    table = Table(
-        title=f"{hierarchy.transcoder.run}{step}, on {rows} of {hierarchy.shard_set.name}",
-        caption=f"FVU without any latent {_number(hierarchy.fvu_without_latents, 4)}. adds: share of the variance. "
+    table = result_table(
+        title=f"{run_and_step(hierarchy.transcoder)}, on {rows} of {hierarchy.shard_set.name}",
+        caption=f"FVU without any latent {without}. adds: share of the variance. "
         "fires on: rows with any latent of the group. most on: tokens whose FVU it lowers most, by their share of the "
         f"train split. implied: latents with a parent (in the best earlier group) on at least {IMPLIED:.0%} of their "
         "rows. P: mean of the largest P(parent | latent). |cos|: of decoder rows inside the group",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        collapse_padding=True,
-        show_edge=False,
     )
     for name in ("group", "prefix", "FVU", "adds", "fires on", "L0", "most on", "implied", "P", "|cos|"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -35,14 +30,14 @@ def group_table(hierarchy: Hierarchy) -> Table:
         table.add_row(
             f"{group.n_latents:,}",
             f"{group.prefix_end:,}",
-            _number(group.fvu_after, 4),
-            _number(group.share_of_variance, 4),
+            number(group.fvu_after, ".4f"),
+            number(group.share_of_variance, ".4f"),
             f"{group.share_of_rows:.1%}",
             f"{group.l0:.1f}",
             _most(group, hierarchy.n_rows),
-            "-" if best is None else _percent(best.share_implied),
-            "-" if best is None else _number(best.mean_best_parent, 2),
-            _number(inside.mean_abs_cosine, 3),
+            "-" if best is None else number(best.share_implied, ".0%"),
+            "-" if best is None else number(best.mean_best_parent, ".2f"),
+            number(inside.mean_abs_cosine, ".3f"),
         )
     return table
 
@@ -67,11 +62,3 @@ def _most(group: GroupGain, n_rows: int) -> str:
         if stratum.fvu_before is not None and stratum.fvu_after is not None and stratum.n_rows >= n_rows / 100
     }
     return max(drops, key=lambda name: drops[name], default="-")
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"

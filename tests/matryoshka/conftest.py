@@ -1,4 +1,5 @@
-"""A toy shard set of random activations: unequal widths, special tokens, a last shard with fewer contexts."""
+"""A toy shard set of random activations (unequal widths, special tokens, a last shard with fewer contexts), random
+transcoders, and language models loaded once."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from matryoshka.lm import LanguageModel
 from matryoshka.shards import Manifest, ShardSetWriter, SiteFacts, plan_splits
 from matryoshka.shards.manifest import NormFacts
 from matryoshka.sites import Norm
+from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 D_IN, D_OUT, CTX_LEN = 12, 10, 6
 N_CONTEXTS = 20  # 3 for val; the 17 of train fill 8 shards of 2 and one of 1
@@ -122,6 +125,33 @@ def toy_path(toy: ToySet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_toy_fixture():  # noqa: ANN201
     """`make_toy`, since test modules cannot import this file."""
     return make_toy
+
+
+def make_transcoder(seed: int = 0, scale: float = 1.0, **changes: Any) -> Transcoder:
+    """Normal weights times `scale`, for the MLP of layer 3 of Gemma-2 but small; `changes` are fields of its config."""
+    content: dict[str, Any] = {
+        "d_in": D_IN,
+        "d_out": D_OUT,
+        "group_sizes": (5, 11),
+        "k": 4,
+        "input": "normalized",
+        "source_hook": "blocks.3.hook_resid_mid",
+        "target_hook": "blocks.3.hook_mlp_out",
+        "model": "google/gemma-2-2b",
+        **changes,
+    }
+    transcoder = Transcoder(TranscoderConfig(**content))
+    generator = torch.Generator().manual_seed(seed)
+    transcoder.set_weights(
+        {name: torch.randn(p.shape, generator=generator) * scale for name, p in transcoder.named_parameters()}
+    )
+    return transcoder
+
+
+@pytest.fixture(name="make_transcoder")
+def make_transcoder_fixture() -> Callable[..., Transcoder]:
+    """`make_transcoder`."""
+    return make_transcoder
 
 
 @pytest.fixture(scope="module")

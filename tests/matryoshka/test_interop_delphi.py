@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +16,16 @@ from safetensors.numpy import load_file
 from matryoshka.errors import UserError
 from matryoshka.interop.export import Material, export
 from matryoshka.shards import ShardSet
-from matryoshka.transcoder import Transcoder, TranscoderConfig
+from matryoshka.transcoder import Transcoder
+
+Make = Callable[..., Transcoder]
 
 
-def make(shards: ShardSet, convention: str = "normalized", **changes: Any) -> Transcoder:
-    content: dict[str, Any] = {
-        "d_in": shards.d_in,
-        "d_out": shards.d_out,
-        "group_sizes": (5, 18),
-        "k": 4,
-        "input": convention,
-        "source_hook": shards.manifest.source.hook_point,
-        "target_hook": shards.manifest.target.hook_point,
-        "model": "google/gemma-2-2b",
-        **changes,
-    }
-    transcoder = Transcoder(TranscoderConfig(**content))
-    generator = torch.Generator().manual_seed(0)
-    transcoder.set_weights(
-        {name: torch.randn(p.shape, generator=generator) for name, p in transcoder.named_parameters()}
-    )
-    return transcoder
+@pytest.fixture
+def make(make_transcoder: Make, shards: ShardSet) -> Make:
+    facts = shards.manifest
+    hooks = {"source_hook": facts.source.hook_point, "target_hook": facts.target.hook_point}
+    return partial(make_transcoder, d_in=shards.d_in, d_out=shards.d_out, group_sizes=(5, 18), **hooks)
 
 
 @pytest.fixture
@@ -62,8 +53,8 @@ def slow(transcoder: Transcoder, toy: Any, shards: ShardSet) -> dict[tuple[int, 
     return found
 
 
-def test_every_activation_is_there_once(toy: Any, shards: ShardSet, tmp_path: Path) -> None:
-    transcoder = make(shards)
+def test_every_activation_is_there_once(make: Make, toy: Any, shards: ShardSet, tmp_path: Path) -> None:
+    transcoder = make()
     exported = export([transcoder], "delphi", tmp_path / "out", material=Material(shards=shards))
     assert exported.weights == tmp_path / "out" / shards.manifest.target.hook_point
     files = sorted(path.name for path in exported.weights.glob("*.safetensors"))
@@ -89,12 +80,12 @@ def test_every_activation_is_there_once(toy: Any, shards: ShardSet, tmp_path: Pa
     assert config["n_tokens"] == expected_tokens.numel()
 
 
-def test_the_cache_is_bound_to_its_shard_set(shards: ShardSet, tmp_path: Path) -> None:
+def test_the_cache_is_bound_to_its_shard_set(make: Make, shards: ShardSet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pass --shards"):
-        export([make(shards)], "delphi", tmp_path / "out")
-    other = make(shards, source_hook="blocks.9.hook_resid_mid", target_hook="blocks.9.hook_mlp_out")
+        export([make()], "delphi", tmp_path / "out")
+    other = make(source_hook="blocks.9.hook_resid_mid", target_hook="blocks.9.hook_mlp_out")
     with pytest.raises(UserError, match=r"reads blocks\.9\.hook_resid_mid .* pass the shard set it was trained on"):
         export([other], "delphi", tmp_path / "out", material=Material(shards=shards))
     assert list(tmp_path.iterdir()) == []
-    export([make(shards)], "delphi", tmp_path / "out", material=Material(shards=shards))
-    assert export([make(shards)], "delphi", tmp_path / "out", material=Material(shards=shards)).already_there
+    export([make()], "delphi", tmp_path / "out", material=Material(shards=shards))
+    assert export([make()], "delphi", tmp_path / "out", material=Material(shards=shards)).already_there

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,27 +21,15 @@ from matryoshka.interop.export import FORMATS, export
 from matryoshka.interop.origin import Origin
 from matryoshka.interop.pretrained import Found, find
 from matryoshka.runs import publish_json
-from matryoshka.transcoder import Transcoder, TranscoderConfig
+from matryoshka.transcoder import Transcoder
+
+Make = Callable[..., Transcoder]
 
 
-def make(seed: int = 0, **changes: Any) -> Transcoder:
-    content: dict[str, Any] = {
-        "d_in": 12,
-        "d_out": 12,
-        "group_sizes": (5, 11),
-        "k": 4,
-        "input": "normalized",
-        "source_hook": "blocks.3.hook_resid_mid",
-        "target_hook": "blocks.3.hook_mlp_out",
-        "model": "google/gemma-2-2b",
-        **changes,
-    }
-    transcoder = Transcoder(TranscoderConfig(**content))
-    generator = torch.Generator().manual_seed(seed)
-    transcoder.set_weights(
-        {name: torch.randn(p.shape, generator=generator) for name, p in transcoder.named_parameters()}
-    )
-    return transcoder
+@pytest.fixture
+def make(make_transcoder: Make) -> Make:
+    """As wide at its end as at its start, which circuit-tracer wants."""
+    return partial(make_transcoder, d_out=12)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -51,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", ["saelens", "circuit-tracer", "gemma-scope", "native"])
-def test_again_is_nothing_to_do_and_gives_equal_bytes(tmp_path: Path, form: str) -> None:
+def test_again_is_nothing_to_do_and_gives_equal_bytes(make: Make, tmp_path: Path, form: str) -> None:
     origin = Origin(n_layers=4, run="l3", step=7)
     first = export([make()], form, tmp_path / "out", origin)
     before = contents(tmp_path / "out")
@@ -64,7 +53,7 @@ def test_again_is_nothing_to_do_and_gives_equal_bytes(tmp_path: Path, form: str)
     assert Transcoder.from_pretrained(tmp_path / "out").config.source_hook == "blocks.3.hook_resid_mid"
 
 
-def test_other_contents_are_never_replaced(tmp_path: Path) -> None:
+def test_other_contents_are_never_replaced(make: Make, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export([make()], "saelens", out)
     before = contents(out)
@@ -83,7 +72,7 @@ def test_other_contents_are_never_replaced(tmp_path: Path) -> None:
         export([make()], "saelens", strange / "thesis.tex")
 
 
-def test_an_empty_folder_is_used_and_a_killed_export_is_forgotten(tmp_path: Path) -> None:
+def test_an_empty_folder_is_used_and_a_killed_export_is_forgotten(make: Make, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "half").write_text("x")
@@ -92,18 +81,18 @@ def test_an_empty_folder_is_used_and_a_killed_export_is_forgotten(tmp_path: Path
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not say where it belongs"):
         export([make(source_hook="")], "saelens", tmp_path / "out")
     with pytest.raises(UserError, match="the formats are saelens"):
         export([make()], "onnx", tmp_path / "out")
     with pytest.raises(UserError, match="holds one transcoder, and 2 were given"):
-        export([make(), make(1)], "saelens", tmp_path / "out")
+        export([make(), make(seed=1)], "saelens", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_card_says_what_it_is(form: str) -> None:
+def test_the_card_says_what_it_is(make: Make, form: str) -> None:
     origin = Origin(run="l3-k4", step=400, dataset="monology/pile-uncopyrighted", ctx_len=1024)
     text = model_card([make()], form, "some/place", origin)
     head, _, body = text.removeprefix("---\n").partition("---\n")
@@ -149,7 +138,7 @@ def test_find_looks_at_files_only_by_their_names() -> None:
     assert find(["a/cfg.json", "a/sae_weights.safetensors", "a/b/params.npz"]) == [Found("a", "saelens")]
 
 
-def test_folders_without_one_or_with_several_are_refused(tmp_path: Path) -> None:
+def test_folders_without_one_or_with_several_are_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no transcoder of a known format"):
         Transcoder.from_pretrained(tmp_path)
     for name in ("a", "b"):
@@ -162,7 +151,7 @@ def test_folders_without_one_or_with_several_are_refused(tmp_path: Path) -> None
             Transcoder.from_pretrained(text)
 
 
-def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
+def test_a_run_stands_for_its_newest_checkpoint(make: Make, tmp_path: Path) -> None:
     publish_json(tmp_path / "run.json", {"format_version": 1})
     with pytest.raises(UserError, match="no checkpoint yet"):
         Transcoder.from_pretrained(tmp_path)
@@ -277,7 +266,7 @@ def stub_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[H
         server.server_close()
 
 
-def test_only_the_wanted_transcoder_is_downloaded(stub_hub: type[Hub]) -> None:
+def test_only_the_wanted_transcoder_is_downloaded(make: Make, stub_hub: type[Hub]) -> None:
     for name in ("one", "two"):
         export([make(seed=len(name))], "saelens", stub_hub.root / name)
     with pytest.raises(UserError, match="user/repo holds 2 transcoders; name one of them: user/repo/<one of one, two>"):
@@ -290,7 +279,7 @@ def test_only_the_wanted_transcoder_is_downloaded(stub_hub: type[Hub]) -> None:
     assert not [path for _, path in stub_hub.asked if "/one/" in path]
 
 
-def test_one_layer_of_a_set_is_downloaded(stub_hub: type[Hub]) -> None:
+def test_one_layer_of_a_set_is_downloaded(make: Make, stub_hub: type[Hub]) -> None:
     export([make()], "circuit-tracer", stub_hub.root / "set", Origin(n_layers=5))
     assert Transcoder.from_pretrained("user/repo", layer=3).config == make().config
     fetched = {path.rpartition("/")[2] for _, path in stub_hub.asked if "/resolve/" in path}
@@ -313,7 +302,7 @@ def test_no_connection_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         hub.list_files("user/repo")
 
 
-def test_push_makes_one_commit_of_all_files(stub_hub: type[Hub], tmp_path: Path) -> None:
+def test_push_makes_one_commit_of_all_files(make: Make, stub_hub: type[Hub], tmp_path: Path) -> None:
     import base64
 
     export([make()], "saelens", tmp_path / "out")

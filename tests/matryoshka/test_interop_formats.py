@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +18,17 @@ from safetensors.numpy import load_file, save_file
 from matryoshka.errors import UserError
 from matryoshka.interop.export import export
 from matryoshka.interop.origin import Origin
-from matryoshka.transcoder import Transcoder, TranscoderConfig
+from matryoshka.transcoder import Transcoder
 
 GROUPS = (5, 11, 32)
 ENDS = (5, 16, 48)
 
+Make = Callable[..., Transcoder]
 
-def make(convention: str = "normalized", *, skip: bool = False, seed: int = 3, **changes: Any) -> Transcoder:
-    content: dict[str, Any] = {
-        "d_in": 12,
-        "d_out": 10,
-        "group_sizes": GROUPS,
-        "k": 4,
-        "skip": skip,
-        "input": convention,
-        "source_hook": "blocks.3.hook_resid_mid",
-        "target_hook": "blocks.3.hook_mlp_out",
-        "model": "google/gemma-2-2b",
-        **changes,
-    }
-    transcoder = Transcoder(TranscoderConfig(**content))
-    generator = torch.Generator().manual_seed(seed)
-    transcoder.set_weights(
-        {name: torch.randn(p.shape, generator=generator) for name, p in transcoder.named_parameters()}
-    )
-    return transcoder
+
+@pytest.fixture
+def make(make_transcoder: Make) -> Make:
+    return partial(make_transcoder, seed=3, group_sizes=GROUPS)
 
 
 def rows(n: int = 7) -> torch.Tensor:
@@ -76,7 +64,7 @@ def same_weights(a: Transcoder, b: Transcoder) -> None:
 
 
 @pytest.mark.parametrize("n_groups", [1, 2, 3])
-def test_gemma_scope(tmp_path: Path, n_groups: int) -> None:
+def test_gemma_scope(make: Make, tmp_path: Path, n_groups: int) -> None:
     transcoder, x = make(), rows()
     exported = export([transcoder.prefix(n_groups)], "gemma-scope", tmp_path / "out")
     file = tmp_path / "out" / "layer_3" / f"width_{ENDS[n_groups - 1]}" / "canonical" / "params.npz"
@@ -89,7 +77,7 @@ def test_gemma_scope(tmp_path: Path, n_groups: int) -> None:
     close(transcoder(x, n_groups), naive(x.numpy(), **found))
 
 
-def test_gemma_scope_comes_back(tmp_path: Path) -> None:
+def test_gemma_scope_comes_back(make: Make, tmp_path: Path) -> None:
     exported = export([make()], "gemma-scope", tmp_path / "gemma-scope-2b-pt-transcoders")
     for place in (tmp_path / "gemma-scope-2b-pt-transcoders", exported.weights, exported.weights / "params.npz"):
         again = Transcoder.from_pretrained(place)
@@ -103,7 +91,7 @@ def test_gemma_scope_comes_back(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_gemma_scope_from_the_path_of_a_release(tmp_path: Path) -> None:
+def test_gemma_scope_from_the_path_of_a_release(make: Make, tmp_path: Path) -> None:
     folder = tmp_path / "layer_7" / "width_16k" / "average_l0_13"
     folder.mkdir(parents=True)
     weights = {name: p.numpy() for name, p in make().named_parameters()}
@@ -128,20 +116,22 @@ def test_gemma_scope_is_never_unpickled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("transcoder", "message"),
+    ("changes", "message"),
     [
-        (make(skip=True), "no skip connection"),
-        (make("mlp_in"), "reads the normalised resid_mid, this one reads resid_mid as mlp_in"),
-        (make(target_hook="blocks.4.hook_mlp_out"), "its own layer"),
+        ({"skip": True}, "no skip connection"),
+        ({"input": "mlp_in"}, "reads the normalised resid_mid, this one reads resid_mid as mlp_in"),
+        ({"target_hook": "blocks.4.hook_mlp_out"}, "its own layer"),
     ],
 )
-def test_what_gemma_scope_cannot_say_is_refused(tmp_path: Path, transcoder: Transcoder, message: str) -> None:
+def test_what_gemma_scope_cannot_say_is_refused(
+    make: Make, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        export([transcoder], "gemma-scope", tmp_path / "out")
+        export([make(**changes)], "gemma-scope", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_gemma_scope_is_for_rms_norms(tmp_path: Path) -> None:
+def test_gemma_scope_is_for_rms_norms(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="LayerNorm"):
         export([make()], "gemma-scope", tmp_path / "out", Origin(norm_kind="layer"))
 
@@ -151,8 +141,8 @@ def test_gemma_scope_is_for_rms_norms(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("n_groups", [1, 3])
-def test_gemma_scope_2(tmp_path: Path, skip: bool, n_groups: int) -> None:
-    transcoder, x = make("mlp_in", skip=skip), rows()
+def test_gemma_scope_2(make: Make, tmp_path: Path, skip: bool, n_groups: int) -> None:
+    transcoder, x = make(input="mlp_in", skip=skip), rows()
     exported = export([transcoder.prefix(n_groups)], "gemma-scope-2", tmp_path / "out")
     affine = "_affine" if skip else ""
     assert exported.weights == tmp_path / f"out/transcoder/layer_3_width_{ENDS[n_groups - 1]}_l0_4{affine}"
@@ -212,25 +202,31 @@ def test_a_published_gemma_scope_2_comes_back_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("transcoder", "message"),
+    ("changes", "message"),
     [
-        (make("normalized"), "train with --input mlp_in"),
-        (make("mlp_in", model="meta-llama/Llama-3.2-1B"), "Gemma-2 and Gemma-3"),
-        (make("mlp_in", target_hook="blocks.3.hook_resid_post"), "predicts the mlp_out"),
+        ({"input": "normalized"}, "train with --input mlp_in"),
+        ({"input": "mlp_in", "model": "meta-llama/Llama-3.2-1B"}, "Gemma-2 and Gemma-3"),
+        ({"input": "mlp_in", "target_hook": "blocks.3.hook_resid_post"}, "predicts the mlp_out"),
     ],
 )
-def test_what_gemma_scope_2_cannot_say_is_refused(tmp_path: Path, transcoder: Transcoder, message: str) -> None:
+def test_what_gemma_scope_2_cannot_say_is_refused(
+    make: Make, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        export([transcoder], "gemma-scope-2", tmp_path / "out")
+        export([make(**changes)], "gemma-scope-2", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 # --- circuit-tracer ---------------------------------------------------------------------------------------------
 
 
-def square(convention: str = "normalized", *, layer: int = 3, **changes: Any) -> Transcoder:
-    hooks = {"source_hook": f"blocks.{layer}.hook_resid_mid", "target_hook": f"blocks.{layer}.hook_mlp_out"}
-    return make(convention, d_out=12, **{**hooks, **changes})
+@pytest.fixture
+def square(make: Make) -> Make:
+    def of_layer(layer: int = 3, **changes: Any) -> Transcoder:
+        hooks = {"source_hook": f"blocks.{layer}.hook_resid_mid", "target_hook": f"blocks.{layer}.hook_mlp_out"}
+        return make(**{"d_out": 12, **hooks, **changes})
+
+    return of_layer
 
 
 def circuit_tracer_forward(x: np.ndarray, found: dict[str, Any]) -> np.ndarray:
@@ -242,7 +238,7 @@ def circuit_tracer_forward(x: np.ndarray, found: dict[str, Any]) -> np.ndarray:
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("n_groups", [1, 3])
-def test_circuit_tracer(tmp_path: Path, skip: bool, n_groups: int) -> None:
+def test_circuit_tracer(square: Make, tmp_path: Path, skip: bool, n_groups: int) -> None:
     transcoder, x = square(skip=skip), rows()
     assert bool((transcoder.threshold < 0).any())  # which must not let negative activations through
     export([transcoder.prefix(n_groups)], "circuit-tracer", tmp_path / "out", Origin(n_layers=6, run="l3"))
@@ -277,7 +273,7 @@ def load_torch(file: Path) -> dict[str, Any]:
     return {name: tensor.float().numpy() for name, tensor in load_file(file).items()}
 
 
-def test_a_set_of_several_layers(tmp_path: Path) -> None:
+def test_a_set_of_several_layers(square: Make, tmp_path: Path) -> None:
     one, four = square(layer=1, seed=1), square(layer=4, seed=4)
     export([four, one], "circuit-tracer", tmp_path / "out", Origin(n_layers=5))
     with pytest.raises(UserError, match="the layers 1, 4; name one of them as layer"):
@@ -332,7 +328,9 @@ def test_sets_of_others(tmp_path: Path) -> None:
         ({"feature_input_hook": "hook_mlp_in"}, "cannot be told"),
     ],
 )
-def test_sets_that_cannot_be_read_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_sets_that_cannot_be_read_are_refused(
+    square: Make, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     export([square()], "circuit-tracer", tmp_path / "out", Origin(n_layers=4))
     file = tmp_path / "out" / "config.yaml"
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **change}))
@@ -340,7 +338,7 @@ def test_sets_that_cannot_be_read_are_refused(tmp_path: Path, change: dict[str, 
         Transcoder.from_pretrained(tmp_path / "out")
 
 
-def test_thresholds_below_zero_and_strange_tensors_are_refused(tmp_path: Path) -> None:
+def test_thresholds_below_zero_and_strange_tensors_are_refused(square: Make, tmp_path: Path) -> None:
     export([square()], "circuit-tracer", tmp_path / "out", Origin(n_layers=4))
     file = tmp_path / "out" / "layer_3.safetensors"
     weights = load_file(file)
@@ -356,19 +354,19 @@ def test_thresholds_below_zero_and_strange_tensors_are_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("transcoders", "origin", "message"),
+    ("changes", "origin", "message"),
     [
-        ([make()], Origin(n_layers=9), "maps 12 dimensions to 10"),
-        ([square()], Origin(), "pass --n-layers"),
-        ([square()], Origin(n_layers=3), "layer 3, but the model has 3 layers"),
-        ([square(), square()], Origin(n_layers=9), "of the same layer"),
-        ([square(), square("mlp_in", layer=1)], Origin(n_layers=9), "must agree"),
-        ([square(target_hook="blocks.4.hook_mlp_out")], Origin(n_layers=9), "replaces the MLP of a layer"),
+        ([{"d_out": 10}], Origin(n_layers=9), "maps 12 dimensions to 10"),
+        ([{}], Origin(), "pass --n-layers"),
+        ([{}], Origin(n_layers=3), "layer 3, but the model has 3 layers"),
+        ([{}, {}], Origin(n_layers=9), "of the same layer"),
+        ([{}, {"input": "mlp_in", "layer": 1}], Origin(n_layers=9), "must agree"),
+        ([{"target_hook": "blocks.4.hook_mlp_out"}], Origin(n_layers=9), "replaces the MLP of a layer"),
     ],
 )
 def test_what_circuit_tracer_cannot_say_is_refused(
-    tmp_path: Path, transcoders: list[Transcoder], origin: Origin, message: str
+    square: Make, tmp_path: Path, changes: list[dict[str, Any]], origin: Origin, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        export(transcoders, "circuit-tracer", tmp_path / "out", origin)
+        export([square(**each) for each in changes], "circuit-tracer", tmp_path / "out", origin)
     assert list(tmp_path.iterdir()) == []

@@ -15,59 +15,37 @@ from matryoshka.interop.hook_names import InputSite, input_hook, output_hook, re
 from matryoshka.lm import LanguageModel
 from matryoshka.sites import apply_convention, input_conventions
 from matryoshka.splice import check_model, spliced_between
-from matryoshka.transcoder import Transcoder, TranscoderConfig
+from matryoshka.transcoder import Transcoder
 
 LAYER = 1
 MODELS = ["tiny_gpt2", "tiny_llama", "tiny_gemma2", "tiny_gemma3"]
 NORMS = {"tiny_gpt2": "layer"}
 
-
-@pytest.fixture(scope="session")
-def tiny_gemma3(save_tiny_model: Callable[[Any, Any], Path]) -> Path:
-    """Gemma-3: offset RMSNorm before and after each sublayer, norms of queries and keys, local and global layers."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    config = Gemma3TextConfig(
-        vocab_size=97,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=10,
-        query_pre_attn_scalar=10,
-        max_position_embeddings=64,
-        sliding_window=16,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    return save_tiny_model(Gemma3ForCausalLM, config)
+Make = Callable[..., Transcoder]
 
 
 def tokens(n_contexts: int = 2, ctx_len: int = 11) -> Tensor:
     return torch.randint(4, 90, (n_contexts, ctx_len), generator=torch.Generator().manual_seed(0))
 
 
-def make(d: int, convention: str, site: str = "resid_mid", *, skip: bool = False, **changes: Any) -> Transcoder:
-    content: dict[str, Any] = {
-        "d_in": d,
-        "d_out": d,
-        "group_sizes": (7, 20),
-        "k": 4,
-        "skip": skip,
-        "input": convention,
-        "source_site": site,
-        "source_hook": f"blocks.{LAYER}.hook_{site}",
-        "target_hook": f"blocks.{LAYER}.hook_{'mlp_out' if site == 'resid_mid' else 'attn_out'}",
-        **changes,
-    }
-    transcoder = Transcoder(TranscoderConfig(**content))
-    generator = torch.Generator().manual_seed(1)
-    transcoder.set_weights(
-        {name: torch.randn(p.shape, generator=generator) * 0.3 for name, p in transcoder.named_parameters()}
-    )
-    return transcoder
+@pytest.fixture
+def make(make_transcoder: Make) -> Make:
+    """A function (width, input convention, source site, fields of the config) -> a transcoder."""
+
+    def of_width(d: int, convention: str, site: str = "resid_mid", **changes: Any) -> Transcoder:
+        content = {
+            "d_in": d,
+            "d_out": d,
+            "group_sizes": (7, 20),
+            "input": convention,
+            "source_site": site,
+            "source_hook": f"blocks.{LAYER}.hook_{site}",
+            "target_hook": f"blocks.{LAYER}.hook_{'mlp_out' if site == 'resid_mid' else 'attn_out'}",
+            "model": "",
+        }
+        return make_transcoder(seed=1, scale=0.3, **(content | changes))
+
+    return of_width
 
 
 def reads(model: LanguageModel, transcoder: Transcoder) -> Tensor:
@@ -80,7 +58,9 @@ def reads(model: LanguageModel, transcoder: Transcoder) -> Tensor:
 
 @pytest.mark.parametrize("site", ["resid_mid", "resid_pre"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_named_hook_gives_what_is_read(name: str, site: str, load: Callable[[str], LanguageModel]) -> None:
+def test_the_named_hook_gives_what_is_read(
+    make: Make, name: str, site: str, load: Callable[[str], LanguageModel]
+) -> None:
     model = load(name)
     seen = []
     for convention in input_conventions(site):
@@ -113,7 +93,7 @@ def test_gemma3_is_a_sandwich(load: Callable[[str], LanguageModel], tiny_gemma3:
 
 @pytest.mark.parametrize("convention", ["resid_mid", "normalized", "mlp_in"])
 @pytest.mark.parametrize("name", MODELS)
-def test_spliced_logits(name: str, convention: str, load: Callable[[str], LanguageModel]) -> None:
+def test_spliced_logits(make: Make, name: str, convention: str, load: Callable[[str], LanguageModel]) -> None:
     """The splice is the same as replacing the target by a reconstruction that was computed before."""
     model = load(name)
     transcoder = make(model.d_model, convention, skip=True)
@@ -132,7 +112,9 @@ def test_spliced_logits(name: str, convention: str, load: Callable[[str], Langua
 
 @pytest.mark.parametrize("convention", ["resid_mid", "normalized", "mlp_in"])
 @pytest.mark.parametrize("name", MODELS)
-def test_spliced_into_a_transformer_bridge(name: str, convention: str, load: Callable[[str], LanguageModel]) -> None:
+def test_spliced_into_a_transformer_bridge(
+    make: Make, name: str, convention: str, load: Callable[[str], LanguageModel]
+) -> None:
     model = load(name)
     transcoder = make(model.d_model, convention)
     with transcoder.spliced_into(model):
@@ -149,7 +131,7 @@ def test_spliced_into_a_transformer_bridge(name: str, convention: str, load: Cal
 @pytest.mark.parametrize("convention", ["resid_mid", "normalized", "mlp_in"])
 @pytest.mark.parametrize("name", MODELS)
 def test_spliced_between_the_modules_of_a_plain_model(
-    name: str, convention: str, load: Callable[[str], LanguageModel], request: pytest.FixtureRequest
+    make: Make, name: str, convention: str, load: Callable[[str], LanguageModel], request: pytest.FixtureRequest
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -174,7 +156,7 @@ def test_spliced_between_the_modules_of_a_plain_model(
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_splice_that_fails_is_taken_out_again(load: Callable[[str], LanguageModel]) -> None:
+def test_a_splice_that_fails_is_taken_out_again(make: Make, load: Callable[[str], LanguageModel]) -> None:
     model = load("tiny_llama")
     clean = model.logits(tokens())
     transcoder = make(model.d_model, "normalized")
@@ -193,7 +175,7 @@ def test_a_splice_that_fails_is_taken_out_again(load: Callable[[str], LanguageMo
     ],
 )
 def test_a_transcoder_of_another_model_is_refused(
-    d: int, changes: dict[str, Any], message: str, load: Callable[[str], LanguageModel]
+    make: Make, d: int, changes: dict[str, Any], message: str, load: Callable[[str], LanguageModel]
 ) -> None:
     model = load("tiny_llama")
     transcoder = make(d, "normalized", **changes)
@@ -201,7 +183,9 @@ def test_a_transcoder_of_another_model_is_refused(
         pass
 
 
-def test_names_of_the_hub_are_compared(load: Callable[[str], LanguageModel], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_the_hub_are_compared(
+    make: Make, load: Callable[[str], LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load("tiny_llama")
     monkeypatch.setattr(model, "name", "meta-llama/Llama-3.2-1B")
     check_model(make(24, "normalized", model="unsloth/Llama-3.2-1B"), model)
@@ -209,13 +193,13 @@ def test_names_of_the_hub_are_compared(load: Callable[[str], LanguageModel], mon
         check_model(make(24, "normalized", model="google/gemma-2-2b"), model)
 
 
-def test_a_model_without_the_norm_is_refused(tiny_olmo2: Path) -> None:
+def test_a_model_without_the_norm_is_refused(make: Make, tiny_olmo2: Path) -> None:
     model = LanguageModel.load(str(tiny_olmo2), dtype="float32", device="cpu")
     with pytest.raises(UserError, match="has no norm there"), make(24, "normalized").spliced_into(model):
         pass
 
 
-def test_other_objects_are_refused() -> None:
+def test_other_objects_are_refused(make: Make) -> None:
     with pytest.raises(UserError, match="cannot be spliced into a Linear"):
         make(24, "normalized").spliced_into(torch.nn.Linear(2, 3))
 

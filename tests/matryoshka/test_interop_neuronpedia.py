@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from matryoshka.errors import UserError
 from matryoshka.interop import neuronpedia
 from matryoshka.interop.export import Material, export
 from matryoshka.interop.neuronpedia import Samples
 from matryoshka.interop.origin import Origin
-from matryoshka.transcoder import Transcoder, TranscoderConfig
+from matryoshka.transcoder import Transcoder
 
 ORIGIN = Origin(run="l3-k4", ctx_len=10, dataset="pile")
 PLACE = "gemma-2-2b_l3-k4_blocks.3.ln2.hook_normalized_16"
 
-
-def make() -> Transcoder:
-    config = TranscoderConfig(
-        d_in=12,
-        d_out=10,
-        group_sizes=(5, 11),
-        k=4,
-        input="normalized",
-        source_hook="blocks.3.hook_resid_mid",
-        target_hook="blocks.3.hook_mlp_out",
-        model="google/gemma-2-2b",
-    )
-    transcoder = Transcoder(config)
-    generator = torch.Generator().manual_seed(0)
-    transcoder.set_weights(
-        {name: torch.randn(p.shape, generator=generator) for name, p in transcoder.named_parameters()}
-    )
-    return transcoder
+Make = Callable[..., Transcoder]
 
 
 def window(latent: int, kind: str, act: float, decile: int | None = None) -> dict[str, Any]:
@@ -90,9 +73,9 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / PLACE / name).read_text())
 
 
-def test_features(samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features(make_transcoder: Make, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neuronpedia, "LATENTS_PER_BATCH", 4)
-    transcoder = make()
+    transcoder = make_transcoder()
     export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, Material(samples=samples))
     batches = [read(tmp_path / "out", f"batch-{i}.json") for i in range(3)]
     assert [[f["feature_index"] for f in batch["features"]] for batch in batches] == [[1], [], [9]]
@@ -119,16 +102,16 @@ def test_features(samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert skipped == [latent for latent in range(16) if latent not in (1, 9)]
 
 
-def test_a_prefix_has_only_its_latents(samples: Samples, tmp_path: Path) -> None:
-    export([make().prefix(1)], "neuronpedia", tmp_path / "out", ORIGIN, Material(samples=samples))
+def test_a_prefix_has_only_its_latents(make_transcoder: Make, samples: Samples, tmp_path: Path) -> None:
+    export([make_transcoder().prefix(1)], "neuronpedia", tmp_path / "out", ORIGIN, Material(samples=samples))
     place = tmp_path / "out" / PLACE.replace("_16", "_5")
     assert [f["feature_index"] for f in json.loads((place / "batch-0.json").read_text())["features"]] == [1]
     assert json.loads((place / "skipped_indexes.json").read_text())["skipped_indexes"] == [0, 2, 3, 4]
 
 
-def test_without_samples_it_says_how_to_make_them(tmp_path: Path) -> None:
+def test_without_samples_it_says_how_to_make_them(make_transcoder: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="evaluate samples RUN"):
-        export([make()], "neuronpedia", tmp_path / "out")
+        export([make_transcoder()], "neuronpedia", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="holds no samples"):
         Samples.open(tmp_path)
@@ -137,13 +120,13 @@ def test_without_samples_it_says_how_to_make_them(tmp_path: Path) -> None:
         Samples.open(tmp_path)
 
 
-def test_the_logit_lens_is_what_evaluate_logits_left(samples: Samples, tmp_path: Path) -> None:
+def test_the_logit_lens_is_what_evaluate_logits_left(make_transcoder: Make, samples: Samples, tmp_path: Path) -> None:
     effects = {"latent": [1, 1, 9, 1], "side": [1, 1, 1, -1], "rank": [1, 0, 0, 0], "token": [8, 7, 9, 10]}
     pq.write_table(pa.table({**effects, "effect": [0.5, 1.25, 2.0, -0.75]}), tmp_path / "logits.parquet")
     (tmp_path / "logits.json").write_text(json.dumps({"transcoder": {"sha256": "abc"}}))
     found = Samples.open(samples.folder)
     assert found.digest != samples.digest  # an export without them is not taken for one with them
-    export([make()], "neuronpedia", tmp_path / "out", ORIGIN, Material(samples=found))
+    export([make_transcoder()], "neuronpedia", tmp_path / "out", ORIGIN, Material(samples=found))
     (first, last) = read(tmp_path / "out", "batch-0.json")["features"]
     assert (first["pos_str"], first["pos_values"]) == (["w3", "w4"], [1.25, 0.5])
     assert (first["neg_str"], first["neg_values"]) == (["w6"], [-0.75])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from matryoshka.errors import UserError
 from matryoshka.interop.export import export
 from matryoshka.interop.origin import Origin
 from matryoshka.lm import LanguageModel
-from matryoshka.transcoder import Transcoder, TranscoderConfig
+from matryoshka.transcoder import Transcoder
 
 # sae_lens imports a deprecated module of TransformerLens, and tells how to load the language model.
 pytestmark = [
@@ -24,26 +26,12 @@ pytestmark = [
 
 GROUPS = (5, 11, 32)
 
+Make = Callable[..., Transcoder]
 
-def make(*, skip: bool = False, convention: str = "normalized", d_out: int = 10) -> Transcoder:
-    config = TranscoderConfig(
-        d_in=12,
-        d_out=d_out,
-        group_sizes=GROUPS,
-        k=4,
-        skip=skip,
-        input=convention,
-        source_hook="blocks.3.hook_resid_mid",
-        target_hook="blocks.3.hook_mlp_out",
-        model="google/gemma-2-2b",
-        model_revision="abc",
-    )
-    transcoder = Transcoder(config)
-    generator = torch.Generator().manual_seed(3)
-    transcoder.set_weights(
-        {name: torch.randn(p.shape, generator=generator) for name, p in transcoder.named_parameters()}
-    )
-    return transcoder
+
+@pytest.fixture
+def make(make_transcoder: Make) -> Make:
+    return partial(make_transcoder, seed=3, group_sizes=GROUPS, model_revision="abc")
 
 
 def rows(n: int = 9) -> torch.Tensor:
@@ -52,7 +40,7 @@ def rows(n: int = 9) -> torch.Tensor:
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("n_groups", [1, 2, 3])
-def test_saelens_computes_the_same(tmp_path: Path, skip: bool, n_groups: int) -> None:
+def test_saelens_computes_the_same(make: Make, tmp_path: Path, skip: bool, n_groups: int) -> None:
     from sae_lens import SAE  # not importorskip: it is in the dev extra, and without it this test must fail
 
     transcoder, x = make(skip=skip), rows()
@@ -72,11 +60,11 @@ def test_saelens_computes_the_same(tmp_path: Path, skip: bool, n_groups: int) ->
     ("convention", "hook"),
     [("resid_mid", "hook_resid_mid"), ("normalized", "ln2.hook_normalized"), ("mlp_in", "mlp.hook_in")],
 )
-def test_saelens_knows_where_it_belongs(tmp_path: Path, convention: str, hook: str) -> None:
+def test_saelens_knows_where_it_belongs(make: Make, tmp_path: Path, convention: str, hook: str) -> None:
     from sae_lens import SAE
 
     origin = Origin(ctx_len=1024, has_bos=True, dataset="monology/pile-uncopyrighted")
-    export([make(convention=convention)], "saelens", tmp_path / "out", origin)
+    export([make(input=convention)], "saelens", tmp_path / "out", origin)
     theirs: Any = SAE.load_from_disk(tmp_path / "out")
     metadata = theirs.cfg.metadata
     assert (metadata.hook_name, metadata.hook_name_out) == (f"blocks.3.{hook}", "blocks.3.hook_mlp_out")
@@ -88,8 +76,8 @@ def test_saelens_knows_where_it_belongs(tmp_path: Path, convention: str, hook: s
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("convention", ["resid_mid", "normalized", "mlp_in"])
-def test_read_gives_back_what_was_written(tmp_path: Path, skip: bool, convention: str) -> None:
-    transcoder = make(skip=skip, convention=convention)
+def test_read_gives_back_what_was_written(make: Make, tmp_path: Path, skip: bool, convention: str) -> None:
+    transcoder = make(skip=skip, input=convention)
     export([transcoder], "saelens", tmp_path / "out")
     again = Transcoder.from_pretrained(tmp_path / "out")
     assert again.config == transcoder.config
@@ -138,7 +126,7 @@ def test_what_saelens_saves_comes_back_unchanged(tmp_path: Path) -> None:
         ({"metadata": {"hook_name": "blocks.3.hook_resid_mid", "input": "attn_in"}}, "does not exist"),
     ],
 )
-def test_what_cannot_be_read_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_read_is_refused(make: Make, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     export([make()], "saelens", tmp_path / "out")
     file = tmp_path / "out" / "cfg.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -146,7 +134,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, change: dict[str, Any], 
         Transcoder.from_pretrained(tmp_path / "out")
 
 
-def test_a_layer_norms_hook_is_ambiguous_unless_we_wrote_it(tmp_path: Path) -> None:
+def test_a_layer_norms_hook_is_ambiguous_unless_we_wrote_it(make: Make, tmp_path: Path) -> None:
     export([make()], "saelens", tmp_path / "out")
     assert Transcoder.from_pretrained(tmp_path / "out", norm_kind="layer").config.input == "normalized"
     file = tmp_path / "out" / "cfg.json"
@@ -158,7 +146,7 @@ def test_a_layer_norms_hook_is_ambiguous_unless_we_wrote_it(tmp_path: Path) -> N
         Transcoder.from_pretrained(tmp_path / "out", norm_kind="layer")
 
 
-def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+def test_damaged_weights_are_refused(make: Make, tmp_path: Path) -> None:
     export([make()], "saelens", tmp_path / "out")
     file = tmp_path / "out" / "sae_weights.safetensors"
     tensors = load_file(file)
@@ -176,20 +164,15 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("convention", ["resid_mid", "normalized", "mlp_in"])
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gemma2"])
 def test_saelens_runs_a_model_with_it(
-    name: str, convention: str, tmp_path: Path, request: pytest.FixtureRequest
+    make: Make, name: str, convention: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """add_sae on SAELens's own model gives the logits of our splice: the hook names are those it wants."""
     from sae_lens import SAE
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
     folder = str(request.getfixturevalue(name))
-    config = make().config.model_dump() | {"d_in": 24, "d_out": 24, "input": convention, "model": folder}
-    config |= {"source_hook": "blocks.1.hook_resid_mid", "target_hook": "blocks.1.hook_mlp_out"}
-    transcoder = Transcoder(TranscoderConfig(**config))
-    generator = torch.Generator().manual_seed(3)
-    transcoder.set_weights(
-        {name: torch.randn(p.shape, generator=generator) * 0.3 for name, p in transcoder.named_parameters()}
-    )
+    hooks = {"source_hook": "blocks.1.hook_resid_mid", "target_hook": "blocks.1.hook_mlp_out"}
+    transcoder = make(scale=0.3, d_in=24, d_out=24, input=convention, model=folder, **hooks)
     export([transcoder], "saelens", tmp_path / "out")
     model = LanguageModel.load(folder, dtype="float32", device="cpu")
     tokens = torch.randint(4, 90, (2, 11), generator=torch.Generator().manual_seed(0))

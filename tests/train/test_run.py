@@ -23,21 +23,8 @@ from train.run import TrainResult, train
 from train.step import StepReport
 
 
-def config_of(shards: ShardSet, out: Path, **changes: Any) -> TrainConfig:
-    settings: dict[str, Any] = {
-        "shards": shards.path,
-        "out": out,
-        "group_sizes": (8, 16, 24),
-        "k": 4,
-        "steps": 24,
-        "batch_tokens": 128,
-        "buffer_tokens": 1024,
-        "lr": 3e-3,
-        "checkpoint_every": 7,
-        "log_every": 3,
-        "device": "cpu",
-    }
-    return TrainConfig.model_validate(settings | changes)
+def config_of(settings: dict[str, Any], out: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate(settings | {"out": out} | changes)
 
 
 def final(result: TrainResult) -> Transcoder:
@@ -73,9 +60,9 @@ class StopAfter:
 
 
 @pytest.mark.parametrize("killed_after", [1, 7, 13, 23])
-def test_resumed_equals_uninterrupted(random_shards: ShardSet, tmp_path: Path, killed_after: int) -> None:
-    whole = train(config_of(random_shards, tmp_path / "whole"))
-    config = config_of(random_shards, tmp_path / "resumed")
+def test_resumed_equals_uninterrupted(run_settings: dict[str, Any], tmp_path: Path, killed_after: int) -> None:
+    whole = train(config_of(run_settings, tmp_path / "whole"))
+    config = config_of(run_settings, tmp_path / "resumed")
     with pytest.raises(KeyboardInterrupt):
         train(config, StopAfter(killed_after))
     resumed = train(config)
@@ -88,26 +75,26 @@ def test_resumed_equals_uninterrupted(random_shards: ShardSet, tmp_path: Path, k
     assert [json.loads(line)["step"] for line in metrics[0].splitlines()] == [3, 6, 9, 12, 15, 18, 21, 24]
 
 
-def test_a_finished_run_is_left_alone_and_other_settings_refused(random_shards: ShardSet, tmp_path: Path) -> None:
-    config = config_of(random_shards, tmp_path / "run", steps=5)
+def test_a_finished_run_is_left_alone_and_other_settings_refused(run_settings: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(run_settings, tmp_path / "run", steps=5)
     first = train(config)
     assert first.n_steps_taken == 5
     before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
     assert train(config).n_steps_taken == 0
     with pytest.raises(UserError, match=r"config\.lr: 0\.003 -> 0\.1"):
-        train(config_of(random_shards, tmp_path / "run", steps=5, lr=0.1))
+        train(config_of(run_settings, tmp_path / "run", steps=5, lr=0.1))
     assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_with_something_else_is_refused(random_shards: ShardSet, tmp_path: Path) -> None:
+def test_a_folder_with_something_else_is_refused(run_settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="not empty and not a run"):
-        train(config_of(random_shards, tmp_path))
+        train(config_of(run_settings, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
-    random_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Poisoned(module.TrainStep):
         def __call__(self, x: Tensor, y: Tensor, *, lr: float, log: bool = False) -> StepReport | None:
@@ -118,7 +105,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
 
     monkeypatch.setattr(module, "TrainStep", Poisoned)
     with pytest.raises(UserError, match=r"stopped before step 11.*step-000007.*smaller --lr"):
-        train(config_of(random_shards, tmp_path / "run"))
+        train(config_of(run_settings, tmp_path / "run"))
     assert [c.step for c in module.list_checkpoints(tmp_path / "run")] == [7]
 
 
@@ -130,8 +117,10 @@ def test_missing_and_unfinished_shards_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_the_checkpoint_is_usable_as_it_stands(random_shards: ShardSet, tmp_path: Path, skip: bool) -> None:
-    result = train(config_of(random_shards, tmp_path / "run", steps=60, skip=skip, checkpoint_every=60))
+def test_the_checkpoint_is_usable_as_it_stands(
+    random_shards: ShardSet, run_settings: dict[str, Any], tmp_path: Path, skip: bool
+) -> None:
+    result = train(config_of(run_settings, tmp_path / "run", steps=60, skip=skip, checkpoint_every=60))
     transcoder = final(result)
     fvu = val_fvu(transcoder, random_shards)
     assert fvu == sorted(fvu, reverse=True), "FVU must fall from prefix to prefix"
@@ -141,12 +130,14 @@ def test_the_checkpoint_is_usable_as_it_stands(random_shards: ShardSet, tmp_path
     assert float((transcoder.encode(x) > 0).sum(1).double().mean()) == pytest.approx(4, abs=0.02)
 
 
-def test_group_sizes_change_what_is_learned(random_shards: ShardSet, tmp_path: Path) -> None:
+def test_group_sizes_change_what_is_learned(
+    random_shards: ShardSet, run_settings: dict[str, Any], tmp_path: Path
+) -> None:
     # The project this one replaces logged an FVU per group and trained the last prefix only.
     by_sizes = {}
     for sizes in ((8, 16, 24), (16, 8, 24), (48,)):
         name = "-".join(map(str, sizes))
-        result = train(config_of(random_shards, tmp_path / name, group_sizes=sizes, steps=40, seed=1))
+        result = train(config_of(run_settings, tmp_path / name, group_sizes=sizes, steps=40, seed=1))
         lines = (result.path / "metrics.jsonl").read_text().splitlines()
         by_sizes[sizes] = (json.loads(lines[0])["loss"], val_fvu(final(result), random_shards))
     assert len({loss for loss, _ in by_sizes.values()}) == 3
@@ -162,7 +153,9 @@ def test_group_sizes_change_what_is_learned(random_shards: ShardSet, tmp_path: P
     assert nested[0] < 0.9 * sums.value()[0]
 
 
-def test_a_planted_nested_dictionary_is_recovered(make_shards: Callable[..., ShardSet], tmp_path: Path) -> None:
+def test_a_planted_nested_dictionary_is_recovered(
+    make_shards: Callable[..., ShardSet], run_settings: dict[str, Any], tmp_path: Path
+) -> None:
     """x = sum_j c_j a_j and y = sum_j c_j b_j with sparse c >= 0: every b_j is a decoder row, cosine > 0.9.
 
     Five features fire often, fifteen seldom: a nest puts frequent ones into its first group.
@@ -177,8 +170,9 @@ def test_a_planted_nested_dictionary_is_recovered(make_shards: Callable[..., Sha
     shards = make_shards(c @ a, c @ b)
     # 2.15 features fire in a row on average; a k above that makes latents that stand for pairs of features.
     config = config_of(
-        shards,
+        run_settings,
         tmp_path / "run",
+        shards=shards.path,
         group_sizes=(8, 12, 20),
         k=2,
         steps=500,
@@ -196,8 +190,8 @@ def test_a_planted_nested_dictionary_is_recovered(make_shards: Callable[..., Sha
     assert in_first_group[:n_frequent].double().mean() > in_first_group[n_frequent:].double().mean()
 
 
-def test_k_falls_over_the_run_and_ends_at_k(random_shards: ShardSet, tmp_path: Path) -> None:
-    config = config_of(random_shards, tmp_path / "run", k_start=12, k_steps=16, log_every=4)
+def test_k_falls_over_the_run_and_ends_at_k(run_settings: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(run_settings, tmp_path / "run", k_start=12, k_steps=16, log_every=4)
     with pytest.raises(KeyboardInterrupt):
         train(config, StopAfter(11))
     result = train(config)
