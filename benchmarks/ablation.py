@@ -1,6 +1,6 @@
 """The choices that decide a short run, compared at equal steps on real activations: one fleet for a layer, one table.
 
-    python -m benchmarks.ablation --fleet close-calls --layers 8 15 24 --tokens 400k      all from one forward pass
+    python -m benchmarks.ablation --fleet close-calls --layers 8 15 24                    all from one forward pass
     python -m benchmarks.ablation --shards data/demo/l15                                  a set that is there already
 
 Held-out FVU is that of the whole val split in threshold mode, from the saved transcoders. `alive` is the share of
@@ -96,7 +96,7 @@ def harvest(options: argparse.Namespace) -> list[Path]:
     out = options.out / "sets"
     command = [sys.executable, "-m", "harvest", "run", "--model", options.model.resolve(), "--dataset"]
     command += [options.text.resolve(), "--layers", ",".join(map(str, options.layers)), "--tokens", options.tokens]
-    command += ["--ctx-len", 256, "--set", "harvest.val_fraction=0.05", "--out", (out / "l{layer}").resolve()]
+    command += ["--ctx-len", 256, "--set", "harvest.val_fraction=0.1", "--out", (out / "l{layer}").resolve()]
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
     return [out / f"l{layer}" for layer in options.layers]
 
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("data/demo/inputs/model"))
     parser.add_argument("--text", type=Path, default=Path("data/demo/inputs/text"))
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 15, 24])
-    parser.add_argument("--tokens", default="400k")
+    parser.add_argument("--tokens", default="1M")
     parser.add_argument("--out", type=Path, default=Path("data/ablation"))
     parser.add_argument("--steps", type=int, help="by default every train row once")
     parser.add_argument("--batch-tokens", type=int, default=1024)
