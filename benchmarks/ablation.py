@@ -72,7 +72,7 @@ def aux() -> list[dict[str, Any]]:
 
 def prefixes() -> list[dict[str, Any]]:
     """Prefixes in the loss: those of the groups, or drawn anew at each step."""
-    return [{}, {"sampled_prefixes": 4}, {"sampled_prefixes": 10}]
+    return [OLD_AUX | member for member in ({}, {"sampled_prefixes": 4}, {"sampled_prefixes": 10})]
 
 
 FLEETS = {"choices": choices, "close-calls": close_calls, "long": long, "aux": aux, "prefixes": prefixes}

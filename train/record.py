@@ -22,6 +22,7 @@ from matryoshka.shards import ShardSet
 from .config import TrainConfig
 from .fleet import STREAM_SETTINGS
 from .plan import Plan
+from .stream import ORDER
 
 PARKED_FILE = "parked.json"
 
@@ -34,6 +35,7 @@ def run_record(config: TrainConfig, plan: Plan, shards: ShardSet) -> dict[str, A
         "identity": {
             "config": config.content(),
             "plan": plan.content(),
+            "order": ORDER,
             "shard_set": {"name": shards.name, "digest": shards.digest},
         },
         "provenance": provenance(),
@@ -63,7 +65,7 @@ def _with_defaults(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str
 def stream_record(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
     """What decides the batches of a fleet."""
     settings = config.model_dump(mode="json", include={name for name in STREAM_SETTINGS if name != "shards"})
-    return {**settings, "shard_set": {"name": shards.name, "digest": shards.digest}}
+    return {**settings, "order": ORDER, "shard_set": {"name": shards.name, "digest": shards.digest}}
 
 
 def refuse_other_fleet(folder: Path, stream: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ class StepSettings:
     sampled_sizes: tuple[int, ...] | None = None
     """Disjoint sizes whose prefixes are in this step's loss instead, with equal weights; those of group_sizes are still
     what is reported."""
-    auxk_coef: float = 1 / 32
+    auxk_coef: float = 1 / 8
     k_aux: int
     """Pre-activations of dead latents per row that rebuild the residual."""
     dead_after_tokens: int

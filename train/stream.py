@@ -26,6 +26,9 @@ from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from matryoshka.threads import keep_own_number, use_one_core
 
+ORDER = 2
+"""Raised when the same seed comes to mean other batches: a run must not go on with them. 2: blocks stay within the
+buffer."""
 MAX_STREAMS = 8
 _READ_AHEAD_BATCHES = 4
 
@@ -207,8 +210,8 @@ class Stream:
         return source, target
 
     def _kept_rows(self, piece: _Piece, n_rows: int) -> Tensor:
-        """Where the rows of a piece lie among the `n_rows` of its chunk, from what _count_chunks has noted: to read a
-        shard's tokens again for every chunk takes half as long as the chunk."""
+        """Where the rows of a piece lie among the `n_rows` of its chunk, from what _count_chunks has noted: a
+        shard's tokens would otherwise be read again for every one of its chunks."""
         dropped = self._dropped[piece.shard]
         begin = piece.position // self._split.chunk_positions * n_rows
         first, last = torch.searchsorted(dropped, torch.tensor([begin, begin + n_rows])).tolist()
@@ -276,9 +279,9 @@ class _LaneCursor:
         self._stream = stream
         self._number = number
         self._executor = executor
-        self._used, self._free = stream.memory(), stream.memory()
+        self._rows = self._used = stream.memory()
+        self._free = stream.memory()
         self._key: tuple[int, int] | None = None
-        self._rows: tuple[Tensor, Tensor] = self._used
         self._coming: Future[tuple[Tensor, Tensor]] | None = None
         self._coming_key: tuple[int, int] | None = None
         self._order = torch.empty(0, dtype=torch.int64)

@@ -1,8 +1,12 @@
-"""Small shard sets made from given rows, without a language model."""
+"""Small shard sets made from given rows, without a language model; and the start of several ranks."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,9 @@ BOS = 2
 CTX_LEN = 16
 
 MakeShards = Callable[..., ShardSet]
+OnRanks = Callable[[list[str], int], None]
+TrainOnRanks = Callable[[dict[str, Any], int], None]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -90,3 +97,39 @@ def run_settings(random_shards: ShardSet) -> dict[str, Any]:
         "log_every": 3,
         "device": "cpu",
     }
+
+
+@pytest.fixture
+def on_ranks() -> OnRanks:
+    """Run a command in so many processes, as a user would start them."""
+
+    def run(command: list[str], world: int) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        done = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture
+def train_on_ranks(on_ranks: OnRanks, tmp_path: Path) -> TrainOnRanks:
+    """`train run` with these settings, "parallel" among them, in so many processes."""
+
+    def run(settings: dict[str, Any], world: int) -> None:
+        config = tmp_path / "p.yaml"
+        config.write_text(json.dumps({"train": settings}))
+        on_ranks(["-m", "train", "run", "--config", str(config), "--parallel", settings["parallel"]], world)
+
+    return run
+
+
+@pytest.fixture
+def step_on_ranks(on_ranks: OnRanks, tmp_path: Path) -> Callable[[str, int], None]:
+    """A script in so many processes; it finds the checkout and tests/train in its first two arguments."""
+
+    def run(script: str, world: int) -> None:
+        driver = tmp_path / "driver.py"
+        driver.write_text(script)
+        on_ranks([str(driver), str(ROOT), str(Path(__file__).parent)], world)
+
+    return run

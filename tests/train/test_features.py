@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from train.ranks import Rank
 from train.run import train_fleet
 from train.slices import LatentSlice, is_by_latent
 
-ROOT = Path(__file__).resolve().parents[2]
 FLEET: list[dict[str, Any]] = [
     # Latents that stay silent for two batches are dead, so that the aux loss and its counters are at work. 49 latents
     # cannot be shared evenly.
@@ -29,19 +27,6 @@ FLEET: list[dict[str, Any]] = [
     {"name": "skip", "skip": True, "input": "resid_mid", "k_start": 12, "backend": "dense", "sampled_prefixes": 4},
     {"name": "tied", "init": "tied", "seed": 3, "backend": "sparse", "sampled_prefixes": 3},
 ]
-
-
-def on_ranks(command: list[str], world: int) -> None:
-    """Run `command` in `world` processes, as a user would start them."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    done = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def train_on_ranks(settings: dict[str, Any], folder: Path, world: int) -> None:
-    config = folder / "p.yaml"
-    config.write_text(json.dumps({"train": settings}))
-    on_ranks(["-m", "train", "run", "--config", str(config), "--parallel", "features"], world)
 
 
 def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
@@ -53,10 +38,12 @@ def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor
             torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_two_ranks_equal_one_and_either_goes_on_from_the_other(run_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_two_ranks_equal_one_and_either_goes_on_from_the_other(
+    run_settings: dict[str, Any], tmp_path: Path, train_on_ranks: Callable[[dict[str, Any], int], None]
+) -> None:
     settings = run_settings | {"steps": 50, "fleet": FLEET, "log_every": 5, "checkpoint_every": 20, "precision": "fp32"}
     train_fleet(TrainConfig.model_validate(settings | {"out": tmp_path / "one"}))
-    train_on_ranks(settings | {"out": str(tmp_path / "two")}, tmp_path, 2)
+    train_on_ranks(settings | {"out": str(tmp_path / "two"), "parallel": "features"}, 2)
     for entry in FLEET:
         one, two = (list_checkpoints(tmp_path / folder / entry["name"]) for folder in ("one", "two"))
         assert [c.step for c in one] == [c.step for c in two] == [40, 50]
@@ -77,7 +64,7 @@ def test_two_ranks_equal_one_and_either_goes_on_from_the_other(run_settings: dic
         shutil.copytree(tmp_path / "two", tmp_path / folder)
         for entry in FLEET:
             shutil.rmtree(tmp_path / folder / entry["name"] / "checkpoints" / "step-000050")
-    train_on_ranks(settings | {"out": str(tmp_path / "again")}, tmp_path, 2)
+    train_on_ranks(settings | {"out": str(tmp_path / "again"), "parallel": "features"}, 2)
     train_fleet(TrainConfig.model_validate(settings | {"out": tmp_path / "alone"}))
     for entry in FLEET:
         two, again, alone = (
@@ -134,10 +121,8 @@ with rank.together():
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_one_step_of_every_kind(tmp_path: Path, world: int) -> None:
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    on_ranks([str(driver), str(ROOT), str(Path(__file__).parent)], world)
+def test_one_step_of_every_kind(step_on_ranks: Callable[[str, int], None], world: int) -> None:
+    step_on_ranks(DRIVER, world)
 
 
 def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:

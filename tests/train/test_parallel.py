@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from train.config import TrainConfig
 from train.ranks import Rank
 from train.run import train_fleet
 
-ROOT = Path(__file__).resolve().parents[2]
 FLEET = [
     # Latents that stay silent for two batches are dead, so that the aux loss and its counters are at work.
     {"name": "aux", "dead_after_tokens": 256, "auxk_coef": 0.25, "k_aux": 5},
@@ -27,20 +25,12 @@ FLEET = [
 ]
 
 
-def on_ranks(settings: dict[str, Any], folder: Path, world: int) -> None:
-    """Train in `world` processes, as a user would start them."""
-    config = folder / "p.yaml"
-    config.write_text(json.dumps({"train": settings}))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command = [*launcher, "-m", "train", "run", "--config", str(config), "--parallel", "data"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_two_ranks_equal_one(run_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_two_ranks_equal_one(
+    run_settings: dict[str, Any], tmp_path: Path, train_on_ranks: Callable[[dict[str, Any], int], None]
+) -> None:
     settings = run_settings | {"steps": 50, "fleet": FLEET, "log_every": 5, "checkpoint_every": 20, "precision": "fp32"}
     train_fleet(TrainConfig.model_validate(settings | {"out": tmp_path / "one"}))
-    on_ranks(settings | {"out": str(tmp_path / "two")}, tmp_path, 2)
+    train_on_ranks(settings | {"out": str(tmp_path / "two"), "parallel": "data"}, 2)
     for entry in FLEET:
         one, two = (list_checkpoints(tmp_path / folder / str(entry["name"])) for folder in ("one", "two"))
         assert [c.step for c in one] == [c.step for c in two] == [40, 50]
@@ -139,13 +129,8 @@ with rank.together():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_one_step_of_every_kind(tmp_path: Path, world: int) -> None:
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command = [*launcher, str(driver), str(ROOT), str(Path(__file__).parent)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_one_step_of_every_kind(step_on_ranks: Callable[[str, int], None], world: int) -> None:
+    step_on_ranks(DRIVER, world)
 
 
 def test_a_rank_that_may_hold_more_is_seen() -> None:

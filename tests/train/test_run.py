@@ -21,6 +21,7 @@ from matryoshka.transcoder import Transcoder
 from train.config import TrainConfig
 from train.run import TrainResult, train
 from train.step import StepReport
+from train.stream import ORDER
 
 
 def config_of(settings: dict[str, Any], out: Path, **changes: Any) -> TrainConfig:
@@ -84,6 +85,17 @@ def test_a_finished_run_is_left_alone_and_other_settings_refused(run_settings: d
     with pytest.raises(UserError, match=r"config\.lr: 0\.003 -> 0\.1"):
         train(config_of(run_settings, tmp_path / "run", steps=5, lr=0.1))
     assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_over_batches_of_another_order_is_refused(run_settings: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(run_settings, tmp_path / "run")
+    train(config)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    assert record["identity"].pop("order") == ORDER  # as before there was one
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"order: .* -> {ORDER}"):
+        train(config)
 
 
 def test_a_folder_with_something_else_is_refused(run_settings: dict[str, Any], tmp_path: Path) -> None:

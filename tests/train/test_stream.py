@@ -104,7 +104,22 @@ def test_every_block_fits_into_the_memory_that_is_reckoned(random_shards: ShardS
     lanes = [stream.lane(epoch, i) for epoch in range(5) for i in range(stream.n_streams)]
     largest = max(sum(piece.stop - piece.start for piece in block) for lane in lanes for block in lane.blocks)
     assert largest <= len(source) == len(target)
-    assert stream.n_bytes >= 2 * stream.n_streams * (source.nbytes + target.nbytes)
+
+
+def test_what_is_reckoned_is_what_is_taken(random_shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    memory = Stream.memory
+
+    def counted(self: Stream) -> tuple[Tensor, Tensor]:
+        both = memory(self)
+        taken.append(sum(side.nbytes for side in both))
+        return both
+
+    monkeypatch.setattr(Stream, "memory", counted)
+    stream = stream_of(random_shards)
+    (batch,) = stream.batches(0, 1)
+    # Four batches wait, one is being filled and one is in use.
+    assert stream.n_bytes == sum(taken) + 6 * (batch.source.nbytes + batch.target.nbytes)
 
 
 def test_an_iterator_may_be_closed_at_any_time(random_shards: ShardSet) -> None:
