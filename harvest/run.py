@@ -96,11 +96,14 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
         if todo:
             lm, sets, passes = _prepare(config, todo, ranks)
             capture = Capture(lm, _FIRST_BATCH if config.batch_size == "auto" else config.batch_size)
-            known = remembered(todo[0].place, config.batch_size, lm.device)
-            if known is not None:
-                capture.batch_size = known
-            elif config.batch_size == "auto":
-                capture.batch_size = ranks.agree(_tuned(capture, passes[0]) if ranks.is_first else 0)
+            if config.batch_size != "auto":
+                capture.batch_size = remembered(todo[0].place, config.batch_size, lm.device) or config.batch_size
+            else:
+                # The first rank's answer, be it remembered or measured: all ranks ask for it alike.
+                found = 0
+                if ranks.is_first:
+                    found = remembered(todo[0].place, "auto", lm.device) or _tuned(capture, passes[0])
+                capture.batch_size = ranks.agree(found)
             n_noted = capture.batch_size
 
             def note() -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,10 @@ class _Lease:
         self._name = uuid.uuid4().hex
         self._n_beats = 0
         self._tag: dict[str, Any] = {}
+        self._conditional = True
         self._lost = False
+        self._renewed = time.time()
+        self._renewing = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
@@ -62,14 +66,16 @@ class _Lease:
         """Put the lock, or take over one that nobody keeps alive."""
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        try:
-            self._put("create")
-        except AlreadyExistsError:
+        for last in (False, True):
+            # Looked at first: a store without conditional PUTs would let us write over a living lock.
             tag = self._watched()
             try:
                 self._put("create" if tag is None else tag)
+                return
             except (AlreadyExistsError, PreconditionError) as error:
-                raise _taken(self._place, None) from error
+                # Somebody was faster, or the answer to our own PUT was lost and it was sent again.
+                if last:
+                    raise _taken(self._place, None) from error
 
     def start(self) -> None:
         """Begin to keep it alive."""
@@ -79,11 +85,15 @@ class _Lease:
         """Give it back."""
         self._end.set()
         self._thread.join()
-        if not self._lost:
+        now = None if self._lost else self._seen()
+        if now is not None and now[0].get("name") == self._name:
             self._place.delete(LOCK)
 
     def check(self) -> None:
         """Raise UserError when somebody has taken the lock over."""
+        # Suspended or cut off for long, this process may be asked before the next beat.
+        if time.time() - self._renewed > WATCH_SECONDS / 2:
+            self._renew()
         if self._lost:
             raise UserError(
                 f"{self._place} was taken over by another process, because this one did not show itself for "
@@ -102,6 +112,7 @@ class _Lease:
                 found: Any = obstore.put(self._place.client, LOCK, content, mode=mode)
             except (NotSupportedError, NotImplementedError):
                 # A store without conditional PUTs: the watching is all there is.
+                self._conditional = False
                 found = obstore.put(self._place.client, LOCK, content)
         self._tag = _tag(found)
 
@@ -148,20 +159,34 @@ class _Lease:
         return owner if isinstance(owner, dict) else {}, _tag(found.meta)
 
     def _beat(self) -> None:
-        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+        from obstore.exceptions import BaseError
 
-        while not self._end.wait(BEAT_SECONDS):
+        while not self._lost and not self._end.wait(BEAT_SECONDS):
             try:
-                self._put(self._tag)
-            except (PreconditionError, AlreadyExistsError, FileNotFoundError):
-                # Ours still, if a PUT was sent twice because the first answer was lost.
-                now = self._seen()
-                if now is None or now[0].get("name") != self._name:
-                    self._lost = True
-                    return
-                self._tag = now[1]
+                self._renew()
             except (UserError, BaseError) as error:
                 logger.warning("the lock of %s could not be renewed: %s", self._place, error)
+
+    def _renew(self) -> None:
+        """Put the lock again, or find that it is lost."""
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        with self._renewing:
+            if self._conditional:
+                try:
+                    self._put(self._tag)
+                    self._renewed = time.time()
+                    return
+                except (PreconditionError, AlreadyExistsError, FileNotFoundError):
+                    pass  # ours still, if a PUT was sent twice because the first answer was lost
+            now = self._seen()
+            if now is None or now[0].get("name") != self._name:
+                self._lost = True
+                return
+            self._tag = now[1]
+            if not self._conditional:
+                self._put(self._tag)
+            self._renewed = time.time()
 
 
 def _tag(found: Any) -> dict[str, Any]:

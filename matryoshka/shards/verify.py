@@ -164,7 +164,14 @@ def _changed_metadata(place: Place, manifest: Manifest) -> list[tuple[str, Any]]
     if not manifest.complete:
         return []  # the copy is made when the set is finished
     copies = (read_root(place).get("consolidated_metadata") or {}).get("metadata", {})
-    texts = place.read_all([f"{name}/{ROOT_FILE}" for name in copies])
+    try:
+        texts = place.read_all([f"{name}/{ROOT_FILE}" for name in copies])
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"the metadata of {place} cannot be read ({error}); see to its permissions or its disk"
+        ) from error
     changed = []
     for (name, wanted), text in zip(copies.items(), texts, strict=True):
         wanted = {key: value for key, value in wanted.items() if key != "consolidated_metadata"}

@@ -156,6 +156,64 @@ def test_who_lost_its_lock_commits_nothing(
     assert other.keys("manifest") == [LOCK, "manifest/train-00000.json"]  # the other's lock stays
 
 
+def test_a_store_without_conditional_puts_is_watched_instead(
+    bucket: Place, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a store would let one writer put its lock over the living one of another."""
+    import obstore
+    from obstore.exceptions import NotSupportedError
+
+    put = obstore.put
+
+    def plain(client: Any, key: str, content: bytes, **options: Any) -> Any:
+        if options.pop("mode", None) is not None:
+            raise NotSupportedError("no conditional PUTs")
+        return put(client, key, content, **options)
+
+    monkeypatch.setattr(obstore, "put", plain)
+    test_one_writer_at_a_time(bucket, s3_bucket, monkeypatch)
+    with bucket.exclusive():
+        held = next(thread for thread in threading.enumerate() if thread.name == "lease")
+        place_of(f"{s3_bucket}/sets/l1").publish_json(LOCK, {"name": "somebody else"})
+        held.join(10)
+        assert not held.is_alive()
+
+
+def test_a_network_that_comes_and_goes_does_not_end_the_beats(bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from obstore.exceptions import PreconditionError
+
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    with bucket.exclusive():
+        held = next(thread for thread in threading.enumerate() if thread.name == "lease")
+        asked = threading.Event()
+
+        def unreachable(_lease: object) -> None:
+            asked.set()
+            raise UserError("the network is gone")
+
+        def lost_answer(_lease: object, _mode: object) -> None:
+            raise PreconditionError("put twice")
+
+        with monkeypatch.context() as gone:
+            gone.setattr(lease._Lease, "_seen", unreachable)
+            gone.setattr(lease._Lease, "_put", lost_answer)
+            assert asked.wait(10)
+            held.join(0.2)
+            assert held.is_alive()
+    assert bucket.read(LOCK) is None
+
+
+def test_who_was_suspended_asks_before_it_commits(bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No beat comes in this test: the writer itself has to look."""
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.0)
+    with bucket.exclusive():
+        bucket.guard()
+        bucket.publish_json(LOCK, {"name": "somebody else"})
+        with pytest.raises(UserError, match="was taken over by another process"):
+            bucket.guard()
+    assert bucket.read(LOCK) is not None
+
+
 def test_what_cannot_be_reached_is_said_in_one_sentence(s3_bucket: str, toy: Any, monkeypatch: Any) -> None:
     with pytest.raises(UserError, match="NoSuchBucket.*Check the URL, the network, and the credentials"):
         ShardSetWriter.open("s3://no-such-bucket/l1", toy.manifest, toy.norm)
