@@ -6,9 +6,10 @@ it decodes what it kept, the partial decodes of all prefixes are added up over r
 then its own business. What is not a latent's (b_dec, W_skip, threshold) is the same on every rank at every step.
 Summation order differs from one rank's, so results agree to rounding.
 
-Exchanged in a step: about 2 k B activations (on CUDA k B of each rank), the planes [prefixes, B, d_out] once, k_aux values a row while latents are
-dead, and some scalars. Latents are dealt in turn, not in blocks, because the first groups of a Matryoshka dictionary
-fire far more often than the last: in blocks, the first rank would have most of the entries.
+Exchanged in a step: about 2 k B activations (on CUDA k B of each rank), the planes [prefixes, B, d_out] once, k_aux
+values a row while latents are dead, and some scalars. Latents are dealt in turn, not in blocks, because the first
+groups of a Matryoshka dictionary fire far more often than the last: in blocks, the first rank would have most of the
+entries.
 """
 
 from __future__ import annotations

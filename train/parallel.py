@@ -4,7 +4,8 @@ Weights, moments, threshold and counters are the same on every rank at every ste
 up by the same collective for all, and every rank then takes the same update. BatchTopK is that of the whole batch: the
 k * B largest of all ranks' activations. Summation order differs from one rank's, so results agree to rounding.
 
-Exchanged in a step: about 1.25 k B activations (on the CPU k B of each rank), and the gradients of all weights once (an all-reduce).
+Exchanged in a step: about 1.25 k B activations (on the CPU k B of each rank), and the gradients of all weights once, in
+an all-reduce.
 """
 
 from __future__ import annotations

@@ -207,10 +207,10 @@ def test_who_was_suspended_asks_before_it_commits(bucket: Place, monkeypatch: py
     """No beat comes in this test: the writer itself has to look."""
     monkeypatch.setattr(lease, "WATCH_SECONDS", 0.0)
     with bucket.exclusive():
-        bucket.guard()
+        bucket.guard()  # pyright: ignore[reportAttributeAccessIssue] -- of an ObjectPlace
         bucket.publish_json(LOCK, {"name": "somebody else"})
         with pytest.raises(UserError, match="was taken over by another process"):
-            bucket.guard()
+            bucket.guard()  # pyright: ignore[reportAttributeAccessIssue] -- of an ObjectPlace
     assert bucket.read(LOCK) is not None
 
 
