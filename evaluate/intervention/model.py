@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.shards import ShardSet
@@ -74,12 +72,6 @@ def text_of_tokens(model: LanguageModel) -> Callable[[int], str]:
         return TokenTexts.read(model.tokenizer.name_or_path, revision=model.revision).text
     except UserError:  # a tokenizer without a tokenizer.json still decodes
         return lambda token: model.tokenizer.decode([token])
-
-
-def known_tokens(model: LanguageModel) -> torch.Tensor:
-    """Which columns of the logits are tokens of the tokenizer, bool [n_logits]; the others are padding."""
-    n_logits = len(model.unembedding.W_U)
-    return torch.arange(n_logits) < len(model.tokenizer)
 
 
 def _found(name: str, near: Path | str) -> str:

@@ -8,7 +8,7 @@ From SAEBench (arXiv 2503.09532; absorption/feature_absorption_calculator.py), w
 full absorption      no latent of M fires; the latent j with the largest a_j has c_j >= 0.025 and a_j >= 0.4 total, and
                      total > 0
 absorption fraction  main = sum over M of a_i; A = the sum of the 3 largest a_i > 0 outside M with c_i >= 0.1.
-                     0 where main >= total or A < 0.4 total;  1 where main <= 0;
+                     0 where total <= 0, main >= total or A < 0.4 total;  1 where main <= 0;
                      else B / (B + main) with B = min(A, total - main)
 
 The class's scores are sums over the rows divided by the number of rows on which the probe is right.

@@ -93,7 +93,7 @@ def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Measur
     shards, config = task.shards, task.config
     transcoder = load_transcoder(checkpoint, shards, config)
     folder = result_folder(checkpoint, shards, config)
-    settings = _settings(config)
+    settings = _settings(config, tokenizer)
     existing, changes = already_answered(read_absorption(folder), identity_of(checkpoint, shards, settings))
     if existing is not None:
         return Measured(checkpoint, folder / ABSORPTION_FILE, existing, is_new=False)
@@ -112,9 +112,10 @@ def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Measur
     return Measured(checkpoint, write_absorption(folder, result), result, is_new=True, replaced=changes)
 
 
-def _settings(config: EvaluateConfig) -> dict[str, Any]:
+def _settings(config: EvaluateConfig, tokenizer: str) -> dict[str, Any]:
     shared = {name: getattr(config, name) for name in ("split", "tokens", "prefix", "seed", "bootstrap")}
-    return shared | config.absorption.model_dump(mode="json")
+    # It decides which tokens are words and which letters they begin with.
+    return shared | config.absorption.model_dump(mode="json") | {"tokenizer": tokenizer}
 
 
 def _prefixes(

@@ -70,7 +70,7 @@ def token_rows(name: str, shards: ShardSet, texts: TokenTexts, split: str, limit
 
 
 def choose(found: Found, classes: dict[str, int], *, per_key: int, most: int, seed: int) -> LabelledRows:
-    """The first `per_key` rows of each key, then at most `most` of each class, drawn."""
+    """Drawn: at most `per_key` rows of each key of a class, and at most `most` of the class."""
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(found.key))
     seen: dict[tuple[str, str], int] = {}
     taken: dict[str, int] = {}

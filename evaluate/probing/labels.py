@@ -6,7 +6,7 @@ document_start  whether the token is among the first 16 of its document (only wh
 labels file     {"doc_id": 17, "label": "sport"} a line, or Parquet with these columns: of whole documents
 
 Tokens of one kind are few and frequent, so train and test never share a token's text, and each text gives at most
-`per_word` rows.
+`per_token` rows.
 """
 
 from __future__ import annotations

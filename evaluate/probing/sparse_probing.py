@@ -115,7 +115,8 @@ class _Probing:
         labels = None
         if self.documents is not None:
             labels = hashlib.sha256(repr(sorted(self.documents.items())).encode()).hexdigest()
-        return shared | self.config.probing.model_dump(mode="json") | {"labels_sha256": labels}
+        own = {"labels_sha256": labels, "tokenizer": self.tokenizer}
+        return shared | self.config.probing.model_dump(mode="json") | own
 
     def _sides(self, transcoder: Transcoder, skipped: dict[str, str]) -> Iterator[Sides]:
         """Every label set that has two classes with enough examples; the others go into `skipped`."""
@@ -163,7 +164,8 @@ class _Probing:
             test = side_rows(test, torch.tensor(held_out, dtype=torch.bool))
             test_ids = [doc for doc, held in zip(test_ids, held_out, strict=True) if held]
         # A long document may have blocks of contexts in either split.
-        train = side_rows(train, torch.tensor([doc not in set(test_ids) for doc in train_ids], dtype=torch.bool))
+        tested = set(test_ids)
+        train = side_rows(train, torch.tensor([doc not in tested for doc in train_ids], dtype=torch.bool))
         sides = self._enough(Sides("labels", "document", tuple(names), train, test))
         if sides is None:
             raise UserError(

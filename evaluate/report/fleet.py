@@ -42,7 +42,9 @@ def make_fleet_report(runs: list[Path], config: EvaluateConfig, *, progress: Pro
         )
     checkpoints = [find_checkpoint(run) for run in expand_fleets(runs)]
     if config.shards is not None:
-        evaluations = evaluate(runs, config.model_copy(update={"out": None}), progress or Silent())
+        evaluations = evaluate(
+            runs, config.model_copy(update={"out": None, "split": "val", "prefix": None}), progress or Silent()
+        )
         folders = [evaluation.path.parent for evaluation in evaluations]
     else:
         folders = [_evaluated(checkpoint) for checkpoint in checkpoints]

@@ -80,7 +80,9 @@ def find_parts(folder: Path, sha256: str, compared: Callable[[], set[str]] | Non
     ablations = {}
     for path in sorted((folder / ABLATIONS_FOLDER).glob("*.json")):
         content = _record(path)
-        if content is not None and path.stem.isdecimal() and weights_of(content) == sha256:
+        # The page speaks of a latent that is taken out; `ablate --scale` may have measured something else.
+        taken_out = content is not None and content.get("scale") == 0
+        if content is not None and taken_out and path.stem.isdecimal() and weights_of(content) == sha256:
             ablations[int(path.stem)] = content
     comparison = _record(folder / COMPARISON_FILE)
     if comparison is not None and compared is not None:

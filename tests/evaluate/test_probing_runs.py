@@ -168,6 +168,11 @@ def test_the_same_again_is_only_read_and_gives_the_same_bytes(run: Path, letters
     (anew,) = measure_absorption([run], config(letters))
     assert anew.is_new
     assert anew.path.read_bytes() == before
+    # Another tokenizer may find other words in the same tokens.
+    (read,) = measure_absorption([run], config(letters), str(Path(first.result.tokenizer).resolve()) + "/")
+    assert read.is_new
+    assert [change.partition(":")[0] for change in read.replaced] == ["settings.tokenizer"]
+    measure_absorption([run], config(letters))
     (other,) = measure_absorption([run], config(letters, seed=0, bootstrap=20))
     assert other.replaced == ("settings.bootstrap: 50 -> 20",)
 

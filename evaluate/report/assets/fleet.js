@@ -47,7 +47,7 @@ Report.pages.fleet = async (main) => {
     })));
   }
   const columns = [["name", "run", (m) => m.name], ...f.keys.map((key) => [`config.${key}`, key, (m) => text(m.config[key])]), ["fvu", "FVU", (m) => last(m.fvu)], ["l0", "L0", (m) => last(m.l0)],
-    ["dead", "dead", (m) => m.dead_share], ...(all.some((m) => m.ce_recovered) ? [["ce", "CE recovered", (m) => m.ce_recovered ? last(m.ce_recovered) : null]] : []), ["first", "FVU of the first prefix", (m) => m.fvu[0]],
+    ["dead", "dead", (m) => m.dead_share], ...(all.some((m) => m.ce_recovered) ? [["ce", "CE recovered (mean)", (m) => m.ce_recovered ? last(m.ce_recovered) : null]] : []), ["first", "FVU of the first prefix", (m) => m.fvu[0]],
     ["time", "time", (m) => m.seconds], ["step", "step", (m) => m.step]];
   const shape = { fvu: (v) => number(v, 4), first: (v) => number(v, 4), l0: (v) => number(v, 1), dead: percent, ce: (v) => number(v, 4), time: duration, step: whole };
   function table(shown, place) {
