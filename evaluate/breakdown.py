@@ -10,7 +10,8 @@ from torch import Tensor
 from matryoshka.shards import ShardSet
 
 from .bootstrap import bootstrap_intervals
-from .report_file import DocumentSpread, L0Spread, Stratum, finite
+from .report_file import DocumentSpread, L0Spread, Stratum
+from .result import finite
 from .rows import RowBatch
 from .strata import StrataSums, row_columns
 

@@ -14,13 +14,14 @@ from matryoshka.errors import UserError
 from matryoshka.runs import make_directory, publish_json
 from matryoshka.shards import ShardSet
 
+from .analysis import Progress, Silent
 from .bootstrap import central, resample
 from .config import EvaluateConfig
 from .contenders import load_contender
 from .matched import ContextCurve, fvu_at
-from .report_file import CurvePoint, finite
+from .report_file import CurvePoint
+from .result import finite
 from .rows import count_rows, row_batches
-from .run import Progress, Silent
 
 COMPARISON_FILE = "comparison.json"
 

@@ -17,7 +17,8 @@ from matryoshka.transcoder import Transcoder
 
 from .active import Active, group_counts, group_sums, rows_at_once
 from .reconstruction import TargetMoments
-from .report_file import CurvePoint, finite
+from .report_file import CurvePoint
+from .result import finite
 
 
 @dataclass

@@ -11,7 +11,8 @@ from matryoshka.metrics import FiringCounts
 
 from .active import Active
 from .redundancy import REDUNDANT, Neighbours
-from .report_file import GroupLatents, finite
+from .report_file import GroupLatents
+from .result import finite
 
 DENSE = 0.1
 """A latent that fires on more than this share of rows is dense."""

@@ -12,7 +12,8 @@ from matryoshka.metrics import CosineSums, FvuSums, L0Sums, NormRatioSums, float
 from matryoshka.transcoder import Transcoder
 
 from .active import nested_reconstructions
-from .report_file import PrefixNumbers, finite
+from .report_file import PrefixNumbers
+from .result import finite
 
 _ROWS_AT_ONCE = 1024
 """Rows that are float64 at once."""

@@ -5,7 +5,6 @@ The same weights, rows and settings give the same bytes: no times, no library ve
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +12,8 @@ from pydantic import ValidationError
 
 from matryoshka.config import Config
 from matryoshka.runs import publish_json
-from matryoshka.shards import ShardSet
 
-from .checkpoint import Checkpoint
-from .config import EvaluateConfig
-from .identity import identity_of
+from .result import ShardSetFacts, TranscoderFacts, identity_of
 
 REPORT_FILE = "report.json"
 
@@ -95,29 +91,6 @@ class GroupLatents(Config):
     """latents that fired, by log10 of the share of rows they fire on; edges in Report.log10_density_edges"""
 
 
-class TranscoderFacts(Config):
-    """Which weights were evaluated."""
-
-    run: str
-    step: int | None
-    sha256: str
-    """of the safetensors file"""
-    config: dict[str, Any]
-
-
-class ShardSetFacts(Config):
-    """On what."""
-
-    name: str
-    digest: str
-    model: str
-    model_revision: str | None
-    source_hook: str
-    target_hook: str
-    split: Literal["val", "train"] = "val"
-    """train rows, which the transcoder has seen, are used only when they are asked for"""
-
-
 class Report(Config):
     """The content of report.json."""
 
@@ -151,30 +124,6 @@ class Report(Config):
     def identity(self) -> dict[str, Any]:
         """What decides every number here."""
         return identity_of(self.transcoder, self.shard_set, self.settings)
-
-
-def finite(value: float) -> float | None:
-    """JSON has no NaN: a number that is not defined becomes null."""
-    return value if math.isfinite(value) else None
-
-
-def default_folder(checkpoint: Checkpoint, shards: ShardSet) -> Path:
-    """RUN/eval/<shard set>-<first 8 of its digest>."""
-    return checkpoint.run / "eval" / f"{shards.name}-{shards.digest[:8]}"
-
-
-def result_folder(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> Path:
-    """Where results of `config` go: its `out`, else `default_folder`.
-
-    What was measured on train rows, or of a nested prefix alone, lies in a folder of its own below that one, where
-    nobody takes it for the numbers of the run.
-    """
-    if config.out is not None:
-        return config.out
-    folder = default_folder(checkpoint, shards)
-    if config.split == "train":
-        folder /= "train"
-    return folder if config.prefix is None else folder / f"prefix-{config.prefix}"
 
 
 def read_report(folder: Path) -> Report | None:

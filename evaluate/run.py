@@ -4,54 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
 
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
+from .analysis import Progress, Silent, load_transcoder
 from .checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from .config import EvaluateConfig
-from .fits import check_fits, portable_name
-from .identity import already_answered, identity_of
 from .latent_table import LATENTS_FILE, write_latents
 from .latents import LOG10_DENSITY_EDGES, group_latents, latent_range
 from .measure import Measurement
 from .redundancy import Neighbours, decoder_neighbours
-from .report_file import (
-    REPORT_FILE,
-    Report,
-    ShardSetFacts,
-    TranscoderFacts,
-    read_report,
-    result_folder,
-    write_report,
-)
+from .report_file import REPORT_FILE, Report, read_report, write_report
+from .result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
 from .resume import Unfinished, unfinished
 from .rows import count_rows, row_batches
-
-
-class Progress(Protocol):
-    """What an evaluation tells of itself while it works."""
-
-    def started(self, name: str, n_rows: int) -> None:
-        """A pass over `n_rows` rows begins."""
-        ...
-
-    def advanced(self, n_rows: int) -> None:
-        """`n_rows` more are measured."""
-        ...
-
-
-class Silent:
-    """Progress for nobody."""
-
-    def started(self, name: str, n_rows: int) -> None:
-        """Say nothing."""
-
-    def advanced(self, n_rows: int) -> None:
-        """Say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +82,6 @@ def evaluate_checkpoint(
     return Evaluation(checkpoint, path, report, is_new=True, replaced=changes, n_resumed=saved.n_resumed)
 
 
-def load_transcoder(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> Transcoder:
-    """The weights, cut to `config.prefix` groups. Raises UserError when they do not belong to the shard set."""
-    transcoder = Transcoder.load(checkpoint.folder)
-    check_fits(transcoder, shards, checkpoint.name)
-    return transcoder if config.prefix is None else transcoder.prefix(config.prefix)
-
-
 def measure(
     transcoder: Transcoder,
     name: str,
@@ -154,8 +116,8 @@ def _report(
 ) -> Report:
     firing, breakdown = sums.latents.firing, sums.breakdown
     return Report(
-        transcoder=transcoder_facts(checkpoint, transcoder),
-        shard_set=shard_set_facts(shards, config.split),
+        transcoder=TranscoderFacts.of(checkpoint, transcoder),
+        shard_set=ShardSetFacts.of(shards, config.split),
         settings=config.content(),
         n_rows=sums.n_rows,
         threshold=sums.threshold.value(transcoder),
@@ -185,32 +147,3 @@ def _folders(checkpoints: list[Checkpoint], shards: ShardSet, config: EvaluateCo
             f"{config.out or 'one folder'}; name each run once, and evaluate runs of equal names one at a time"
         )
     return folders
-
-
-def transcoder_facts(checkpoint: Checkpoint, transcoder: Transcoder) -> TranscoderFacts:
-    """Which weights, for a file that says what it was made from."""
-    return TranscoderFacts(
-        run=checkpoint.name,
-        step=checkpoint.step,
-        sha256=checkpoint.sha256,
-        config=_portable_config(transcoder),
-    )
-
-
-def shard_set_facts(shards: ShardSet, split: Literal["val", "train"] = "val") -> ShardSetFacts:
-    """Which shard set, for such a file."""
-    manifest = shards.manifest
-    return ShardSetFacts(
-        name=shards.name,
-        digest=shards.digest,
-        model=portable_name(str(manifest.model.get("model", ""))),
-        model_revision=manifest.model.get("revision"),
-        source_hook=manifest.source.hook_point,
-        target_hook=manifest.target.hook_point,
-        split=split,
-    )
-
-
-def _portable_config(transcoder: Transcoder) -> dict[str, Any]:
-    content = transcoder.config.model_dump(mode="json")
-    return {**content, "model": portable_name(transcoder.config.model)}

@@ -11,12 +11,11 @@ from matryoshka.runs import make_directory
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
+from .analysis import Progress, Silent, load_transcoder
 from .checkpoint import Checkpoint, find_checkpoint
 from .config import EvaluateConfig
-from .identity import already_answered
-from .report_file import result_folder
+from .result import ShardSetFacts, TranscoderFacts, already_answered, result_folder
 from .resume import Unfinished, unfinished
-from .run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
 from .sample_rows import N_DECILES, sample_rows, window_tokens
 from .samples_file import MARK_FILE, SAMPLES_FOLDER, SamplesMark, read_mark, write_samples
 from .sampling import Choice, Sampling, context_blocks, count_contexts
@@ -139,8 +138,8 @@ def _mark(
         "prefix": config.prefix,
     }
     return SamplesMark(
-        transcoder=transcoder_facts(checkpoint, transcoder),
-        shard_set=shard_set_facts(shards, config.samples.split),
+        transcoder=TranscoderFacts.of(checkpoint, transcoder),
+        shard_set=ShardSetFacts.of(shards, config.samples.split),
         settings=settings,
         split=config.samples.split,
         tokenizer=str(name or shards.manifest.model.get("model", "")),

@@ -18,8 +18,7 @@ from matryoshka.config import Config
 from matryoshka.errors import UserError
 from matryoshka.runs import fsync_path, publish_json
 
-from .identity import identity_of
-from .report_file import ShardSetFacts, TranscoderFacts
+from .result import ShardSetFacts, TranscoderFacts, identity_of
 from .sample_rows import DECILE, KINDS, TOP, SampleRows, WindowTokens
 from .sampling import Sampling
 

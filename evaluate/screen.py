@@ -63,6 +63,10 @@ class Screen:
         speed = self._bar.tasks[-1].speed
         self._bar.update(self._task, rate="" if speed is None else f"{speed:,.0f} rows/s")
 
+    def noted(self, text: str) -> None:
+        """Print something to know."""
+        self._console.print(text, markup=False)
+
     def report(self, evaluations: list[Evaluation]) -> None:
         """Print the table of each run and say where its report lies."""
         for evaluation in evaluations:

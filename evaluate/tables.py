@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from .report_file import TranscoderFacts
+from .result import TranscoderFacts
 
 
 def result_table(

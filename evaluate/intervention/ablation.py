@@ -15,11 +15,10 @@ from matryoshka.shards import ShardSet
 from matryoshka.splice import edited
 from matryoshka.transcoder import Transcoder
 
+from ..analysis import Progress, Silent, load_transcoder
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
-from ..identity import already_answered, identity_of
-from ..report_file import result_folder
-from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
+from ..result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
 from ..sampling import count_contexts
 from .ablation_file import ABLATIONS_FOLDER, Ablation, TokenChange, read_ablation
 from .contexts import Contexts, context_batches
@@ -57,8 +56,8 @@ def ablate(
     check_latents(transcoder, latents, run)
     folder = result_folder(checkpoint, shards, config) / ABLATIONS_FOLDER
     facts = {
-        "transcoder": transcoder_facts(checkpoint, transcoder),
-        "shard_set": shard_set_facts(shards, config.split),
+        "transcoder": TranscoderFacts.of(checkpoint, transcoder),
+        "shard_set": ShardSetFacts.of(shards, config.split),
         "settings": _settings(shards, config, scale),
     }
     done: dict[int, Ablated] = {}

@@ -24,12 +24,11 @@ from matryoshka.splice import edited
 from matryoshka.transcoder import Transcoder
 
 from ..active import active_latents, base_output, group_counts, group_sums, nested_reconstructions
+from ..analysis import Progress, Silent, load_transcoder
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
-from ..identity import already_answered, identity_of
-from ..report_file import ShardSetFacts, TranscoderFacts, finite, result_folder
+from ..result import ShardSetFacts, TranscoderFacts, already_answered, finite, identity_of, result_folder
 from ..resume import Unfinished, unfinished
-from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
 from ..sampling import count_contexts
 from .contexts import Contexts, context_batches
 from .faithfulness_file import (
@@ -81,7 +80,7 @@ def measure_faithfulness(
     shards, checkpoint = ShardSet.open(config.shards), find_checkpoint(run)
     transcoder = load_transcoder(checkpoint, shards, config)
     path = result_folder(checkpoint, shards, config) / (WITH_ERROR_FILE if error_term else FAITHFULNESS_FILE)
-    facts = transcoder_facts(checkpoint, transcoder), shard_set_facts(shards, config.split)
+    facts = TranscoderFacts.of(checkpoint, transcoder), ShardSetFacts.of(shards, config.split)
     settings = _settings(shards, config, error_term=error_term)
     identity = identity_of(*facts, settings)
     existing, changes = already_answered(read_faithfulness(path), identity)

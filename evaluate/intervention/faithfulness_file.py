@@ -9,8 +9,7 @@ from pydantic import ValidationError
 
 from matryoshka.config import Config
 
-from ..identity import identity_of
-from ..report_file import ShardSetFacts, TranscoderFacts
+from ..result import ShardSetFacts, TranscoderFacts, identity_of
 
 FAITHFULNESS_FILE = "faithfulness.json"
 WITH_ERROR_FILE = "faithfulness-with-error.json"

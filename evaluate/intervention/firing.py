@@ -12,7 +12,7 @@ from matryoshka.shards import ShardSet, Split
 from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
-from ..run import Progress, Silent
+from ..analysis import Progress, Silent
 
 
 @dataclass(frozen=True, slots=True)

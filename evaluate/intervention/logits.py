@@ -9,11 +9,10 @@ from matryoshka.errors import UserError
 from matryoshka.runs import make_directory
 from matryoshka.shards import ShardSet
 
+from ..analysis import load_transcoder
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
-from ..identity import already_answered
-from ..report_file import result_folder
-from ..run import load_transcoder, shard_set_facts, transcoder_facts
+from ..result import ShardSetFacts, TranscoderFacts, already_answered, result_folder
 from .logit_effects import token_effects
 from .logits_file import LOGITS_FILE, LogitsMark, logits_identity, read_logits_mark, write_logits
 from .model import load_model, weight_dtype
@@ -44,7 +43,7 @@ def make_logits(run: Path, config: EvaluateConfig) -> Effects:
     config = config.model_copy(update={"split": "val", "prefix": None})
     transcoder = load_transcoder(checkpoint, shards, config)
     folder = result_folder(checkpoint, shards, config)
-    facts = transcoder_facts(checkpoint, transcoder), shard_set_facts(shards)
+    facts = TranscoderFacts.of(checkpoint, transcoder), ShardSetFacts.of(shards)
     settings = {"top": config.logits.top, "dtype": weight_dtype(shards, config)}
     existing, changes = already_answered(read_logits_mark(folder), logits_identity(*facts, settings))
     if existing is not None and (folder / LOGITS_FILE).is_file():

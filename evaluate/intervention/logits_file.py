@@ -12,8 +12,7 @@ from pydantic import ValidationError
 from matryoshka.config import Config
 from matryoshka.runs import publish_bytes, publish_json
 
-from ..identity import identity_of
-from ..report_file import ShardSetFacts, TranscoderFacts
+from ..result import ShardSetFacts, TranscoderFacts, identity_of
 from .logit_effects import TokenEffects
 
 LOGITS_FILE, MARK_FILE = "logits.parquet", "logits.json"

@@ -16,9 +16,9 @@ from matryoshka.shards import ShardSet
 from matryoshka.splice import edited
 from matryoshka.transcoder import Transcoder
 
+from ..analysis import load_transcoder
 from ..checkpoint import Checkpoint, find_checkpoint
 from ..config import EvaluateConfig
-from ..run import load_transcoder
 from ..sampling import count_contexts
 from .ablation import check_latents
 from .firing import find_firing

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from matryoshka.config import Config
 from matryoshka.runs import publish_json
 
-from ..identity import identity_of
-from ..report_file import ShardSetFacts, TranscoderFacts
+from ..result import ShardSetFacts, TranscoderFacts, identity_of
 
 ABSORPTION_FILE = "absorption.json"
 

@@ -18,11 +18,10 @@ from matryoshka.shards import ShardSet
 from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 
+from ..analysis import Progress, Silent, load_transcoder
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from ..config import EvaluateConfig
-from ..identity import already_answered, identity_of
-from ..report_file import result_folder
-from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
+from ..result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
 from .absorption import RowScores, score_rows
 from .absorption_file import (
     ABSORPTION_FILE,
@@ -100,8 +99,8 @@ def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Measur
     make_directory(folder)
     probes = task.probes(transcoder)
     result = AbsorptionResult(
-        transcoder=transcoder_facts(checkpoint, transcoder),
-        shard_set=shard_set_facts(shards, config.split),
+        transcoder=TranscoderFacts.of(checkpoint, transcoder),
+        shard_set=ShardSetFacts.of(shards, config.split),
         settings=settings,
         tokenizer=tokenizer,
         n_train_rows=len(task.train),

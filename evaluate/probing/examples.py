@@ -15,8 +15,8 @@ from matryoshka.sites import apply_convention
 from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 
+from ..analysis import Progress
 from ..config import EvaluateConfig
-from ..run import Progress
 from .codes import Codes, encode_rows
 from .first_letter import split_tokens, token_table, whole_words
 from .gather import gather_source

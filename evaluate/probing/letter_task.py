@@ -15,8 +15,8 @@ from matryoshka.sites import apply_convention
 from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 
+from ..analysis import Progress
 from ..config import AbsorptionConfig, EvaluateConfig
-from ..run import Progress
 from .absorption_file import LetterProbe
 from .first_letter import LETTERS, Places, find_words, is_test_word, only
 from .gather import gather_source

@@ -18,11 +18,10 @@ from matryoshka.shards import ShardSet
 from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 
+from ..analysis import Progress, Silent, load_transcoder
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from ..config import EvaluateConfig
-from ..identity import already_answered, identity_of
-from ..report_file import result_folder
-from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
+from ..result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
 from .absorption_run import tokenizer_name
 from .examples import Side, choose, is_held_out_document, keep_side, pooled_documents, read_side, side_rows, token_rows
 from .k_probes import Examples, KProbe, balanced, dense_top_k, k_sparse
@@ -101,8 +100,8 @@ class _Probing:
         skipped: dict[str, str] = {}
         sets = [self._probe(sides, transcoder) for sides in self._sides(transcoder, skipped)]
         result = ProbingResult(
-            transcoder=transcoder_facts(checkpoint, transcoder),
-            shard_set=shard_set_facts(shards, config.split),
+            transcoder=TranscoderFacts.of(checkpoint, transcoder),
+            shard_set=ShardSetFacts.of(shards, config.split),
             settings=settings,
             tokenizer=self.tokenizer,
             sets=tuple(sets),

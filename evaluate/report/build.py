@@ -23,11 +23,13 @@ from matryoshka.errors import UserError
 from matryoshka.runs import publish_json
 from matryoshka.transcoder import Transcoder
 
+from ..analysis import Progress, Silent
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
 from ..latent_table import LATENTS_FILE
-from ..report_file import REPORT_FILE, ShardSetFacts, TranscoderFacts, read_report
-from ..run import Progress, Silent, evaluate
+from ..report_file import REPORT_FILE, read_report
+from ..result import ShardSetFacts, TranscoderFacts
+from ..run import evaluate
 from ..samples import find_samples, make_samples
 from ..samples_file import SAMPLES_FOLDER, SamplesMark, all_windows, read_histograms, read_mark
 from ..show import token_text, visible

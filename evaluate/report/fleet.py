@@ -10,10 +10,11 @@ from typing import Any
 from matryoshka.errors import UserError
 from matryoshka.runs import FLEET_FILE, METRICS_FILE, RUN_FILE, make_directory
 
+from ..analysis import Progress, Silent
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from ..config import EvaluateConfig
 from ..report_file import Report, read_report
-from ..run import Progress, Silent, evaluate
+from ..run import evaluate
 from .build import REPORT_FOLDER, Pages
 from .data_file import write_data
 from .overview import json_lines, run_facts

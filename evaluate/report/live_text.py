@@ -10,10 +10,10 @@ from matryoshka.locations import location
 from matryoshka.runs import RUN_FILE
 from matryoshka.shards import ShardSet
 
+from ..analysis import load_transcoder
 from ..checkpoint import Checkpoint
 from ..config import EvaluateConfig
-from ..report_file import TranscoderFacts
-from ..run import load_transcoder
+from ..result import TranscoderFacts
 from ..show import visible
 from .overview import run_facts
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from matryoshka.errors import UserError
 
+from ..analysis import Progress
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
-from ..run import Progress
 from ..samples_file import read_mark
 from ..show import token_text, visible
 from .build import REPORT_FOLDER, make_report, near_place, read_pages_mark, samples_folder

@@ -17,7 +17,7 @@ from matryoshka.transcoder import Transcoder
 
 from ..active import Active, base_output, group_counts, group_sums, nested_reconstructions
 from ..breakdown import frequency_partition, train_token_counts
-from ..report_file import finite
+from ..result import finite
 from ..rows import RowBatch
 from ..strata import StrataSums
 from .hierarchy_file import FrequencyGain, GroupGain, TokenGain

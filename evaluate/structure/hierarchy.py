@@ -16,13 +16,12 @@ from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 from ..active import active_latents
+from ..analysis import Progress, Silent, load_transcoder
 from ..checkpoint import Checkpoint, find_checkpoint
 from ..config import EvaluateConfig
-from ..identity import already_answered, identity_of
-from ..report_file import finite, result_folder
+from ..result import ShardSetFacts, TranscoderFacts, already_answered, finite, identity_of, result_folder
 from ..resume import Unfinished, unfinished
 from ..rows import count_rows, input_and_target, row_batches
-from ..run import Progress, Silent, load_transcoder, shard_set_facts, transcoder_facts
 from .clusters import Clusters, check_libraries, cluster_directions
 from .cofiring import Cofiring, cofiring, edge_cosines
 from .directions import mean_abs_cosines
@@ -156,8 +155,8 @@ def _hierarchy(
     alive = sums.firing.counts > 0
     fvu_without, groups = sums.gains.value(settings.top_tokens, settings.min_rows)
     return Hierarchy(
-        transcoder=transcoder_facts(checkpoint, transcoder),
-        shard_set=shard_set_facts(shards, config.split),
+        transcoder=TranscoderFacts.of(checkpoint, transcoder),
+        shard_set=ShardSetFacts.of(shards, config.split),
         settings=_settings(config),
         n_rows=sums.n_rows,
         fvu_without_latents=fvu_without,

@@ -17,8 +17,7 @@ from torch import Tensor
 from matryoshka.config import Config
 from matryoshka.runs import publish_bytes, publish_json
 
-from ..identity import identity_of
-from ..report_file import ShardSetFacts, TranscoderFacts
+from ..result import ShardSetFacts, TranscoderFacts, identity_of
 from .clusters import Clusters
 from .cofiring import Edges, Partners, jaccard, lift
 

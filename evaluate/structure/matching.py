@@ -24,11 +24,11 @@ from matryoshka.runs import make_directory
 from matryoshka.shards import ShardSet
 
 from ..active import Active, active_latents
+from ..analysis import Progress, Silent
 from ..config import EvaluateConfig
 from ..contenders import Contender, load_contender
-from ..report_file import finite
+from ..result import finite
 from ..rows import RowBatch, count_rows, input_and_target, row_batches
-from ..run import Progress, Silent
 from .fires import FireLog
 from .matching_file import GroupMatch, Matching, MatchingSide, write_matching
 from .pair_sums import pair_products

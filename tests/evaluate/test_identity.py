@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.checkpoint import find_checkpoint
-from evaluate.identity import already_answered, identity_of
-from evaluate.run import shard_set_facts, transcoder_facts
+from evaluate.result import ShardSetFacts, TranscoderFacts, already_answered, identity_of
 from matryoshka.shards import ShardSet
 
 
@@ -23,7 +22,7 @@ def test_a_result_knows_itself_by_the_facts_it_holds(val_set: ShardSet, made: An
     transcoder = made.transcoder()
     checkpoint = find_checkpoint(made.run(tmp_path / "run", transcoder))
     asked = identity_of(checkpoint, val_set, {"seed": 0})
-    facts = transcoder_facts(checkpoint, transcoder), shard_set_facts(val_set)
+    facts = TranscoderFacts.of(checkpoint, transcoder), ShardSetFacts.of(val_set)
     assert identity_of(*facts, {"seed": 0}) == asked
     assert asked["transcoder"] == {"step": 400, "sha256": checkpoint.sha256}
     assert asked["shard_set"] == {"digest": val_set.digest}

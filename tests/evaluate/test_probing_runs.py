@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from evaluate.analysis import Silent
 from evaluate.cli import app
 from evaluate.config import EvaluateConfig
 from evaluate.probing.absorption_run import fit_places, measure_absorption
@@ -20,7 +21,6 @@ from evaluate.probing.first_letter import is_test_word
 from evaluate.probing.letter_task import LetterTask
 from evaluate.probing.probing_screen import probing_table
 from evaluate.probing.sparse_probing import probe_runs
-from evaluate.run import Silent
 from matryoshka.errors import UserError
 from matryoshka.shards import Manifest, ShardSet, ShardSetWriter, SiteFacts, SplitPlan
 from matryoshka.tokens import TokenTexts

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from evaluate import sampling as sampling_module
+from evaluate.analysis import Silent
 from evaluate.config import EvaluateConfig, HierarchyConfig, SamplesConfig
 from evaluate.resume import load_state, state_of, unfinished
-from evaluate.run import Silent, evaluate
+from evaluate.run import evaluate
 from evaluate.samples import make_samples
 from evaluate.structure.hierarchy import make_hierarchy
 from matryoshka.errors import UserError
@@ -197,8 +198,9 @@ def test_every_kind_of_sum_comes_back() -> None:
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
+from evaluate.analysis import Silent
 from evaluate.config import EvaluateConfig
-from evaluate.run import Silent, evaluate
+from evaluate.run import evaluate
 from evaluate.structure.hierarchy import make_hierarchy
 
 class Killer(Silent):

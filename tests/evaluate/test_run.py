@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from evaluate.analysis import Silent
 from evaluate.config import EvaluateConfig
 from evaluate.report_file import CurvePoint, Report
 from evaluate.rows import row_batches
-from evaluate.run import Silent, evaluate
+from evaluate.run import evaluate
 from evaluate.screen import prefix_table
 from matryoshka.config import load_config
 from matryoshka.errors import UserError

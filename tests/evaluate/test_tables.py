@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from evaluate.report_file import TranscoderFacts
+from evaluate.result import TranscoderFacts
 from evaluate.tables import number, result_table, run_and_step
 
 
