@@ -29,8 +29,9 @@ from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 from train.config import TrainConfig
 from train.member import Member
-from train.progress import Screen
-from train.run import TrainResult, train_fleet
+from train.progress import TrainDisplay
+from train.result import TrainResult
+from train.run import train_fleet
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE: dict[str, Any] = {"input": "normalized", "condition": "centre", "lr": 3e-3, "init": "pairs", "auxk_coef": 1 / 8}
@@ -157,7 +158,7 @@ def train_all(options: argparse.Namespace, shards: ShardSet, path: Path) -> list
         "batch_tokens": options.batch_tokens,
         "fleet": fleet(options.fleet, k=options.k, d_in=shards.d_in),
     }
-    with Screen() as screen, StepTimes():
+    with TrainDisplay() as screen, StepTimes():
         result = train_fleet(TrainConfig.model_validate(settings), screen)
     if result.stopped_by is not None:
         raise SystemExit("stopped; run it again to go on")

@@ -38,7 +38,8 @@ from train.fleet import members
 from train.member import Member
 from train.memory import member_need, reckoned
 from train.plan import make_plan
-from train.run import Silent, train_fleet
+from train.progress import Silent
+from train.run import train_fleet
 from train.step import StepReport
 from train.stream import Batch, Stream
 

@@ -38,6 +38,7 @@ def run(
     set_: Overrides = None,
 ) -> None:
     """FVU, L0, cosine, dead and dense latents of each nested prefix, as a table and as RUN/eval/.../report.json."""
+    from .next_step import then_report
     from .run import evaluate
     from .screen import Screen
 
@@ -46,6 +47,7 @@ def run(
     with Screen() as screen:
         evaluations = evaluate(runs, settings, screen)
     screen.report(evaluations)
+    then_report(runs, shards)
 
 
 @app.command()
@@ -72,6 +74,7 @@ def compare(
     """FVU of transcoders of any origin at equal L0 on identical held-out rows, with 95% intervals."""
     from .compare import compare, comparison_path
     from .compare_screen import comparison_table
+    from .next_step import then_match
     from .screen import Screen
 
     overrides = [*(set_ or ()), *([f"evaluate.compare.l0={l0}"] if l0 else ())]
@@ -80,6 +83,7 @@ def compare(
     with Screen() as screen:
         result = compare(transcoders, settings, screen)
     screen.table(comparison_table(result), comparison_path(settings))
+    then_match(transcoders, shards)
 
 
 @app.command()
@@ -94,6 +98,7 @@ def samples(
     set_: Overrides = None,
 ) -> None:
     """The contexts in which each latent fires most, in which it fires at all, and in which it does not."""
+    from .next_step import then_report
     from .samples import make_samples
     from .screen import Screen
 
@@ -104,6 +109,7 @@ def samples(
         with Screen("samples") as screen:
             sampled = make_samples(path, settings, screen)
         screen.sampled(sampled)
+    then_report(runs, shards)
 
 
 @app.command()
@@ -114,9 +120,11 @@ def show(
     tokenizer: Tokenizer = None,
 ) -> None:
     """Print one latent: its histogram, and its windows with the tokens shaded by activation."""
+    from .next_step import then_ablate
     from .show import show_latent
 
     show_latent(run, latent, shards, tokenizer)
+    then_ablate(run, [latent], None if shards is None else Path(shards))
 
 
 @app.command()
@@ -134,6 +142,7 @@ def report(
     set_: Overrides = None,
 ) -> None:
     """Pages to look at a run and each of its latents, or at all runs of a fleet; they open from the disk."""
+    from .next_step import then_serve
     from .report.build import make_report
     from .report.fleet import is_fleet, make_fleet_report
     from .screen import Screen
@@ -148,6 +157,7 @@ def report(
             pages = make_report(runs[0], settings, tokenizer=tokenizer, progress=screen)
             log_pages(pages.index.parent, settings)
     screen.pages(pages)
+    then_serve(runs)
 
 
 @app.command()
@@ -188,6 +198,7 @@ def hierarchy(
     set_: Overrides = None,
 ) -> None:
     """Which latents imply which, which fire together, how directions cluster, and what each group adds."""
+    from .next_step import then_report
     from .screen import Screen
     from .structure.hierarchy import make_hierarchy
 
@@ -198,6 +209,7 @@ def hierarchy(
         with Screen("hierarchy") as screen:
             structured = make_hierarchy(path, settings, screen)
         screen.structured(structured)
+    then_report(runs, shards)
 
 
 @app.command()
@@ -213,6 +225,7 @@ def absorption(
     set_: Overrides = None,
 ) -> None:
     """How often a first-letter latent stays silent because another latent speaks for it (SAEBench's two scores)."""
+    from .next_step import then_report
     from .probing.absorption_run import measure_absorption
     from .probing.absorption_screen import absorption_table
     from .screen import Screen
@@ -223,6 +236,7 @@ def absorption(
         measured = measure_absorption(runs, settings, tokenizer, screen)
     for one in measured:
         screen.measured(absorption_table(one.result), one)
+    then_report(runs, shards)
 
 
 @app.command()
@@ -241,6 +255,7 @@ def probing(
     set_: Overrides = None,
 ) -> None:
     """How well the few latents that differ most tell known classes apart, beside a probe on the whole input."""
+    from .next_step import then_report
     from .probing.probing_screen import probing_table
     from .probing.sparse_probing import probe_runs
     from .screen import Screen
@@ -251,6 +266,7 @@ def probing(
         probed = probe_runs(runs, settings, labels, tokenizer, screen)
     for one in probed:
         screen.measured(probing_table(one.result), one)
+    then_report(runs, shards)
 
 
 @app.command()

@@ -6,9 +6,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from matryoshka.progress import ProgressDisplay
+from matryoshka.tables import ResultTable
+from matryoshka.terminal import note, show
 
 from .checkpoint import Checkpoint
 from .compare_screen import ROWS_OF
@@ -19,27 +19,15 @@ from .run import Evaluation
 from .samples import Sampled
 from .structure.hierarchy import Structured
 from .structure.hierarchy_screen import clusters_line, group_table
-from .tables import number, result_table, run_and_step
+from .tables import number, run_and_step
 
 
 class Screen:
     """Progress and notes go to stderr, tables to stdout; use it as a context."""
 
     def __init__(self, what: str = "evaluate") -> None:
-        self._what = what
-        self._console = Console(stderr=True)
-        self._output = Console()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("rows"),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
-        self._task: TaskID | None = None
+        self._display = ProgressDisplay(what, "rows")
+        self._name, self._n_done = "", 0
 
     def __enter__(self) -> Screen:
         return self
@@ -47,107 +35,142 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._task is not None:
-            self._bar.stop()
+        self._display.__exit__(kind, error, traceback)
 
     def started(self, name: str, n_rows: int) -> None:
         """Show a bar for one run."""
-        # Not before there is something to show: a bar that never had a task leaves an empty line.
-        self._bar.start()
-        self._task = self._bar.add_task(f"{self._what} {name}", total=n_rows, rate="")
+        self._name, self._n_done = name, 0
+        self._display.replace(name, n_rows)
 
     def advanced(self, n_rows: int) -> None:
         """Move the bar."""
-        assert self._task is not None
-        self._bar.advance(self._task, n_rows)
-        speed = self._bar.tasks[-1].speed
-        self._bar.update(self._task, rate="" if speed is None else f"{speed:,.0f} rows/s")
+        self._n_done += n_rows
+        self._display.update(self._name, self._n_done)
 
     def noted(self, text: str) -> None:
         """Print something to know."""
         self._console.print(text, markup=False)
 
     def report(self, evaluations: list[Evaluation]) -> None:
-        """Print the table of each run and say where its report lies."""
+        """Print the table of a run, or one of several, and say where the reports lie."""
+        if len(evaluations) == 1:
+            show(prefix_table(evaluations[0].report))
+        else:
+            show(runs_table([evaluation.report for evaluation in evaluations]))
         for evaluation in evaluations:
-            self._output.print(prefix_table(evaluation.report))
             self._unfinished(evaluation.checkpoint)
             if evaluation.replaced:
-                self._console.print(f"replaced an older report ({'; '.join(evaluation.replaced)})", markup=False)
+                note(f"{evaluation.checkpoint.name}: replaced an older report ({'; '.join(evaluation.replaced)})")
             self._resumed(evaluation.n_resumed)
-            state = "written" if evaluation.is_new else "nothing left to do, this report was there already"
-            self._console.print(f"{evaluation.path}: {state}", markup=False)
+        if len(evaluations) == 1:
+            (one,) = evaluations
+            note(f"{one.path}: {'written' if one.is_new else 'nothing left to do, this report was there already'}")
+        else:
+            n_new = sum(evaluation.is_new for evaluation in evaluations)
+            note(f"{n_new} reports written, {len(evaluations) - n_new} were there already")
 
     def sampled(self, sampled: Sampled) -> None:
         """Say where the samples of a run lie and what was left to do."""
         mark = sampled.mark
         if mark.split == "train":
-            self._console.print(
-                f"[yellow]{mark.transcoder.run}: the windows are of train rows, which the transcoder has seen; "
-                "they may show what it learned by heart"
+            note(
+                f"{mark.transcoder.run}: the windows are of train rows, which the transcoder has seen; they may show "
+                "what it learned by heart",
+                warning=True,
             )
         if sampled.replaced:
-            self._console.print(f"replaced older samples ({'; '.join(sampled.replaced)})", markup=False)
+            note(f"replaced older samples ({'; '.join(sampled.replaced)})")
         self._resumed(sampled.n_resumed)
         state = (
             f"{mark.n_windows:,} windows from {mark.n_rows:,} {mark.split} rows"
             if sampled.is_new
             else "nothing left to do, these samples were there already"
         )
-        self._console.print(f"{sampled.path}: {state}", markup=False)
+        note(f"{sampled.path}: {state}")
 
     def _unfinished(self, checkpoint: Checkpoint) -> None:
         if not checkpoint.is_finished:
-            self._console.print(
-                f"[yellow]{checkpoint.name} is not trained to its end: this is step {checkpoint.step:,}, its "
-                "threshold a moving average, not yet calibrated"
+            note(
+                f"{checkpoint.name} is not trained to its end: this is step {checkpoint.step:,}, its threshold a "
+                "moving average, not yet calibrated",
+                warning=True,
             )
 
     def _resumed(self, n_rows: int) -> None:
         if n_rows > 0:
-            self._console.print(f"went on after {n_rows:,} rows that an earlier command had done", markup=False)
+            note(f"went on after {n_rows:,} rows that an earlier command had done")
 
     def structured(self, structured: Structured) -> None:
         """Print what each group adds, and where the tables lie."""
-        self._output.print(group_table(structured.hierarchy))
-        self._console.print(clusters_line(structured.hierarchy), markup=False)
+        show(group_table(structured.hierarchy))
+        note(clusters_line(structured.hierarchy))
         if structured.replaced:
-            self._console.print(f"replaced an older hierarchy ({'; '.join(structured.replaced)})", markup=False)
+            note(f"replaced an older hierarchy ({'; '.join(structured.replaced)})")
         self._resumed(structured.n_resumed)
         state = "written" if structured.is_new else "nothing left to do, this hierarchy was there already"
-        self._console.print(f"{structured.path}: {state}", markup=False)
+        note(f"{structured.path}: {state}")
 
     def pages(self, pages: Pages) -> None:
         """Say where the pages lie and how to open them."""
-        for note in pages.notes:
-            self._console.print(note, markup=False)
-        self._console.print(f"{pages.index}: written; open {pages.index.resolve().as_uri()}", markup=False)
+        for sentence in pages.notes:
+            note(sentence)
+        note(f"{pages.index}: written; open {pages.index.resolve().as_uri()}")
 
-    def table(self, table: Table, path: Path | None) -> None:
+    def table(self, table: ResultTable, path: Path | None) -> None:
         """Print a table, and where its numbers lie."""
-        self._output.print(table)
+        show(table)
         if path is not None:
-            self._console.print(f"{path}: written", markup=False)
+            note(f"{path}: written")
 
-    def measured(self, table: Table, measured: Measured[Any]) -> None:
+    def measured(self, table: ResultTable, measured: Measured[Any]) -> None:
         """Print the table of a result of its own, how an older one differed, and where it lies."""
-        self._output.print(table)
+        show(table)
         self._unfinished(measured.checkpoint)
         if measured.replaced:
-            self._console.print(f"replaced an older result ({'; '.join(measured.replaced)})", markup=False)
+            note(f"replaced an older result ({'; '.join(measured.replaced)})")
         state = "written" if measured.is_new else "nothing left to do, this result was there already"
-        self._console.print(f"{measured.path}: {state}", markup=False)
+        note(f"{measured.path}: {state}")
 
 
-def prefix_table(report: Report) -> Table:
+def runs_table(reports: list[Report]) -> ResultTable:
+    """One line a run, with all of its latents."""
+    splits = {report.shard_set.split for report in reports}
+    sets = {report.shard_set.name for report in reports}
+    table = ResultTable(
+        title=f"{len(reports)} runs, on {' and '.join(ROWS_OF[split] for split in sorted(splits))} of "
+        f"{', '.join(sorted(sets))}",
+        caption="all groups together. +-: half the 95% interval of FVU. `evaluate run` of one run shows its prefixes",
+    )
+    table.add_column("run", left=True, stack="above")
+    for name, drop in (("latents", 0), ("k", 0), ("FVU", 0), ("+-", 0), ("L0", 0)):
+        table.add_column(name, drop=drop)
+    for name, drop in (("cosine", 3), ("dead", 0), ("dense", 2), ("rows", 4)):
+        table.add_column(name, drop=drop)
+    for report in reports:
+        last, intervals = report.threshold[-1], report.spread.fvu_interval
+        table.add_row(
+            report.transcoder.run,
+            f"{report.total.n_latents:,}",
+            str(report.transcoder.config["k"]),
+            number(last.fvu, ".4f"),
+            "" if intervals is None else f"{(intervals[-1][1] - intervals[-1][0]) / 2:.4f}",
+            number(last.l0, ".1f"),
+            number(last.cosine, ".4f"),
+            f"{report.total.dead_share:.1%}",
+            f"{report.total.dense_share:.1%}",
+            f"{report.n_rows:,}",
+        )
+    return table
+
+
+def prefix_table(report: Report) -> ResultTable:
     """One line a nested prefix, then the latents of all groups together."""
     n_groups = report.settings.get("prefix")
     alone = "" if n_groups is None else f", its first {n_groups} groups alone"
     rows = f"{report.n_rows:,} {ROWS_OF[report.shard_set.split]}"
-    table = result_table(
+    table = ResultTable(
         title=f"{run_and_step(report.transcoder)}{alone}, on {rows} of {report.shard_set.name}",
         caption="+-: half the 95% interval of FVU. top-k: FVU with BatchTopK as in training. dead, dense: of the group",
-        show_footer=True,
     )
     total, prefixes, groups = report.total, report.threshold, report.groups
     columns = {
@@ -163,8 +186,9 @@ def prefix_table(report: Report) -> Table:
         "dense": (f"{total.dense_share:.1%}", [f"{group.dense_share:.1%}" for group in groups]),
     }
     shown = {name: column for name, column in columns.items() if column[1]}
-    for name, (footer, _) in shown.items():
-        table.add_column(name, footer=footer, justify="right", no_wrap=True)
+    for name in shown:
+        table.add_column(name, drop={"cosine": 1, "dense": 2, "norm": 3}.get(name, 0))
+    table.footer = tuple(footer for footer, _ in shown.values())
     for cells in zip(*(cells for _, cells in shown.values()), strict=True):
         table.add_row(*cells)
     return table

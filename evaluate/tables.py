@@ -1,34 +1,22 @@
-"""The look of the tables on the terminal, and how their cells say a number."""
+"""How the cells and titles of the tables on the terminal say what they say."""
 
 from __future__ import annotations
 
-from rich import box
-from rich.table import Table
-
 from .result import TranscoderFacts
-
-
-def result_table(
-    title: str | None = None, caption: str | None = None, *, narrow: bool = True, show_footer: bool = False
-) -> Table:
-    """A table without columns or rows: a line under the head and no frame.
-
-    `narrow` takes one space off each gap between columns, for tables of many short numbers.
-    """
-    return Table(
-        title=title,
-        caption=caption,
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=narrow,
-        show_edge=False,
-        show_footer=show_footer,
-    )
 
 
 def number(value: float | None, form: str) -> str:
     """`value` in the format `form`, such as ".4f" or ".0%"; a dash where it is not defined."""
     return "-" if value is None else f"{value:{form}}"
+
+
+def with_interval(value: float | None, interval: tuple[float, float] | None, form: str) -> str | tuple[str, str]:
+    """A cell: `value` with its interval; in its short form with half the interval's width."""
+    if value is None or interval is None:
+        return number(value, form)
+    half = (interval[1] - interval[0]) / 2
+    whole = f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
+    return whole, f"{value:{form}} +-{half:{form.removeprefix('+')}}"
 
 
 def run_and_step(transcoder: TranscoderFacts) -> str:

@@ -95,14 +95,15 @@ def run(
     """
     flags = {name: value for name, value in locals().items() if name not in ("config", "set_")}
     settings = _settings(config, set_, flags)
-    from .progress import Screen
+    from .closing import close
+    from .progress import HarvestDisplay
     from .ranks import Ranks
     from .run import harvest
 
-    with Screen() as screen:
-        results = harvest(settings, screen)
+    with HarvestDisplay() as display:
+        results = harvest(settings, display)
     if Ranks.from_environment().is_first:
-        screen.report(results)
+        close(results, config)
 
 
 @app.command()
@@ -130,27 +131,28 @@ def plan(
 ) -> None:
     """Say what `harvest run` with the same options would need: disk and, after a warm-up, time. Writes nothing."""
     flags = {name: value for name, value in locals().items() if name not in ("config", "set_")}
+    given = _as_given(config, set_, flags)
     settings = _settings(config, set_, flags)
+    from matryoshka.terminal import next_command, result
+
     from .progress import describe
     from .run import plan as estimate_of
 
-    typer.echo(describe(estimate_of(settings)))
+    result(describe(estimate_of(settings)))
+    next_command("harvest", "run", *given)
 
 
 @app.command()
 def info(folder: Folder) -> None:
     """Show what a finished shard set holds: model, sites, sizes, norms, sinks."""
-    from rich.console import Console
-    from rich.table import Table
-
     from matryoshka.locations import location
+    from matryoshka.tables import FactTable
+    from matryoshka.terminal import next_command, show
 
     from .info import describe
 
-    table = Table(title=str(folder), show_header=False, title_justify="left")
-    for what, value in describe(location(folder)):
-        table.add_row(what, value)
-    Console(markup=False, highlight=False).print(table)
+    show(FactTable(folder, describe(location(folder))))
+    next_command("train", "run", "--shards", folder)
 
 
 @app.command()
@@ -162,13 +164,15 @@ def verify(
 ) -> None:
     """Read a whole shard set and name every shard that is damaged. Ends with exit code 1 when there is one."""
     from matryoshka.locations import location
+    from matryoshka.terminal import next_command, result
 
     from .repair import verify_and_repair
 
     operational = {"batch_size": batch_size, "device": device}
     operational = {name: value for name, value in operational.items() if value is not None}
-    whole = verify_and_repair(location(folder), operational, repair=repair, say=lambda line: typer.echo(line))
+    whole = verify_and_repair(location(folder), operational, repair=repair, say=result)
     if not whole:
+        next_command("harvest", "verify", folder, "--repair")
         raise typer.Exit(1)
 
 
@@ -188,3 +192,15 @@ def _settings(config: Path | None, set_: list[str] | None, flags: dict[str, Any]
     ]
     overrides = [*replaced, *(set_ or ())]
     return load_config(HarvestConfig, "harvest", file=find_file(config), overrides=overrides, flags=flags)
+
+
+def _as_given(config: Path | None, set_: list[str] | None, flags: dict[str, Any]) -> list[str]:
+    """The options as a person would type them."""
+    words = [] if config is None else ["--config", str(config)]
+    for name, value in flags.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return [*words, *(word for setting in set_ or () for word in ("--set", setting))]

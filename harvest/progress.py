@@ -1,74 +1,77 @@
-"""What a harvest shows on the terminal."""
+"""What a harvest tells of itself while it works, and the display of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
+from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from matryoshka.progress import ProgressDisplay, in_notebook
+from matryoshka.terminal import note
 
 from .estimate import Estimate, gigabytes
-from .sets import HarvestResult
 
 
-class Screen:
-    """A progress bar with tokens, tokens/s, time left and bytes; use it as a context."""
+class Progress(Protocol):
+    """Somebody who is told."""
 
-    def __init__(self) -> None:
-        # Paths and numbers are printed as they are, never taken for markup or broken into lines of 80.
-        self._console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("harvest"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("{task.fields[size]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
-        self._task = self._bar.add_task("harvest", total=None, rate="", size="")
+    def started(self, estimate: Estimate, n_tokens_total: int) -> None:
+        """Everything is checked and the first shard is about to be made."""
+        ...
 
-    def __enter__(self) -> Screen:
+    def advanced(self, n_tokens: int, bytes_written: int) -> None:
+        """`n_tokens` more have been through the model, or were committed by an earlier run."""
+        ...
+
+
+class Silent:
+    """Progress for nobody."""
+
+    def __enter__(self) -> Silent:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._bar.live.is_started:
-            self._bar.stop()
+        pass
+
+    def started(self, estimate: Estimate, n_tokens_total: int) -> None:
+        """Say nothing."""
+
+    def advanced(self, n_tokens: int, bytes_written: int) -> None:
+        """Say nothing."""
+
+
+class HarvestDisplay:
+    """The estimate, then tokens, tokens a second, time left and bytes; use it as a context."""
+
+    def __init__(self) -> None:
+        self._display = ProgressDisplay("harvest", "tokens", {"": gigabytes})
+        self._n_tokens = 0
+
+    def __enter__(self) -> HarvestDisplay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._display.__exit__(kind, error, traceback)
 
     def started(self, estimate: Estimate, n_tokens_total: int) -> None:
         """Print the estimate and show the bar."""
-        self._console.print(describe(estimate))
-        self._bar.update(self._task, total=n_tokens_total)
-        self._bar.start()
+        note(describe(estimate))
+        self._display.replace("", n_tokens_total)
 
     def advanced(self, n_tokens: int, bytes_written: int) -> None:
         """Move the bar."""
-        self._bar.advance(self._task, n_tokens)
-        speed = self._bar.tasks[0].speed
-        rate = "" if speed is None else f"{speed:,.0f} tok/s"
-        self._bar.update(self._task, rate=rate, size=gigabytes(bytes_written))
+        self._n_tokens += n_tokens
+        self._display.update("", self._n_tokens, {"": bytes_written})
 
-    def report(self, results: Sequence[HarvestResult]) -> None:
-        """Say what is there now."""
-        for result in results:
-            per_token = result.bytes_on_disk / result.n_tokens
-            size = f"{result.n_tokens:,} tokens, {gigabytes(result.bytes_on_disk)}, {per_token:.0f} bytes per token"
-            if result.n_shards_written == 0:
-                self._console.print(f"{result.path}: nothing left to do ({size})")
-            else:
-                self._console.print(f"{result.path}: {result.n_shards_written} shards written ({size})")
-                self._console.print(f"{result.path}: {describe_codec(result.measured)}")
-            if result.n_tokens < result.n_tokens_planned:
-                self._console.print(
-                    f"the text ended early: {result.n_tokens:,} of {result.n_tokens_planned:,} tokens", style="yellow"
-                )
+
+def usual_progress() -> HarvestDisplay | Silent:
+    """For a harvest that Python code starts: a bar in a notebook, else nothing."""
+    return HarvestDisplay() if in_notebook() else Silent()
 
 
 def describe(estimate: Estimate) -> str:

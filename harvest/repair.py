@@ -59,7 +59,7 @@ def _report(path: Path | str, verdict: Verdict, say: Callable[[str], None]) -> N
     read = f"{verdict.n_committed} of {verdict.n_planned} shards, {gigabytes(verdict.n_bytes)} read"
     if not verdict.is_whole:
         bad = {(damage.split, damage.shard) for damage in verdict.damage}
-        say(f"{path}: {len(bad)} bad shards ({read}); mend them with: harvest verify {path} --repair")
+        say(f"{path}: {len(bad)} bad shards ({read})")
     elif verdict.complete:
         say(f"{path}: whole ({read})")
     else:

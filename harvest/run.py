@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
@@ -26,6 +26,7 @@ from .capture import Capture
 from .config import HarvestConfig
 from .estimate import Estimate, estimate, together
 from .packing import Packing, ShardJob, shard_jobs
+from .progress import Progress, Silent, usual_progress
 from .ranks import Ranks
 from .sets import HarvestResult, Target, bos_of, pad_of
 from .text import dataset_facts, documents
@@ -34,28 +35,6 @@ _WRITERS = 4
 """Sets whose shards are encoded at the same time."""
 _FIRST_BATCH = 1
 """With `--batch-size auto`, until it is found."""
-
-
-class Progress(Protocol):
-    """What a harvest tells of itself while it works."""
-
-    def started(self, estimate: Estimate, n_tokens_total: int) -> None:
-        """Everything is checked and the first shard is about to be made."""
-        ...
-
-    def advanced(self, n_tokens: int, bytes_written: int) -> None:
-        """`n_tokens` more have been through the model, or were committed by an earlier run."""
-        ...
-
-
-class Silent:
-    """Progress for nobody."""
-
-    def started(self, estimate: Estimate, n_tokens_total: int) -> None:
-        """Say nothing."""
-
-    def advanced(self, n_tokens: int, bytes_written: int) -> None:
-        """Say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +62,16 @@ class _Pass:
 def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[HarvestResult]:
     """Make the shard sets that `config` describes, or what is missing of them; one result for each, in its order.
 
+    Without `progress` a bar is shown in a notebook, and nothing elsewhere.
     Raises UserError for anything that the user can mend; whatever was committed stays.
     """
     ranks = Ranks.from_environment()
-    progress = progress if progress is not None and ranks.is_first else Silent()
     targets = [Target(member) for member in config.members()]
-    with ranks.joined():
+    with ranks.joined(), ExitStack() as shown:
+        if not ranks.is_first:
+            progress = Silent()
+        elif progress is None:
+            progress = shown.enter_context(usual_progress())
         # Everything that can be refused without the model is refused before it is loaded.
         todo = [target for target in targets if not target.is_finished()]
         ranks.wait()  # so that none finds a set half changed by another

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import pty
+import re
+import select
 import struct
+import subprocess
+import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +152,100 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [" ".join(words[j : j + 17]) for j in range(0, len(words), 17)]
         (folder / f"{i:02d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+class Shown:
+    """What a command left on a terminal: its exit code, and what came on each of its two streams."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def drawn(self) -> list[str]:
+        """Every line that stood on the terminal at some time, without colours; one that is drawn again counts anew."""
+        return [line.rstrip() for line in re.split(r"[\r\n]+", _plain(self.out + self.err))]
+
+
+def _in_terminal(command: list[str], columns: int, *, cwd: Path | None = None, **variables: str) -> Shown:
+    """Run a command with both of its streams on pseudo-terminals of this width."""
+    dropped = {"COLUMNS", "LINES", "NO_COLOR", "JPY_PARENT_PID"}
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {"TERM": "xterm-256color", **variables}
+    ends = [pty.openpty() for _ in range(2)]
+    for _, theirs in ends:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    (out, their_out), (err, their_err) = ends
+    process = subprocess.Popen(command, stdin=their_out, stdout=their_out, stderr=their_err, env=environment, cwd=cwd)
+    os.close(their_out)
+    os.close(their_err)
+    said = {out: b"", err: b""}
+    left = set(said)
+    while left:
+        for end in select.select(left, [], [])[0]:
+            try:
+                part = os.read(end, 65536)
+            except OSError:  # what Linux says of a terminal whose other end is closed
+                part = b""
+            said[end] += part
+            if not part:
+                left.discard(end)
+    os.close(out)
+    os.close(err)
+    return Shown(process.wait(), said[out].decode(), said[err].decode())
+
+
+@pytest.fixture(scope="session")
+def in_terminal() -> Callable[..., Shown]:
+    """A function (command, columns) -> what it shows there."""
+    return _in_terminal
+
+
+_ONE_AFTER_THE_OTHER = """
+import json, sys
+from matryoshka import launch
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    print("#", *words[:2], flush=True)
+    try:
+        getattr(launch, words[0])()
+    except SystemExit as ended:
+        assert ended.code in (None, 0), (words, ended.code)
+"""
+
+
+def _check_readable(commands: list[list[str]], cwd: Path) -> None:
+    """Run commands (in one process) on terminals of 60, 80 and 400 columns: the same words on all, none broken.
+
+    On a narrow one columns may be left out and intervals be said as +-; what is longer than the terminal stays whole.
+    """
+    program = [sys.executable, "-c", _ONE_AFTER_THE_OTHER, json.dumps(commands)]
+    wide = _in_terminal(program, 400, cwd=cwd)
+    assert wide.code == 0, wide.err
+    known = _words(wide.out) | set(["Left", "out", "at", "this", "width"])
+    assert wide.out.count("# ") >= len(commands)
+    for columns in (60, 80):
+        narrow = _in_terminal(program, columns, cwd=cwd)
+        assert narrow.code == 0, narrow.err
+        new = {word for word in _words(narrow.out) - known if not word.startswith("+-")}
+        assert new == set(), f"broken at {columns} columns: {new}"
+        bars = [line for line in narrow.drawn if " rows" in line or "/s" in line]
+        for line in [*_plain(narrow.out).splitlines(), *bars]:
+            assert len(line.rstrip()) <= columns or len(line.split()) <= 2, line
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def _words(text: str) -> set[str]:
+    """What stands between spaces, less the signs that end a part of a sentence, and rules."""
+    return {word.strip(",;:.[]") for word in _plain(text).split() if set(word) != {"\u2500"}} - {""}
+
+
+@pytest.fixture(scope="session")
+def check_readable() -> Callable[[list[list[str]], Path], None]:
+    """A function (commands, folder): runs them on terminals of 60 and 80 columns and reads what they print."""
+    return _check_readable
 
 
 def _wandb_records(path: Path) -> Iterator[Any]:

@@ -62,10 +62,12 @@ def run(
     """
     from matryoshka.config import find_file, load_config
 
+    from .closing import close
     from .config import TrainConfig
-    from .progress import Screen
+    from .fleet import fleet_folder, is_fleet
+    from .progress import Silent, TrainDisplay
     from .ranks import Rank
-    from .run import Silent, train_fleet
+    from .run import train_fleet
 
     flags = {
         "shards": shards,
@@ -90,10 +92,10 @@ def run(
         overrides += [f"train.steps={steps or 'null'}", f"train.tokens={tokens or 'null'}"]
     settings = load_config(TrainConfig, "train", file=find_file(config), overrides=overrides, flags=flags)
     rank = Rank.from_environment()
-    with Screen() as screen:
-        result = train_fleet(settings, screen if rank.index == 0 else Silent(), rank)
+    with TrainDisplay() if rank.index == 0 else Silent() as progress:
+        result = train_fleet(settings, progress, rank)
     if rank.index == 0 or settings.parallel == "configs":
-        screen.report(result)
+        close(result, fleet_folder(settings) if is_fleet(settings) else None, settings.shards)
     if result.stopped_by is not None:
         # What a shell reports of a process that a signal ended: whoever waits for us must not take it for finished.
         raise typer.Exit(128 + result.stopped_by)

@@ -1,111 +1,98 @@
-"""What training shows on the terminal: one table for all runs of a fleet."""
+"""What training tells of itself while it works, and the display of it: one for all runs of a fleet."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
+from matryoshka.progress import ProgressDisplay, in_notebook
+from matryoshka.terminal import note
 
 from .member import Entry, Outcome
-from .run import FleetResult
 from .step import StepReport
 
-
-@dataclass(slots=True)
-class _Line:
-    """What the table says of one run."""
-
-    name: str
-    n_steps: int
-    first: int
-    step: int
-    outcome: Outcome = "training"
-    report: StepReport | None = None
+_MANY = 4
+"""Runs of which more are not introduced one by one."""
 
 
-class Screen:
-    """A table with step, loss, FVU, L0 and the share of dead latents of every run; use it as a context."""
+class Progress(Protocol):
+    """Somebody who is told."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._lines: dict[str, _Line] = {}
-        self._began = 0.0
-        self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=1)
+    def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
+        """The first step of the runs that are not finished is about to be taken."""
+        ...
 
-    def __enter__(self) -> Screen:
+    def advanced(self, name: str, step: int, report: StepReport | None) -> None:
+        """A run has finished `step` steps; a report comes with every logged one."""
+        ...
+
+    def ended(self, name: str, outcome: Outcome) -> None:
+        """A run takes no more steps."""
+        ...
+
+
+class Silent:
+    """Progress for nobody."""
+
+    def __enter__(self) -> Silent:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._live.stop()
-        if self._lines and not self._console.is_terminal:
-            self._console.line()  # rich ends the table with one only on a terminal
+        pass
 
     def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
-        """Say what is trained and show the table."""
+        """Say nothing."""
+
+    def advanced(self, name: str, step: int, report: StepReport | None) -> None:
+        """Say nothing."""
+
+    def ended(self, name: str, outcome: Outcome) -> None:
+        """Say nothing."""
+
+
+class TrainDisplay:
+    """Steps, loss, FVU, the share of dead latents and L0 of every run; use it as a context."""
+
+    def __init__(self) -> None:
+        facts = {"loss": "{:.3f}".format, "FVU": "{:.3f}".format, "dead": "{:.0%}".format, "L0": "{:.0f}".format}
+        self._display = ProgressDisplay("train", "steps", facts)
+
+    def __enter__(self) -> TrainDisplay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._display.__exit__(kind, error, traceback)
+
+    def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
+        """Say what is trained and show it."""
         for entry, first in zip(entries, first_steps, strict=True):
-            plan = entry.plan
-            groups = " + ".join(f"{size:,}" for size in plan.group_sizes)
-            again = f", going on after step {first}" if first else ""
-            self._console.print(
-                f"{entry.name}: {plan.d_sae:,} latents in groups {groups}; reads {plan.input}{again}", markup=False
-            )
-            self._lines[entry.name] = _Line(entry.name, plan.n_steps, first, first)
-        self._began = time.monotonic()
-        self._live.start()
+            again = f", going on after step {first:,}" if first else ""
+            if len(entries) <= _MANY:
+                plan = entry.plan
+                groups = " + ".join(f"{size:,}" for size in plan.group_sizes)
+                note(f"{entry.name}: {plan.d_sae:,} latents in groups {groups}; reads {plan.input}{again}")
+        if len(entries) > _MANY:
+            note(f"{len(entries)} runs, {sum(first > 0 for first in first_steps)} of them going on from a checkpoint")
+        for entry, first in zip(entries, first_steps, strict=True):
+            self._display.add(entry.name, entry.plan.n_steps, first)
 
     def advanced(self, name: str, step: int, report: StepReport | None) -> None:
         """Note the step."""
-        line = self._lines[name]
-        line.step = step
-        line.report = report or line.report
+        facts = {}
+        if report is not None:
+            facts = {"loss": report.loss, "FVU": report.fvu[-1], "dead": report.dead_share, "L0": report.l0}
+        self._display.update(name, step, facts)
 
     def ended(self, name: str, outcome: Outcome) -> None:
         """Note the end."""
-        self._lines[name].outcome = outcome
+        self._display.end(name, outcome)
 
-    def report(self, result: FleetResult) -> None:
-        """Say what is there now."""
-        for run in result.runs:
-            if run.outcome == "parked":
-                text = f"parked: {run.reason}"
-            elif run.outcome == "stopped":
-                text = f"{run.path}: {run.reason}; the same command again goes on from there"
-            elif run.n_steps_taken == 0:
-                text = f"{run.path}: nothing left to do ({run.n_steps} steps were taken before)"
-            else:
-                text = f"{run.path}: {run.n_steps_taken} steps taken, saved in {run.checkpoint}"
-            self._console.print(text, markup=False)
 
-    def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("train")
-        for title in ("step", "loss", "FVU", "L0", "dead", "left"):
-            table.add_column(title, justify="right")
-        for line in self._lines.values():
-            numbers = ["", "", "", ""]
-            if line.report is not None:
-                report = line.report
-                numbers = [
-                    f"{report.loss:.3f}",
-                    f"{report.fvu[-1]:.3f}",
-                    f"{report.l0:.0f}",
-                    f"{100 * report.dead_share:.0f}%",
-                ]
-            table.add_row(line.name, f"{line.step:,}/{line.n_steps:,}", *numbers, self._left(line))
-        return table
-
-    def _left(self, line: _Line) -> str:
-        if line.outcome != "training":
-            return line.outcome
-        if line.step == line.first:
-            return ""
-        seconds = (time.monotonic() - self._began) / (line.step - line.first) * (line.n_steps - line.step)
-        minutes, seconds = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+def usual_progress() -> TrainDisplay | Silent:
+    """For a training that Python code starts: bars in a notebook, else nothing."""
+    return TrainDisplay() if in_notebook() else Silent()

@@ -11,9 +11,6 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,71 +25,19 @@ from .conditioning import Conditioning
 from .config import TrainConfig
 from .fleet import MemberConfig, fleet_folder, is_fleet, members
 from .interrupt import StopRequest
-from .member import Entry, Member, Outcome, Waiting
+from .member import Entry, Member, Waiting
 from .memory import check_memory, give_back, member_need
 from .plan import make_plan
+from .progress import Progress, Silent, usual_progress
 from .ranks import Rank
 from .record import parked_reason, publish_fleet, refuse_other_fleet, refuse_other_run, run_record, stream_record
+from .result import FleetResult, TrainResult
 from .rows import Rows
 from .saving import BackgroundWriter
-from .step import StepReport
 from .stream import Stream
 
 _INIT_SEED = 0x1A17
 """Mixed into the seed of the rows that latents start from, so that they are not the rows of the first batches."""
-
-
-class Progress(Protocol):
-    """What training tells of itself while it works."""
-
-    def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
-        """The first step of the runs that are not finished is about to be taken."""
-        ...
-
-    def advanced(self, name: str, step: int, report: StepReport | None) -> None:
-        """A run has finished `step` steps; a report comes with every logged one."""
-        ...
-
-    def ended(self, name: str, outcome: Outcome) -> None:
-        """A run takes no more steps."""
-        ...
-
-
-class Silent:
-    """Progress for nobody."""
-
-    def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
-        """Say nothing."""
-
-    def advanced(self, name: str, step: int, report: StepReport | None) -> None:
-        """Say nothing."""
-
-    def ended(self, name: str, outcome: Outcome) -> None:
-        """Say nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """What a run leaves behind."""
-
-    path: Path
-    checkpoint: Path | None
-    """The last one; None when the run was parked before its first."""
-    n_steps: int
-    n_steps_taken: int
-    """0 when an earlier command had finished the run."""
-    outcome: Outcome = "finished"
-    reason: str = ""
-    """Why a run was parked or stopped."""
-
-
-@dataclass(frozen=True, slots=True)
-class FleetResult:
-    """What a command leaves behind."""
-
-    runs: tuple[TrainResult, ...]
-    stopped_by: signal.Signals | None
-    """The signal that ended the command early, if one did."""
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
@@ -111,7 +56,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
 def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Rank | None = None) -> FleetResult:
     """Train every run that `config` describes from one stream, or what is left of them; of a rank, its share.
 
-    A run whose loss is not finite is parked and the others go on. Raises UserError, before anything is written, for
+    A run whose loss is not finite is parked and the others go on. Without `progress` bars are shown in a notebook, and
+    nothing elsewhere. Raises UserError, before anything is written, for
     settings that cannot work or that differ from those of the runs that are there.
     """
     rank = rank if rank is not None else Rank()
@@ -157,7 +103,9 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
             if not (entry.folder / RUN_FILE).exists():
                 publish_json(entry.folder / RUN_FILE, entry.record)
         fleet = _Fleet(config, shards, stream, device, team)
-        taken = fleet.go(left, progress or Silent(), group)
+        if progress is None:
+            progress = held.enter_context(usual_progress() if rank.index == 0 else Silent())
+        taken = fleet.go(left, progress, group)
     return FleetResult(tuple(_result(entry, taken.get(entry.name, 0)) for entry in entries), fleet.stopped_by)
 
 

@@ -25,6 +25,7 @@ def faithfulness(
 ) -> None:
     """Loss, KL and top-1 agreement of the language model with each nested reconstruction in place of the target."""
     from ..checkpoint import expand_fleets
+    from ..next_step import then_report
     from ..screen import Screen
     from .faithfulness import measure_faithfulness
     from .screen import show_faithfulness
@@ -36,6 +37,7 @@ def faithfulness(
         with Screen("faithfulness") as screen:
             measured = measure_faithfulness(path, settings, screen, error_term=error_term)
         show_faithfulness(measured)
+    then_report(runs, shards)
 
 
 def logits(
@@ -48,6 +50,7 @@ def logits(
 ) -> None:
     """The tokens each latent speaks for or against: its decoder row through the final norm and the unembedding."""
     from ..checkpoint import expand_fleets
+    from ..next_step import then_report
     from .logits import make_logits
     from .screen import show_logits
 
@@ -56,6 +59,7 @@ def logits(
     settings = read_settings(config, overrides, flags)
     for path in expand_fleets(runs):
         show_logits(make_logits(path, settings))
+    then_report(runs, shards)
 
 
 def ablate(
@@ -71,6 +75,7 @@ def ablate(
     set_: Overrides = None,
 ) -> None:
     """What the language model predicts differently without single latents, where they fire."""
+    from ..next_step import then_steer
     from ..screen import Screen
     from .ablation import ablate
     from .screen import show_ablations
@@ -81,6 +86,7 @@ def ablate(
     with Screen("ablate") as screen:
         ablated = ablate(run, latents, settings, screen, scale=scale)
     show_ablations(ablated)
+    then_steer(run, latents[0], shards)
 
 
 def steer(
@@ -98,6 +104,7 @@ def steer(
     set_: Overrides = None,
 ) -> None:
     """Let the language model go on with a text, as it is and with a latent's direction added to every token."""
+    from ..next_step import then_show
     from .screen import show_steered
     from .steering import Writing, steer
 
@@ -106,6 +113,7 @@ def steer(
     settings = read_settings(config, overrides, flags)
     writing = Writing(n_tokens=tokens, temperature=temperature, seed=seed)
     show_steered(steer(run, latent, text, settings, scale=scale, writing=writing))
+    then_show(run, latent)
 
 
 def _lm(model: str | None) -> list[str]:

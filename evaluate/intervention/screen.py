@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from matryoshka.tables import ResultTable
+from matryoshka.terminal import note, show
+
 from ..show import visible
-from ..tables import number, result_table
+from ..tables import number, with_interval
 from .ablation import Ablated
 from .ablation_file import TokenChange
 from .faithfulness import Measured
-from .faithfulness_file import Faithfulness, Interval
+from .faithfulness_file import Faithfulness
 from .logits import Effects
 from .steering import Steered
 
@@ -22,23 +24,23 @@ _TOKENS_SHOWN = 5
 
 def show_faithfulness(measured: Measured) -> None:
     """The table of losses, and where it lies."""
-    Console().print(faithfulness_table(measured.faithfulness))
+    show(faithfulness_table(measured.faithfulness))
     if measured.n_resumed:
-        _note(f"went on after {measured.n_resumed:,} rows that an earlier command had done")
+        note(f"went on after {measured.n_resumed:,} rows that an earlier command had done")
     _state(measured.path, measured.replaced, is_new=measured.is_new)
 
 
-def faithfulness_table(numbers: Faithfulness) -> Table:
+def faithfulness_table(numbers: Faithfulness) -> ResultTable:
     """One line for the model itself, one for each ablation of the target and each nested prefix."""
-    table = result_table(
+    table = ResultTable(
         title=f"{numbers.transcoder.run}: the model with y_hat in place of {numbers.shard_set.target_hook}, "
         f"{numbers.n_tokens:,} tokens of {numbers.n_contexts:,} {numbers.shard_set.split} contexts",
-        caption="nats a token; recovered: share of what the ablation costs that y_hat gives back. [95% interval over "
-        "contexts]",
-        narrow=False,
+        caption="nats a token; rec. zero, rec. mean: recovered, the share of what that ablation costs that y_hat "
+        "gives back. "
+        "[95% interval over contexts], or +- half of it",
     )
-    for name in ("target", "L0", "CE", "more", "recovered (zero)", "recovered (mean)", "KL", "top-1"):
-        table.add_column(name, justify="left" if name == "target" else "right", overflow="fold")
+    for name in ("target", "L0", "CE", "more", "rec. zero", "rec. mean", "KL", "top-1"):
+        table.add_column(name, left=name == "target", drop={"L0": 1, "KL": 2, "rec. mean": 3}.get(name, 0))
     clean = numbers.ce_loss_clean
     table.add_row("as it is", "", f"{clean:.4f}", "", "", "", "", "")
     for name, loss, kl in (
@@ -51,9 +53,9 @@ def faithfulness_table(numbers: Faithfulness) -> Table:
             f"y_hat of {one.prefix_end:,}",
             f"{one.l0:.1f}",
             f"{one.ce_loss_spliced:.4f}",
-            _with_interval(one.ce_increase, one.ce_increase_interval, "+.4f"),
-            _with_interval(one.ce_recovered_zero, one.ce_recovered_zero_interval, ".3f"),
-            _with_interval(one.ce_recovered_mean, one.ce_recovered_mean_interval, ".3f"),
+            with_interval(one.ce_increase, one.ce_increase_interval, "+.4f"),
+            with_interval(one.ce_recovered_zero, one.ce_recovered_zero_interval, ".3f"),
+            with_interval(one.ce_recovered_mean, one.ce_recovered_mean_interval, ".3f"),
             f"{one.kl:.4f}",
             f"{one.top1_agreement:.1%}",
         )
@@ -68,29 +70,30 @@ def show_logits(effects: Effects) -> None:
 def show_ablations(ablated: list[Ablated]) -> None:
     """One line a latent: what its absence does, and to which tokens."""
     first = ablated[0].ablation
-    table = result_table(
+    table = ResultTable(
         title=f"{first.transcoder.run}: activations times {first.scale:g} at {first.shard_set.target_hook}",
         caption="mean over the positions where the latent fires; loss: change of -log p(next token), nats; top-1: "
         "share of them where another token becomes the most likely one",
-        narrow=False,
     )
-    for name in ("latent", "positions", "act", "loss", "KL", "top-1", "more likely", "less likely"):
-        table.add_column(name, justify="left" if name.endswith("likely") else "right", overflow="fold")
+    for name in ("latent", "positions", "act", "loss", "KL", "top-1"):
+        table.add_column(name)
+    for name in ("more likely", "less likely"):
+        table.add_column(name, left=True, stack="below")
     for one in (item.ablation for item in ablated):
         table.add_row(
             str(one.latent),
             f"{one.n_positions:,}",
             number(one.mean_act, ".2f"),
-            _with_interval(one.loss_change, one.loss_change_interval, "+.4f"),
+            with_interval(one.loss_change, one.loss_change_interval, "+.4f"),
             number(one.kl, ".4f"),
             number(one.top1_changed, ".1%"),
             _words(one.raised),
             _words(one.lowered),
         )
-    Console().print(table)
+    show(table)
     for item in ablated:
         if item.ablation.n_contexts_firing == 0:
-            _note(f"latent {item.ablation.latent} fires in none of the contexts")
+            note(f"latent {item.ablation.latent} fires in none of the contexts")
         _state(item.path, item.replaced, is_new=item.is_new)
 
 
@@ -104,23 +107,11 @@ def show_steered(steered: Steered) -> None:
         console.print(line.append(visible(text), style="not dim"), soft_wrap=True)
 
 
-def _words(changes: tuple[TokenChange, ...]) -> Text:
-    # Text, not markup: brackets in a token mean nothing.
-    return Text(" ".join(f"{visible(change.text)!r}" for change in changes[:_TOKENS_SHOWN]))
-
-
-def _with_interval(value: float | None, interval: Interval | None, form: str) -> str:
-    if value is None or interval is None:
-        return number(value, form)
-    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
+def _words(changes: tuple[TokenChange, ...]) -> str:
+    return " ".join(f"{visible(change.text)!r}" for change in changes[:_TOKENS_SHOWN])
 
 
 def _state(path: Path, replaced: tuple[str, ...], *, is_new: bool) -> None:
     if replaced:
-        _note(f"replaced an older one ({'; '.join(replaced)})")
-    _note(f"{path}: {'written' if is_new else 'nothing left to do, it was there already'}")
-
-
-def _note(text: str) -> None:
-    # Paths are copied from the terminal: no line breaks in them.
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+        note(f"replaced an older one ({'; '.join(replaced)})")
+    note(f"{path}: {'written' if is_new else 'nothing left to do, it was there already'}")

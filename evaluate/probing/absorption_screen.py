@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+from matryoshka.tables import ResultTable
 
-from ..tables import number, result_table, run_and_step
+from ..tables import number, run_and_step
 from .absorption_file import AbsorptionResult, Interval, PrefixAbsorption
 
 _CAPTION = (
@@ -14,20 +14,19 @@ _CAPTION = (
 _TRUSTED_F1 = 0.5
 
 
-def absorption_table(result: AbsorptionResult) -> Table:
+def absorption_table(result: AbsorptionResult) -> ResultTable:
     """One line a nested prefix, then one a letter of the last one."""
     n_passed = sum(probe.passed for probe in result.probes)
-    table = result_table(
+    table = ResultTable(
         title=f"{run_and_step(result.transcoder)}: first-letter absorption, {n_passed} letters, "
         f"{result.n_test_rows:,} rows of {result.shard_set.name} ({result.shard_set.split})",
         caption=_CAPTION + _doubt(result.prefixes[-1]),
     )
     for name in ("prefix", "fraction", "+-", "full", "+-", "missed", "main", "F1", "probe F1", "rows"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, drop=1 if name in ("rows", "missed") else 0)
     probes = {probe.letter: probe.f1 for probe in result.probes}
     for prefix in result.prefixes:
-        table.add_row(*_line(prefix))
-    table.add_section()
+        table.add_row(*_line(prefix), ends_section=prefix is result.prefixes[-1])
     for letter in result.prefixes[-1].letters:
         n_main = len(letter.main_latents)
         f1s = (letter.k_sparse_f1[n_main - 1], probes[letter.letter])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+from matryoshka.tables import ResultTable
 
 from ..compare_screen import ROWS_OF
-from ..tables import number, result_table, run_and_step
+from ..tables import number, run_and_step
 from .hierarchy_file import IMPLIED, GroupGain, Hierarchy
 
 
-def group_table(hierarchy: Hierarchy) -> Table:
+def group_table(hierarchy: Hierarchy) -> ResultTable:
     """One line a group: what it adds to those before it, and how it hangs on them."""
     without = number(hierarchy.fvu_without_latents, ".4f")
     rows = f"{hierarchy.n_rows:,} {ROWS_OF[hierarchy.shard_set.split]}"
-    table = result_table(
+    table = ResultTable(
         title=f"{run_and_step(hierarchy.transcoder)}, on {rows} of {hierarchy.shard_set.name}",
         caption=f"FVU without any latent {without}. adds: share of the variance. "
         "fires on: rows with any latent of the group. most on: tokens whose FVU it lowers most, by their share of the "
@@ -21,7 +21,9 @@ def group_table(hierarchy: Hierarchy) -> Table:
         "rows. P: mean of the largest P(parent | latent). |cos|: of decoder rows inside the group",
     )
     for name in ("group", "prefix", "FVU", "adds", "fires on", "L0", "most on", "implied", "P", "|cos|"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(
+            name, drop=("most on", "P", "|cos|").index(name) + 1 if name in ("most on", "P", "|cos|") else 0
+        )
     for group in hierarchy.groups:
         parents = [pair for pair in hierarchy.pairs if pair.child_group == group.group]
         (inside,) = (pair for pair in parents if pair.parent_group == group.group)

@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+from matryoshka.tables import ResultTable
 
 from ..compare_screen import ROWS_OF
-from ..tables import number, result_table
+from ..tables import number
 from .layers import Layers
 from .matching_file import GroupMatch, Matching
 
 
-def matching_table(matching: Matching) -> Table:
+def matching_table(matching: Matching) -> ResultTable:
     """One line a group of each side, then all of its latents."""
     sets = " and ".join(dict.fromkeys(matching.shard_sets))
-    table = result_table(
+    table = ResultTable(
         title=f"{' and '.join(side.name for side in matching.sides)}, on {matching.n_rows:,} {ROWS_OF[matching.split]} "
         f"of {sets}",
         caption=f"of the latents that fired: mean of the largest cosine of decoder rows and of the largest correlation "
         f"of activations with the other side, and the share that reaches {matching.close}. mutual: each the other's "
         "most correlated",
     )
-    for name in ("transcoder", "latents", "fired", "cosine", "close", "correlation", "close", "mutual"):
-        table.add_column(name, justify="left" if name == "transcoder" else "right", overflow="fold")
+    table.add_column("transcoder", left=True, stack="above")
+    for name in ("latents", "fired", "cosine", "close", "correlation", "close", "mutual"):
+        table.add_column(name)
     for side in matching.sides:
         groups = [*side.groups, side.total] if len(side.groups) > 1 else [side.total]
         for place, group in enumerate(groups):
             last = place == len(groups) - 1
-            table.add_row(side.name if place == 0 else "", *_match_cells(group), end_section=last)
+            table.add_row(side.name if place == 0 else "", *_match_cells(group), ends_section=last)
     return table
 
 
-def layers_table(layers: Layers) -> Table:
+def layers_table(layers: Layers) -> ResultTable:
     """One line a prefix of each run."""
-    table = result_table(
+    table = ResultTable(
         caption="+-: half the 95% interval of FVU. dead: of the prefix. CE: cross-entropy recovered, target site "
         "zeroed (from `evaluate faithfulness`)",
     )
-    for name in ("layer", "run", "shard set", "k", "prefix", "FVU", "+-", "L0", "cosine", "dead", "CE"):
-        table.add_column(name, justify="left" if name in ("run", "shard set") else "right", overflow="fold")
+    for name in ("run", "shard set", "layer", "k"):
+        table.add_column(name, left=name in ("run", "shard set"), stack="above")
+    for name in ("prefix", "FVU", "+-", "L0", "cosine", "dead", "CE"):
+        table.add_column(name, drop=1 if name == "cosine" else 0)
     for entry in layers.entries:
-        facts = ("-" if entry.layer is None else str(entry.layer), entry.run, entry.shard_set, str(entry.k))
+        facts = (entry.run, entry.shard_set, "-" if entry.layer is None else str(entry.layer), str(entry.k))
         for place, prefix in enumerate(entry.prefixes):
             half = None if prefix.fvu_interval is None else (prefix.fvu_interval[1] - prefix.fvu_interval[0]) / 2
             table.add_row(
@@ -51,7 +54,7 @@ def layers_table(layers: Layers) -> Table:
                 f"{prefix.cosine:.4f}",
                 f"{prefix.dead_share:.1%}",
                 number(prefix.ce_recovered, ".4f"),
-                end_section=place == len(entry.prefixes) - 1,
+                ends_section=place == len(entry.prefixes) - 1,
             )
     return table
 

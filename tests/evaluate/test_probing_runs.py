@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +276,20 @@ def test_the_commands(run: Path, letters: ShardSet) -> None:
     assert shown.exit_code == 0, shown.output
     assert "sparse probing" in shown.output
     assert "nothing left to do" in CliRunner().invoke(app, ["absorption", str(run), *shards, *options]).output
+
+
+def test_the_tables_are_readable(
+    run: Path, letters: ShardSet, tmp_path: Path, check_readable: Callable[..., None]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "set").symlink_to(letters.path)
+    options = ["--shards", "set", "--tokenizer", str(Path(letters.path).parent / "tokenizer")]
+    small = ["min_letters=8", "min_words=3", "test_share=0.3", "per_word=6"]
+    commands = [
+        ["absorption", "run", *(word for one in small for word in ("--set", f"evaluate.absorption.{one}"))],
+        ["probing", "run", "--set", "evaluate.probing.ks=[1, 2, 3, 5, 8, 16]"],
+    ]
+    check_readable([["evaluate", *words, *options] for words in commands], tmp_path)
 
 
 def test_the_tables(run: Path, letters: ShardSet) -> None:

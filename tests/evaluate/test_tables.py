@@ -1,14 +1,11 @@
-"""Cells and titles of the tables, and their two widths."""
+"""Cells and titles of the tables."""
 
 from __future__ import annotations
 
-import io
-
 import pytest
-from rich.console import Console
 
 from evaluate.result import TranscoderFacts
-from evaluate.tables import number, result_table, run_and_step
+from evaluate.tables import number, run_and_step, with_interval
 
 
 @pytest.mark.parametrize(
@@ -31,13 +28,8 @@ def test_weights_outside_a_run_have_no_step() -> None:
     assert run_and_step(TranscoderFacts(**facts, step=None)) == "l3-k4"
 
 
-@pytest.mark.parametrize(("narrow", "head"), [(True, "FVU  L0"), (False, "FVU   L0")])
-def test_a_line_under_the_head_and_no_frame(narrow: bool, head: str) -> None:
-    table = result_table(narrow=narrow)
-    for name in ("FVU", "L0"):
-        table.add_column(name, justify="right")
-    table.add_row("1", "2")
-    console = Console(width=40, file=io.StringIO(), record=True)
-    console.print(table)
-    lines = [line.rstrip() for line in console.export_text().splitlines()]
-    assert lines == [head, "\u2500" * len(head), head.replace("FVU", "  1").replace("L0", " 2")]
+def test_an_interval_and_its_short_form() -> None:
+    assert with_interval(0.25, (0.2, 0.32), ".2f") == ("0.25 [0.20, 0.32]", "0.25 +-0.06")
+    assert with_interval(-0.5, (-0.75, -0.25), "+.1f") == ("-0.5 [-0.8, -0.2]", "-0.5 +-0.2")
+    assert with_interval(0.25, None, ".2f") == "0.25"
+    assert with_interval(None, (0.2, 0.31), ".2f") == "-"

@@ -201,12 +201,17 @@ def test_repair_says_when_the_model_is_gone(made: Path, cli: Cli, tmp_path: Path
 # info
 
 
+def test_what_is_printed_is_readable(made: Path, tmp_path: Path, check_readable: Callable[..., None]) -> None:
+    (tmp_path / "set").symlink_to(made)
+    check_readable([["harvest", "info", "set"], ["harvest", "verify", "set"]], tmp_path)
+
+
 def test_info_is_about_what_is_there(made: Path, cli: Cli) -> None:
     import numpy as np
 
     before = files(made)
     code, out, err = cli("info", str(made))
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"next: train run --shards {made}\n")
     text = " ".join(re.sub(r"[^\x20-\x7e\n]", " ", out).split())
     shards = ShardSet.open(made)
     documents = {

@@ -17,8 +17,10 @@ from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from train.config import TrainConfig
 from train.fleet import members
+from train.progress import Silent
 from train.ranks import Rank
-from train.run import FleetResult, Silent, TrainResult, train, train_fleet
+from train.result import FleetResult, TrainResult
+from train.run import train, train_fleet
 from train.step import StepReport
 from train.stream import Batch, Stream
 

@@ -40,7 +40,8 @@ LIST = [
 DRIVER = """
 import json, os, signal, sys, threading
 from train.config import TrainConfig
-from train.run import Silent, train_fleet
+from train.progress import Silent
+from train.run import train_fleet
 
 settings, step, delay, number = json.loads(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 

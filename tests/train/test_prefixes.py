@@ -16,7 +16,8 @@ from matryoshka.transcoder import Transcoder
 from train.checkpoint import list_checkpoints
 from train.config import TrainConfig
 from train.prefixes import sampled_sizes
-from train.run import Silent, train
+from train.progress import Silent
+from train.run import train
 from train.step import StepReport, StepSettings, StepState, TrainStep
 
 

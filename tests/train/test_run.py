@@ -19,7 +19,8 @@ from matryoshka.shards import ShardSet
 from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 from train.config import TrainConfig
-from train.run import TrainResult, train
+from train.result import TrainResult
+from train.run import train
 from train.step import StepReport
 from train.stream import ORDER
 

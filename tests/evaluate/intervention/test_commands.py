@@ -72,6 +72,16 @@ def test_steer(command: Callable[..., Any]) -> None:
     assert out.count("w1 [bold]w2") == 2  # brackets are no markup
 
 
+def test_tables_are_readable(
+    subject: Callable[[str], Any], tmp_path: Path, check_readable: Callable[..., None]
+) -> None:
+    one = subject("gpt2")
+    shutil.copytree(one.run, tmp_path / "l1-k6")
+    (tmp_path / "set").symlink_to(one.shards.path)
+    commands = [["faithfulness", "l1-k6"], ["logits", "l1-k6"], ["ablate", "l1-k6", "7", "0", "20"]]
+    check_readable([["evaluate", *words, "--shards", "set", "--device", "cpu"] for words in commands], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

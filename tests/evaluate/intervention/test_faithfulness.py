@@ -144,7 +144,7 @@ def test_it_lies_beside_the_report_and_is_made_once(
     assert wanted <= content.keys()
     show_faithfulness(first)
     shown = capsys.readouterr()
-    assert "recovered (zero)" in shown.out
+    assert "rec. zero" in shown.out
     assert "written" in shown.err
     assert len(faithfulness_table(first.faithfulness).rows) == 6
 
