@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from rich.table import Table
-
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
 from matryoshka.runs import changed_fields
 from matryoshka.shards import ShardSet
+from matryoshka.tables import ResultTable
 from matryoshka.transcoder import Transcoder
 
 from .checkpoint import Checkpoint, expand_fleets, find_checkpoint
@@ -144,7 +143,7 @@ class Analysis(Generic[ResultT]):
         """Measure."""
         raise NotImplementedError
 
-    def table(self, results: Sequence[ResultT]) -> list[Table]:
+    def table(self, results: Sequence[ResultT]) -> list[ResultTable]:
         """What is printed of the results of one command."""
         raise NotImplementedError
 

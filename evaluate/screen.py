@@ -49,7 +49,7 @@ class Screen:
 
     def noted(self, text: str) -> None:
         """Print something to know."""
-        self._console.print(text, markup=False)
+        note(text)
 
     def report(self, evaluations: list[Evaluation]) -> None:
         """Print the table of a run, or one of several, and say where the reports lie."""
