@@ -143,7 +143,7 @@ class Analysis(Generic[ResultT]):
         """Measure."""
         raise NotImplementedError
 
-    def table(self, results: Sequence[ResultT]) -> list[ResultTable]:
+    def tables(self, results: Sequence[ResultT]) -> list[ResultTable]:
         """What is printed of the results of one command."""
         raise NotImplementedError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,7 @@ from matryoshka.progress import ProgressDisplay
 from matryoshka.tables import ResultTable
 from matryoshka.terminal import note, show
 
+from .analysis import Analysis, Answer, ResultT
 from .checkpoint import Checkpoint
 from .compare_screen import ROWS_OF
 from .probing.measured import Measured
@@ -69,6 +71,25 @@ class Screen:
             n_new = sum(evaluation.is_new for evaluation in evaluations)
             note(f"{n_new} reports written, {len(evaluations) - n_new} were there already")
 
+    def say(self, analysis: Analysis[ResultT], answers: Sequence[Answer[ResultT]]) -> None:
+        """Print what was found, how older results differed, and where all of it is."""
+        for table in analysis.tables([one.result for one in answers]):
+            show(table)
+        for one in answers:
+            name = "" if len(answers) == 1 else f"{one.checkpoint.name}: "
+            for sentence in analysis.notes(one.result):
+                note(name + sentence)
+            self._unfinished(one.checkpoint)
+            if one.replaced:
+                note(f"{name}replaced an older result ({'; '.join(one.replaced)})")
+            self._resumed(one.n_resumed, analysis.unit)
+        if len(answers) == 1:
+            (one,) = answers
+            note(f"{one.path}: {'written' if one.is_new else 'nothing left to do, this result was there already'}")
+        else:
+            n_new = sum(one.is_new for one in answers)
+            note(f"{n_new} results written, {len(answers) - n_new} were there already")
+
     def sampled(self, sampled: Sampled) -> None:
         """Say where the samples of a run lie and what was left to do."""
         mark = sampled.mark
@@ -96,9 +117,9 @@ class Screen:
                 warning=True,
             )
 
-    def _resumed(self, n_rows: int) -> None:
-        if n_rows > 0:
-            note(f"went on after {n_rows:,} rows that an earlier command had done")
+    def _resumed(self, n_done: int, unit: str = "rows") -> None:
+        if n_done > 0:
+            note(f"went on after {n_done:,} {unit} that an earlier command had done")
 
     def structured(self, structured: Structured) -> None:
         """Print what each group adds, and where the tables lie."""

@@ -24,19 +24,18 @@ def faithfulness(
     set_: Overrides = None,
 ) -> None:
     """Loss, KL and top-1 agreement of the language model with each nested reconstruction in place of the target."""
-    from ..checkpoint import expand_fleets
+    from ..analysis import answer
     from ..next_step import then_report
     from ..screen import Screen
-    from .faithfulness import measure_faithfulness
-    from .screen import show_faithfulness
+    from .faithfulness import FaithfulnessAnalysis
 
     overrides = [*(set_ or ()), *([f"evaluate.faithfulness.tokens={tokens}"] if tokens else ()), *_lm(model)]
     flags = {"shards": shards, "split": split, "prefix": prefix, "device": device}
     settings = read_settings(config, overrides, flags)
-    for path in expand_fleets(runs):
-        with Screen("faithfulness") as screen:
-            measured = measure_faithfulness(path, settings, screen, error_term=error_term)
-        show_faithfulness(measured)
+    analysis = FaithfulnessAnalysis(error_term=error_term)
+    with Screen("faithfulness") as screen:
+        answers = answer(analysis, runs, settings, screen)
+    screen.say(analysis, answers)
     then_report(runs, shards)
 
 
@@ -49,16 +48,18 @@ def logits(
     set_: Overrides = None,
 ) -> None:
     """The tokens each latent speaks for or against: its decoder row through the final norm and the unembedding."""
-    from ..checkpoint import expand_fleets
+    from ..analysis import answer
     from ..next_step import then_report
-    from .logits import make_logits
-    from .screen import show_logits
+    from ..screen import Screen
+    from .logits import LogitsAnalysis
 
     flags = {"shards": shards, "device": device}
     overrides = [*(set_ or ()), *_lm(model)]
     settings = read_settings(config, overrides, flags)
-    for path in expand_fleets(runs):
-        show_logits(make_logits(path, settings))
+    analysis = LogitsAnalysis()
+    with Screen("logits") as screen:
+        answers = answer(analysis, runs, settings, screen)
+    screen.say(analysis, answers)
     then_report(runs, shards)
 
 

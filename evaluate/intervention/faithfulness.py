@@ -7,9 +7,8 @@ transcoder is run once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,43 +17,22 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
-from matryoshka.runs import publish_json
 from matryoshka.shards import ShardSet
 from matryoshka.splice import edited
+from matryoshka.tables import ResultTable
 from matryoshka.transcoder import Transcoder
 
 from ..active import active_latents, base_output, group_counts, group_sums, nested_reconstructions
-from ..analysis import Progress, Silent, load_transcoder
-from ..checkpoint import find_checkpoint
+from ..analysis import Analysis, Job
 from ..config import EvaluateConfig
-from ..result import ShardSetFacts, TranscoderFacts, already_answered, finite, identity_of, result_folder
-from ..resume import Unfinished, unfinished
+from ..result import finite
 from ..sampling import count_contexts
 from .contexts import Contexts, context_batches
-from .faithfulness_file import (
-    FAITHFULNESS_FILE,
-    WITH_ERROR_FILE,
-    Faithfulness,
-    SplicedPrefix,
-    read_faithfulness,
-)
+from .faithfulness_file import WITH_ERROR_FILE, Faithfulness, SplicedPrefix
 from .model import load_model, weight_dtype
 from .recovered import MEAN, ZERO, Estimates, columns, increase, mean_of, recovered
 from .scores import per_context, score
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A faithfulness.json and how it came about."""
-
-    path: Path
-    faithfulness: Faithfulness
-    is_new: bool
-    """False when the answer was there already."""
-    replaced: tuple[str, ...] = ()
-    """How an older answer in the same place differed."""
-    n_resumed: int = 0
-    """Rows of contexts that an earlier command, which was stopped, had done."""
+from .screen import faithfulness_table
 
 
 @dataclass
@@ -65,56 +43,60 @@ class ContextSums:
     """float64; the columns are `recovered.columns`"""
 
 
-def measure_faithfulness(
-    run: Path, config: EvaluateConfig, progress: Progress | None = None, *, error_term: bool = False
-) -> Measured:
-    """Measure `run` on the first contexts of the split and publish faithfulness.json beside its report.
+class FaithfulnessAnalysis(Analysis[Faithfulness]):
+    """The language model's loss with each nested reconstruction in place of the target.
 
     With `error_term`, y - y_hat is added to each y_hat. The spliced model is then the clean one: a check of the
     machinery, kept in a file of its own.
-
-    An answer that is there already is only read; a stopped one goes on. Raises UserError for what the user can mend.
     """
-    if config.shards is None:
-        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
-    shards, checkpoint = ShardSet.open(config.shards), find_checkpoint(run)
-    transcoder = load_transcoder(checkpoint, shards, config)
-    path = result_folder(checkpoint, shards, config) / (WITH_ERROR_FILE if error_term else FAITHFULNESS_FILE)
-    facts = TranscoderFacts.of(checkpoint, transcoder), ShardSetFacts.of(shards, config.split)
-    settings = _settings(shards, config, error_term=error_term)
-    identity = identity_of(*facts, settings)
-    existing, changes = already_answered(read_faithfulness(path), identity)
-    if existing is not None:
-        return Measured(path, existing, is_new=False)
-    with unfinished(path, identity, config.save_minutes) as saved:
-        model = load_model(shards, config)
-        splicing = _Splicing(transcoder.to(model.device), model, shards, error_term=error_term)
-        sums = _pass(splicing, shards, config, checkpoint.name, progress or Silent(), saved)
+
+    name = "faithfulness"
+    result = Faithfulness
+    shared = ("split", "prefix", "bootstrap", "seed")
+
+    def __init__(self, *, error_term: bool = False) -> None:
+        self._error_term = error_term
+
+    @property
+    def file(self) -> str:
+        """The check has a file of its own."""
+        return WITH_ERROR_FILE if self._error_term else Faithfulness.FILE
+
+    def asked(self, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:
+        """How the model's weights are rounded, and whether it is the check."""
+        return {"dtype": weight_dtype(shards, config), "error_term": self._error_term}
+
+    def make(self, job: Job) -> Faithfulness:
+        """Run the first contexts of the split through the model."""
+        model = load_model(job.shards, job.config)
+        splicing = _Splicing(job.transcoder.to(model.device), model, job.shards, error_term=self._error_term)
+        sums = _pass(splicing, job)
         if float(sums["n"].sum()) == 0:
-            raise UserError(f"the contexts of {shards.path} have no two ordinary tokens in a row; harvest more text")
-        numbers = _faithfulness(
-            *facts, settings, transcoder.prefix_ends, Estimates.of(sums, config.bootstrap, config.seed)
-        )
-        publish_json(path, numbers.model_dump(mode="json"))
-    return Measured(path, numbers, is_new=True, replaced=changes, n_resumed=saved.n_resumed)
+            raise UserError(
+                f"the contexts of {job.shards.path} have no two ordinary tokens in a row; harvest more text"
+            )
+        estimates = Estimates.of(sums, job.config.bootstrap, job.config.seed)
+        return _faithfulness(job.facts, job.transcoder.prefix_ends, estimates)
+
+    def tables(self, results: Sequence[Faithfulness]) -> list[ResultTable]:
+        """One of each run."""
+        return [faithfulness_table(one) for one in results]
 
 
-def _pass(
-    splicing: _Splicing, shards: ShardSet, config: EvaluateConfig, name: str, progress: Progress, saved: Unfinished
-) -> dict[str, Tensor]:
+def _pass(splicing: _Splicing, job: Job) -> dict[str, Tensor]:
     """Column -> float64 [contexts], of the first contexts that hold `config.faithfulness.tokens` rows."""
-    split = shards.split(config.split)
+    config, split = job.config, job.shards.split(job.config.split)
     n_contexts, n_rows = count_contexts(split, config.faithfulness.tokens)
-    progress.started(name, n_rows)
+    job.progress.started(job.name, n_rows)
     sums = ContextSums(torch.zeros(0, len(splicing.columns), dtype=torch.float64))
-    n_done = saved.load(sums)
-    progress.advanced(n_done)
-    for contexts in context_batches(shards, split, range(len(sums.rows), n_contexts), config.lm.batch_tokens):
+    n_done = job.saved.load(sums)
+    job.progress.advanced(n_done)
+    for contexts in context_batches(job.shards, split, range(len(sums.rows), n_contexts), config.lm.batch_tokens):
         sums.rows = torch.cat([sums.rows, splicing.sums_of(contexts)])
         n_here = int(contexts.replaced.sum())
         n_done += n_here
-        saved.save_when_due(sums, n_done)
-        progress.advanced(n_here)
+        job.saved.save_when_due(sums, n_done)
+        job.progress.advanced(n_here)
     return dict(zip(splicing.columns, sums.rows.T, strict=True))
 
 
@@ -186,29 +168,9 @@ class _Splicing:
             yield str(end), y_hat, counts[:, :group].sum(1).view(contexts.tokens.shape)
 
 
-def _settings(shards: ShardSet, config: EvaluateConfig, *, error_term: bool) -> dict[str, Any]:
-    return {
-        "tokens": config.faithfulness.tokens,
-        "split": config.split,
-        "prefix": config.prefix,
-        "bootstrap": config.bootstrap,
-        "seed": config.seed,
-        "dtype": weight_dtype(shards, config),
-        "error_term": error_term,
-    }
-
-
-def _faithfulness(
-    transcoder: TranscoderFacts,
-    shard_set: ShardSetFacts,
-    settings: dict[str, Any],
-    prefix_ends: tuple[int, ...],
-    estimates: Estimates,
-) -> Faithfulness:
+def _faithfulness(facts: Mapping[str, Any], prefix_ends: tuple[int, ...], estimates: Estimates) -> Faithfulness:
     return Faithfulness(
-        transcoder=transcoder,
-        shard_set=shard_set,
-        settings=settings,
+        **facts,
         n_contexts=estimates.n_contexts,
         n_tokens=int(estimates.totals["n"]),
         ce_loss_clean=estimates.value(mean_of("clean.ce")),

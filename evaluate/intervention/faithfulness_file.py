@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import ValidationError
-
 from matryoshka.config import Config
 
-from ..result import ShardSetFacts, TranscoderFacts, identity_of
+from ..result import Result
 
-FAITHFULNESS_FILE = "faithfulness.json"
 WITH_ERROR_FILE = "faithfulness-with-error.json"
 
 Interval = tuple[float, float]
@@ -45,17 +39,15 @@ class SplicedPrefix(Config):
     kl_interval: Interval | None
 
 
-class Faithfulness(Config):
+class Faithfulness(Result):
     """The content of faithfulness.json.
 
     A position is scored when its token is not special and the next token is there, not special and of the same
     document. The target is replaced or ablated at every position whose token is not special, and nowhere else.
     """
 
-    format_version: Literal[1] = 1
-    transcoder: TranscoderFacts
-    shard_set: ShardSetFacts
-    settings: dict[str, Any]
+    FILE = "faithfulness.json"
+
     n_contexts: int
     n_tokens: int
     """Scored positions."""
@@ -67,15 +59,3 @@ class Faithfulness(Config):
     kl_ablated_zero: float
     kl_ablated_mean: float
     prefixes: tuple[SplicedPrefix, ...]
-
-    def identity(self) -> dict[str, Any]:
-        """What decides every number here."""
-        return identity_of(self.transcoder, self.shard_set, self.settings)
-
-
-def read_faithfulness(path: Path) -> Faithfulness | None:
-    """The record at `path`; None when there is none that this version can read."""
-    try:
-        return Faithfulness.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError):
-        return None

@@ -14,20 +14,10 @@ from ..show import visible
 from ..tables import number, with_interval
 from .ablation import Ablated
 from .ablation_file import TokenChange
-from .faithfulness import Measured
 from .faithfulness_file import Faithfulness
-from .logits import Effects
 from .steering import Steered
 
 _TOKENS_SHOWN = 5
-
-
-def show_faithfulness(measured: Measured) -> None:
-    """The table of losses, and where it lies."""
-    show(faithfulness_table(measured.faithfulness))
-    if measured.n_resumed:
-        note(f"went on after {measured.n_resumed:,} rows that an earlier command had done")
-    _state(measured.path, measured.replaced, is_new=measured.is_new)
 
 
 def faithfulness_table(numbers: Faithfulness) -> ResultTable:
@@ -60,11 +50,6 @@ def faithfulness_table(numbers: Faithfulness) -> ResultTable:
             f"{one.top1_agreement:.1%}",
         )
     return table
-
-
-def show_logits(effects: Effects) -> None:
-    """Where the table lies."""
-    _state(effects.path, effects.replaced, is_new=effects.is_new)
 
 
 def show_ablations(ablated: list[Ablated]) -> None:

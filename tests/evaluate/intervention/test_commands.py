@@ -58,7 +58,7 @@ def test_faithfulness(command: Callable[..., Any], tmp_path: Path) -> None:
 def test_logits_and_ablate(command: Callable[..., Any], tmp_path: Path) -> None:
     code, _, err = command("logits")
     assert code == 0, err
-    assert "logits.parquet: written" in err
+    assert "logits.json: written" in err
     code, out, err = command("ablate", "7", "0", "--scale", "2", "--tokens", "40")
     assert code == 0, err
     assert "activations times 2 at blocks.1.hook_mlp_out" in out

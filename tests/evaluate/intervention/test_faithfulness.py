@@ -11,15 +11,23 @@ from typing import Any
 import pytest
 import torch
 
+from evaluate.analysis import Answer, answer
+from evaluate.config import EvaluateConfig
 from evaluate.intervention import faithfulness as module
-from evaluate.intervention.faithfulness import measure_faithfulness
+from evaluate.intervention.faithfulness import FaithfulnessAnalysis
 from evaluate.intervention.faithfulness_file import Faithfulness
-from evaluate.intervention.screen import faithfulness_table, show_faithfulness
+from evaluate.intervention.screen import faithfulness_table
+from evaluate.screen import Screen
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 
 MODELS = ("gemma2", "llama", "gpt2")
 ENDS = (5, 14, 31)
+
+
+def measure_faithfulness(run: Path, config: EvaluateConfig, *, error_term: bool = False) -> Answer[Faithfulness]:
+    (found,) = answer(FaithfulnessAnalysis(error_term=error_term), [run], config)
+    return found
 
 
 def kept(
@@ -96,7 +104,7 @@ class Twin:
 @pytest.mark.parametrize("kind", MODELS)
 def test_against_plain_hooks(kind: str, subject: Callable[[str], Any], tmp_path: Path) -> None:
     one = subject(kind)
-    found = measure_faithfulness(one.run, one.config(tmp_path)).faithfulness
+    found = measure_faithfulness(one.run, one.config(tmp_path)).result
     assert found.n_contexts == 8
     Twin(one, 8, 3).check(found, 3)
     assert len({prefix.ce_loss_spliced for prefix in found.prefixes}) == 3
@@ -107,7 +115,7 @@ def test_against_plain_hooks(kind: str, subject: Callable[[str], Any], tmp_path:
 def test_tokens_are_whole_contexts_and_a_prefix_stands_alone(subject: Callable[[str], Any], tmp_path: Path) -> None:
     one = subject("llama")
     config = one.config(tmp_path, prefix=2, faithfulness={"tokens": 20}, lm={"batch_tokens": 1})
-    found = measure_faithfulness(one.run, config).faithfulness
+    found = measure_faithfulness(one.run, config).result
     assert found.n_contexts == 2  # 11 ordinary tokens in the first, 12 in the second
     Twin(one, 2, 2).check(found, 2)
 
@@ -118,7 +126,7 @@ def test_with_the_error_term_nothing_changes(kind: str, subject: Callable[[str],
     measured = measure_faithfulness(one.run, one.config(tmp_path), error_term=True)
     assert measured.path.name == "faithfulness-with-error.json"
     assert not (tmp_path / "faithfulness.json").exists()
-    for prefix in measured.faithfulness.prefixes:
+    for prefix in measured.result.prefixes:
         assert abs(prefix.ce_increase) < 1e-5
         assert 0 <= prefix.kl + 1e-7 < 1e-6
         assert prefix.top1_agreement == 1
@@ -142,23 +150,23 @@ def test_it_lies_beside_the_report_and_is_made_once(
     content = json.loads(before)
     wanted = {"ce_loss_clean", "ce_loss_ablated_zero", "ce_loss_ablated_mean", "n_tokens", "prefixes"}
     assert wanted <= content.keys()
-    show_faithfulness(first)
+    Screen().say(FaithfulnessAnalysis(), [first])
     shown = capsys.readouterr()
     assert "rec. zero" in shown.out
     assert "written" in shown.err
-    assert len(faithfulness_table(first.faithfulness).rows) == 6
+    assert len(faithfulness_table(first.result).rows) == 6
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_model", lambda *_: pytest.fail("the model was loaded for nothing"))
         again = measure_faithfulness(run, config)
         assert not again.is_new
-        assert again.faithfulness == first.faithfulness
-        show_faithfulness(again)
+        assert again.result == first.result
+        Screen().say(FaithfulnessAnalysis(), [again])
         assert "nothing left to do" in capsys.readouterr().err
     other = measure_faithfulness(run, one.config(seed=4))
     assert other.replaced == ("settings.seed: 0 -> 4",)
-    show_faithfulness(other)
-    assert "replaced an older one (settings.seed: 0 -> 4)" in capsys.readouterr().err
+    Screen().say(FaithfulnessAnalysis(), [other])
+    assert "replaced an older result (settings.seed: 0 -> 4)" in capsys.readouterr().err
     first.path.unlink()
     assert measure_faithfulness(run, config).path.read_bytes() == before
 
@@ -204,7 +212,7 @@ def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
 def test_the_batch_size_changes_no_number(subject: Callable[[str], Any], tmp_path: Path) -> None:
     one = subject("gemma2")
     found = [
-        measure_faithfulness(one.run, one.config(tmp_path / str(n), lm={"batch_tokens": n})).faithfulness
+        measure_faithfulness(one.run, one.config(tmp_path / str(n), lm={"batch_tokens": n})).result
         for n in (1, 40, 4096)
     ]
     for other in found[1:]:
@@ -217,8 +225,8 @@ def test_train_rows_only_when_asked_for(subject: Callable[[str], Any], tmp_path:
     run = Path(shutil.copytree(one.run, tmp_path / "l1-k6"))
     measured = measure_faithfulness(run, one.config(split="train"))
     assert measured.path.parent.name == "train"
-    assert measured.faithfulness.shard_set.split == "train"
-    assert measured.faithfulness.n_contexts == 4
+    assert measured.result.shard_set.split == "train"
+    assert measured.result.n_contexts == 4
 
 
 # --- the language model ----------------------------------------------------------------------------------------
@@ -227,8 +235,8 @@ def test_train_rows_only_when_asked_for(subject: Callable[[str], Any], tmp_path:
 def test_a_model_that_has_moved_is_named(subject: Callable[[str], Any], tmp_path: Path) -> None:
     one = subject("gpt2")
     moved = Path(shutil.copytree(one.folder, tmp_path / "elsewhere"))
-    found = measure_faithfulness(one.run, one.config(tmp_path / "a", lm={"model": str(moved)})).faithfulness
-    assert found == measure_faithfulness(one.run, one.config(tmp_path / "b")).faithfulness
+    found = measure_faithfulness(one.run, one.config(tmp_path / "a", lm={"model": str(moved)})).result
+    assert found == measure_faithfulness(one.run, one.config(tmp_path / "b")).result
 
 
 def test_another_model_is_refused(subject: Callable[[str], Any], tmp_path: Path, tiny_llama: Path) -> None:

@@ -11,15 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from evaluate.analysis import Answer, answer
 from evaluate.intervention import logit_effects
 from evaluate.intervention import logits as module
 from evaluate.intervention.logit_effects import token_effects
-from evaluate.intervention.logits import make_logits
-from evaluate.intervention.screen import show_logits
+from evaluate.intervention.logits import Logits, LogitsAnalysis
 from matryoshka.sites import Norm
 from matryoshka.unembedding import Unembedding
 
 MODELS = ("gemma2", "llama", "gpt2")
+
+
+def make_logits(one: Any, *place: Path, **settings: Any) -> Answer[Logits]:
+    (found,) = answer(LogitsAnalysis(), [one.run], one.config(*place, **settings))
+    return found
 
 
 def twin(subject: Any, latent: int) -> list[float]:
@@ -42,8 +47,8 @@ def twin(subject: Any, latent: int) -> list[float]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_against_a_loop(kind: str, subject: Callable[[str], Any], tmp_path: Path) -> None:
     one = subject(kind)
-    found = make_logits(one.run, one.config(tmp_path, logits={"top": 4}))
-    assert found.mark.norm == ("layer" if kind == "gpt2" else "rms")
+    found = make_logits(one, tmp_path, logits={"top": 4})
+    assert found.result.norm == ("layer" if kind == "gpt2" else "rms")
     table = pq.read_table(tmp_path / "logits.parquet")
     assert {field.name: str(field.type) for field in table.schema} == {
         "latent": "int32",
@@ -116,24 +121,21 @@ def test_it_is_made_once_and_its_bytes_are_equal(
     subject: Callable[[str], Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     one = subject("gemma2")
 
     def digests(folder: Path) -> list[str]:
         return [hashlib.sha256((folder / f"logits.{end}").read_bytes()).hexdigest() for end in ("parquet", "json")]
 
-    first = make_logits(one.run, one.config(tmp_path / "a"))
-    assert digests(make_logits(one.run, one.config(tmp_path / "b")).path.parent) == digests(tmp_path / "a")
+    first = make_logits(one, tmp_path / "a")
+    assert digests(make_logits(one, tmp_path / "b").path.parent) == digests(tmp_path / "a")
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_model", lambda *_: pytest.fail("the model was loaded for nothing"))
         # what cannot change an effect is no reason to make them again
-        again = make_logits(one.run, one.config(tmp_path / "a", tokens=7, seed=3))
+        again = make_logits(one, tmp_path / "a", tokens=7, seed=3)
     assert not again.is_new
-    assert again.mark == first.mark
-    show_logits(again)
-    assert "nothing left to do" in capsys.readouterr().err
-    other = make_logits(one.run, one.config(tmp_path / "a", logits={"top": 2}))
+    assert again.result == first.result
+    other = make_logits(one, tmp_path / "a", logits={"top": 2})
     assert other.replaced == ("settings.top: 10 -> 2",)
     (tmp_path / "a" / "logits.json").write_text("{}")
-    assert make_logits(one.run, one.config(tmp_path / "a", logits={"top": 2})).is_new
+    assert make_logits(one, tmp_path / "a", logits={"top": 2}).is_new

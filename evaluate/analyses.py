@@ -1,0 +1,37 @@
+"""The analyses of a run: the one table that the commands, the pages, the documents and the tests are made from.
+
+Each is in a file of its own and imports no other one. Nothing here is imported before it is used, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One analysis."""
+
+    name: str
+    """Its command, and the section of its settings."""
+    module: str
+    class_name: str
+
+    def load(self) -> Any:
+        """Its subclass of `analysis.Analysis`, whose arguments are what is asked beyond the settings."""
+        return getattr(import_module(self.module, __package__), self.class_name)
+
+
+ANALYSES = (
+    Entry("faithfulness", ".intervention.faithfulness", "FaithfulnessAnalysis"),
+    Entry("logits", ".intervention.logits", "LogitsAnalysis"),
+)
+
+
+def load_analysis(name: str) -> Any:
+    """The class of the analysis called `name`."""
+    (entry,) = (entry for entry in ANALYSES if entry.name == name)
+    return entry.load()
