@@ -20,7 +20,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from matryoshka.interrupt import StopRequest
 from matryoshka.runs import changed_fields, exclusive, fsync_path, make_directory
 
 STATE_FILE = "pass.npz"
@@ -72,7 +73,7 @@ def _parts(sums: Any) -> Iterator[tuple[str, Any]]:
         return
     names = getattr(type(sums), "SUMS", None)
     assert names is not None or is_dataclass(sums), f"{type(sums).__name__} does not say what it sums up"
-    for name in [field.name for field in fields(sums)] if names is None else names:
+    for name in [each.name for each in fields(sums)] if names is None else names:
         value = getattr(sums, name)
         # A choice, made when the pass began and part of its identity.
         if not isinstance(value, (str, tuple, bool)):
@@ -101,12 +102,15 @@ class Unfinished:
     n_resumed: int = 0
     """Rows that were done already."""
     _saved: float = 0.0
+    _stop: StopRequest = field(default_factory=StopRequest)
 
     def load(self, sums: Any) -> int:
         """Fill `sums` with what was saved and give the number of rows in them; 0 when there is nothing to go on from.
 
         A state of other settings, or one that cannot be read, is dropped.
         """
+        # From here on a signal waits for the end of the batch, so that what is saved is whole.
+        self._stop.__enter__()
         self._saved = time.monotonic()
         content = _read(self.folder / STATE_FILE)
         if content is None:
@@ -122,7 +126,13 @@ class Unfinished:
         return n_rows
 
     def save_when_due(self, sums: Any, n_rows: int) -> bool:
-        """Save `sums` of `n_rows` rows, when the last time is long enough ago; whether it was."""
+        """Save `sums` of `n_rows` rows, when the last time is long enough ago; whether it was.
+
+        A signal that has come during the batch is taken now, after saving.
+        """
+        if self._stop.signal is not None:
+            self.save(sums, n_rows)
+            self._stop.deliver()
         if time.monotonic() - self._saved < self.every_seconds:
             return False
         self.save(sums, n_rows)
@@ -142,6 +152,15 @@ class Unfinished:
         fsync_path(self.folder)
         self._saved = time.monotonic()
 
+    def close(self) -> None:
+        """Take signals as they come again."""
+        self._stop.__exit__(None, None, None)
+
+    def deliver(self) -> None:
+        """Take a signal that has come when the pass was over."""
+        if self._stop.signal is not None:
+            self._stop.deliver()
+
     def _full_identity(self) -> dict[str, Any]:
         # Through JSON, as it is read back: tuples become lists.
         return json.loads(json.dumps({**self.identity, "state_version": STATE_VERSION}))
@@ -157,8 +176,13 @@ def unfinished(result: Path, identity: Mapping[str, Any], save_minutes: float) -
     folder = result.with_suffix(".partial")
     make_directory(folder)
     with exclusive(folder):
-        yield Unfinished(folder, identity, save_minutes * 60)
+        saved = Unfinished(folder, identity, save_minutes * 60)
+        try:
+            yield saved
+        finally:
+            saved.close()
         shutil.rmtree(folder)
+    saved.deliver()
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:

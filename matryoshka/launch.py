@@ -1,7 +1,8 @@
 """Console-script doors: the commands `harvest`, `train`, `evaluate` and `pipeline` come in here.
 
-Two jobs. Hugging Face ships a package called `evaluate`, so a foreign package under one of our names is refused in one
-sentence. And what a user can mend ends as one paragraph and exit code 2, never as a traceback.
+Three jobs. Hugging Face ships a package called `evaluate`, so a foreign package under one of our names is refused in
+one sentence. What is invalid input ends as one paragraph and exit code 2, never as a traceback. And Ctrl-C and SIGTERM
+end a command in order, with the command that goes on.
 """
 
 from __future__ import annotations
@@ -9,11 +10,17 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.util
+import os
+import shlex
+import shutil
+import signal
 import sys
+import textwrap
 from importlib import metadata
 from pathlib import Path
 
 from matryoshka.errors import UserError
+from matryoshka.interrupt import SIGNALS, Stopped, stoppable
 
 _USER_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -61,8 +68,17 @@ def _is_merged(name: str, here: Path) -> bool:
 
 def _launch(name: str, module: str) -> None:
     try:
-        check_package(module.partition(".")[0])
-        importlib.import_module(module).app(prog_name=name)
+        with stoppable():
+            check_package(module.partition(".")[0])
+            importlib.import_module(module).app(prog_name=name)
+    except Stopped as stopped:
+        _say_how_to_go_on(name, stopped.signal)
+        sys.exit(stopped.exit_code)
+    except SystemExit as ended:
+        # What ends after the step in hand has taken the signal itself.
+        if ended.code in {128 + number for number in SIGNALS}:
+            _say_how_to_go_on(name, signal.Signals(int(ended.code) - 128))
+        raise
     except UserError as error:
         _fail(str(error))
     except OSError as error:
@@ -74,6 +90,21 @@ def _launch(name: str, module: str) -> None:
 
 
 def _fail(message: str) -> None:
-    paragraph = " ".join(line.strip() for line in message.splitlines())
-    print(f"error: {paragraph}", file=sys.stderr)  # noqa: T201 -- the one place that reports failures
+    _say(f"error: {' '.join(line.strip() for line in message.splitlines())}")
     sys.exit(2)
+
+
+def _say_how_to_go_on(name: str, number: signal.Signals) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first of several ranks speaks for all
+    by = "Ctrl-C" if number == signal.SIGINT else number.name
+    _say(f"stopped by {by}; what was finished is kept and nothing is left half-written. The same command goes on:")
+    # In one line at any width, so that it can be copied.
+    print(f"next: {shlex.join([name, *sys.argv[1:]])}", file=sys.stderr)  # noqa: T201
+
+
+def _say(paragraph: str) -> None:
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        paragraph = textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False)
+    print(paragraph, file=sys.stderr)  # noqa: T201 -- the one place that reports failures

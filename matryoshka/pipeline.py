@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from matryoshka.errors import UserError
+from matryoshka.interrupt import Stopped
 from matryoshka.locations import inside, location
 from matryoshka.runs import default_run_path, default_shards_path
 
@@ -171,8 +173,10 @@ def _run(command: list[str]) -> tuple[int, int]:
     process = subprocess.Popen(command)
     try:
         _, status, usage = os.wait4(process.pid, 0)
-    except BaseException:
-        # Ctrl-C reaches the stage too; it is left the time to end in order.
+    except Stopped as stopped:
+        # Ctrl-C reaches the stage too, SIGTERM does not. It is left the time to end in order.
+        if stopped.signal == signal.SIGTERM:
+            process.terminate()
         process.wait()
         raise
     process.returncode = os.waitstatus_to_exitcode(status)

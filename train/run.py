@@ -24,7 +24,7 @@ from .checkpoint import list_checkpoints
 from .conditioning import Conditioning
 from .config import TrainConfig
 from .fleet import MemberConfig, fleet_folder, is_fleet, members
-from .interrupt import StopRequest
+from .interrupt import SharedStopRequest
 from .member import Entry, Member, Waiting
 from .memory import check_memory, give_back, member_need
 from .plan import make_plan
@@ -127,7 +127,7 @@ class _Fleet:
         if not entries:
             return {}
         runs: list[Member] = []
-        with StopRequest() as stop, ExitStack() as open_runs:
+        with SharedStopRequest() as stop, ExitStack() as open_runs:
             # Left in the reverse order: the writer ends before the sinks close.
             closing = open_runs.enter_context(ExitStack())
             writer = open_runs.enter_context(BackgroundWriter())
@@ -152,7 +152,7 @@ class _Fleet:
                         progress.ended(run.entry.name, run.outcome)
         return {run.entry.name: run.done - run.first for run in runs}
 
-    def _steps(self, runs: Sequence[Member], stop: StopRequest, progress: Progress) -> None:
+    def _steps(self, runs: Sequence[Member], stop: SharedStopRequest, progress: Progress) -> None:
         """One pass over the stream: each batch goes through every run whose step it is."""
         waiting = Waiting()
         active = list(runs)
@@ -179,7 +179,7 @@ class _Fleet:
                 with suppress(AttributeError):
                     batches.close()  # pyright: ignore[reportAttributeAccessIssue] -- a generator
 
-    def _is_stopped(self, stop: StopRequest) -> bool:
+    def _is_stopped(self, stop: SharedStopRequest) -> bool:
         """Whether a signal has come, to any of the ranks that share the batches."""
         return stop.signal is not None if self._team is None else stop.agree()
 

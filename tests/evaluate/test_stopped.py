@@ -1,0 +1,82 @@
+"""Ctrl-C and SIGTERM to `evaluate`: a pass saves the batch in hand, and the printed command gives the same bytes."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matryoshka.shards import ShardSet
+
+DRIVER = """
+import os, sys
+from pathlib import Path
+number, after, *words = sys.argv[1:]
+sys.argv = ["evaluate", *words]
+from evaluate.screen import Screen
+advanced = Screen.advanced
+n_told = 0
+def told(self, n_rows):
+    global n_told
+    advanced(self, n_rows)
+    n_told += 1
+    if n_told == int(after):
+        os.kill(os.getpid(), int(number))
+Screen.advanced = told
+from matryoshka.launch import evaluate
+evaluate()
+"""
+
+
+def evaluate(folder: Path, number: int, after: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process that sends itself a signal when it has been told of progress `after` times."""
+    command = [sys.executable, "-c", DRIVER, str(int(number)), str(after), *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture
+def folder(val_set: ShardSet, made: Any, tmp_path: Path) -> Path:
+    for name in ("whole", "stopped run"):
+        made.run(tmp_path / name, made.transcoder())
+    (tmp_path / "l1").symlink_to(val_set.path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("number", "command", "result"),
+    [(signal.SIGINT, "run", "report.json"), (signal.SIGTERM, "hierarchy", "hierarchy.json")],
+)
+def test_a_pass_goes_on_after_the_batch_in_hand(
+    folder: Path, number: signal.Signals, command: str, result: str
+) -> None:
+    options = ["--shards", "l1", "--device", "cpu", "--set", "evaluate.batch_rows=13"]
+    options += ["--set", "evaluate.save_minutes=60"]
+    if command == "hierarchy":
+        options.append("--no-clusters")
+    assert evaluate(folder, number, -1, command, "whole", *options).returncode == 0
+    stopped = evaluate(folder, number, 4, command, "stopped run", *options)
+    assert stopped.returncode == 128 + number, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert stopped.stdout == ""
+    assert not list(folder.glob(f"stopped run/eval/*/{result}"))
+    words = shlex.split(stopped.stderr.splitlines()[-1])
+    assert words[:4] == ["next:", "evaluate", command, "stopped run"]
+    again = evaluate(folder, number, -1, *words[2:])
+    assert again.returncode == 0, again.stderr
+    assert "went on after 39 rows" in again.stderr
+    one, other = (next(folder.glob(f"{name}/eval/*/{result}")) for name in ("whole", "stopped run"))
+    assert other.read_text().replace("stopped run", "whole") == one.read_text()
+
+
+def test_a_command_without_a_pass_of_its_own_writes_nothing(folder: Path) -> None:
+    words = ["compare", "whole", "stopped run", "--shards", "l1", "--out", "out"]
+    stopped = evaluate(folder, signal.SIGINT, 2, *words, "--set", "evaluate.batch_rows=13")
+    assert stopped.returncode == 130
+    assert "Traceback" not in stopped.stderr
+    assert not (folder / "out").exists()
+    assert "next: evaluate compare whole 'stopped run' --shards l1" in stopped.stderr
