@@ -27,6 +27,7 @@ class Entry:
 
 ANALYSES = (
     Entry("faithfulness", ".intervention.faithfulness", "FaithfulnessAnalysis"),
+    Entry("hierarchy", ".structure.hierarchy", "HierarchyAnalysis"),
     Entry("logits", ".intervention.logits", "LogitsAnalysis"),
 )
 

@@ -198,17 +198,18 @@ def hierarchy(
     set_: Overrides = None,
 ) -> None:
     """Which latents imply which, which fire together, how directions cluster, and what each group adds."""
+    from .analysis import answer
     from .next_step import then_report
     from .screen import Screen
-    from .structure.hierarchy import make_hierarchy
+    from .structure.hierarchy import HierarchyAnalysis
 
     overrides = [*(set_ or ()), *([] if clusters is None else [f"evaluate.hierarchy.clusters={str(clusters).lower()}"])]
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
     settings = read_settings(config, overrides, flags)
-    for path in runs:
-        with Screen("hierarchy") as screen:
-            structured = make_hierarchy(path, settings, screen)
-        screen.structured(structured)
+    analysis = HierarchyAnalysis()
+    with Screen("hierarchy") as screen:
+        answers = answer(analysis, runs, settings, screen)
+    screen.say(analysis, answers)
     then_report(runs, shards)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from matryoshka.errors import UserError
 from matryoshka.shards import Block, ShardSet, Split
 from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
@@ -38,6 +39,12 @@ def count_rows(shards: ShardSet, split: str, limit: int | None = None) -> int:
     """Rows that `row_batches` will give: all that are not special, or `limit` when there are more."""
     available = sum(record.n_rows for record in shards.records if record.split == split)
     return available if limit is None else min(limit, available)
+
+
+def check_rows(shards: ShardSet, split: str) -> None:
+    """Raise UserError for a split without any row to measure on."""
+    if count_rows(shards, split) == 0:
+        raise UserError(f"the {split} split of {shards.path} holds only special tokens; harvest more text")
 
 
 def row_batches(split: Split, batch_rows: int, limit: int | None = None, start: int = 0) -> Iterator[RowBatch]:

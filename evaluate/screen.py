@@ -19,8 +19,6 @@ from .report.build import Pages
 from .report_file import Report
 from .run import Evaluation
 from .samples import Sampled
-from .structure.hierarchy import Structured
-from .structure.hierarchy_screen import clusters_line, group_table
 from .tables import number, run_and_step
 
 
@@ -120,16 +118,6 @@ class Screen:
     def _resumed(self, n_done: int, unit: str = "rows") -> None:
         if n_done > 0:
             note(f"went on after {n_done:,} {unit} that an earlier command had done")
-
-    def structured(self, structured: Structured) -> None:
-        """Print what each group adds, and where the tables lie."""
-        show(group_table(structured.hierarchy))
-        note(clusters_line(structured.hierarchy))
-        if structured.replaced:
-            note(f"replaced an older hierarchy ({'; '.join(structured.replaced)})")
-        self._resumed(structured.n_resumed)
-        state = "written" if structured.is_new else "nothing left to do, this hierarchy was there already"
-        note(f"{structured.path}: {state}")
 
     def pages(self, pages: Pages) -> None:
         """Say where the pages lie and how to open them."""

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from matryoshka.config import Config
-from matryoshka.runs import publish_bytes, publish_json
+from matryoshka.runs import publish_bytes
 
-from ..result import ShardSetFacts, TranscoderFacts, identity_of
+from ..result import Result
 from .clusters import Clusters
 from .cofiring import Edges, Partners, jaccard, lift
 
-HIERARCHY_FILE, EDGES_FILE = "hierarchy.json", "hierarchy.parquet"
-COFIRING_FILE, CLUSTERS_FILE = "cofiring.parquet", "clusters.parquet"
+EDGES_FILE, COFIRING_FILE, CLUSTERS_FILE = "hierarchy.parquet", "cofiring.parquet", "clusters.parquet"
 IMPLIED = 0.5
 """A latent is implied by a parent that fires on at least this share of its rows."""
 
@@ -102,13 +99,12 @@ class ClusterSummary(Config):
     """share of the clusters that hold latents of more than one group"""
 
 
-class Hierarchy(Config):
+class Hierarchy(Result):
     """The content of hierarchy.json."""
 
-    format_version: Literal[1] = 1
-    transcoder: TranscoderFacts
-    shard_set: ShardSetFacts
-    settings: dict[str, Any]
+    FILE = "hierarchy.json"
+    TABLES = (EDGES_FILE, COFIRING_FILE, CLUSTERS_FILE)
+
     n_rows: int
     fvu_without_latents: float | None
     groups: tuple[GroupGain, ...]
@@ -117,25 +113,9 @@ class Hierarchy(Config):
     clusters: ClusterSummary | None
     """null when clusters were not asked for"""
 
-    def identity(self) -> dict[str, Any]:
-        """What decides every number here."""
-        return identity_of(self.transcoder, self.shard_set, self.settings)
-
-
-def read_hierarchy(folder: Path) -> Hierarchy | None:
-    """The hierarchy in `folder`; None when there is none that this version can read or one of its tables is gone."""
-    try:
-        found = Hierarchy.model_validate_json((folder / HIERARCHY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError):
-        return None
-    tables = [EDGES_FILE, COFIRING_FILE, *([CLUSTERS_FILE] if found.clusters is not None else [])]
-    return found if all((folder / name).is_file() for name in tables) else None
-
-
-def write_hierarchy(folder: Path, hierarchy: Hierarchy) -> Path:
-    """Publish hierarchy.json."""
-    publish_json(folder / HIERARCHY_FILE, hierarchy.model_dump(mode="json"))
-    return folder / HIERARCHY_FILE
+    def tables(self) -> tuple[str, ...]:
+        """Without clusters.parquet where clusters were not asked for."""
+        return self.TABLES if self.clusters is not None else (EDGES_FILE, COFIRING_FILE)
 
 
 def write_edges(

@@ -51,6 +51,15 @@ def case(request: pytest.FixtureRequest, name: str) -> Case:
         settings = {**SMALL, "lm": {"batch_tokens": 2 * 13}}
         return Case(one.shards, one.transcoder, settings, **more)
 
+    if name == "hierarchy":
+        settings = {**SMALL, "hierarchy": {"clusters": False, "min_rows": 2}}
+        return Case(
+            request.getfixturevalue("val_set"),
+            request.getfixturevalue("made").transcoder(),
+            settings,
+            other={"tokens": 30},
+            change="settings.tokens: null -> 30",
+        )
     if name == "faithfulness":
         return of_model(other={"seed": 4}, change="settings.seed: 0 -> 4")
     assert name == "logits"

@@ -12,16 +12,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from evaluate.analysis import Answer, answer
 from evaluate.config import EvaluateConfig, HierarchyConfig
 from evaluate.structure import pair_sums
 from evaluate.structure.cofiring import cofiring
 from evaluate.structure.directions import mean_abs_cosines
-from evaluate.structure.hierarchy import make_hierarchy
-from evaluate.structure.hierarchy_file import CLUSTERS_FILE, COFIRING_FILE, EDGES_FILE
+from evaluate.structure.hierarchy import HierarchyAnalysis
+from evaluate.structure.hierarchy_file import CLUSTERS_FILE, COFIRING_FILE, EDGES_FILE, Hierarchy
 from evaluate.structure.pair_sums import PairBlock
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from matryoshka.sites import apply_convention
+
+
+def make_hierarchy(run: Path, config: EvaluateConfig) -> Answer[Hierarchy]:
+    (found,) = answer(HierarchyAnalysis(), [run], config)
+    return found
 
 
 def settings(shards: ShardSet, hierarchy: dict[str, Any] | None = None, **changes: Any) -> EvaluateConfig:
@@ -46,7 +52,7 @@ def test_tables_against_loops_over_pairs(val_set: ShardSet, made: Any, tmp_path:
     transcoder.threshold[7] = 1e9
     config = settings(val_set, {"parents": 3, "partners": 4, "min_lift": 1.02}, tokens=tokens)
     done = make_hierarchy(made.run(tmp_path / "run", transcoder), config)
-    folder, found = done.path.parent, done.hierarchy
+    folder, found = done.path.parent, done.result
     x = apply_convention(
         made.kept_rows(val_set, tokens)["source"], "normalized", source_site="resid_mid", norm=made.norm()
     )
@@ -146,7 +152,7 @@ def test_of_equal_parents_the_rarer_comes_first() -> None:
 def test_what_groups_add_against_a_dense_twin(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     transcoder = made.transcoder(skip=True)
     config = settings(val_set, {"top_tokens": 3, "min_rows": 4})
-    found = make_hierarchy(made.run(tmp_path / "run", transcoder), config).hierarchy
+    found = make_hierarchy(made.run(tmp_path / "run", transcoder), config).result
     rows = made.kept_rows(val_set)
     x, y = rows["source"].float(), rows["target"].double().numpy()
     acts = transcoder.encode(x)
@@ -193,7 +199,7 @@ def test_same_bytes_then_nothing_to_do_then_replaced(val_set: ShardSet, made: An
     contents = {path.name: path.read_bytes() for path in first.path.parent.iterdir()}
     assert set(contents) == {"hierarchy.json", EDGES_FILE, COFIRING_FILE}
     again = make_hierarchy(run, settings(val_set))
-    assert (again.is_new, again.hierarchy) == (False, first.hierarchy)
+    assert (again.is_new, again.result) == (False, first.result)
     (first.path.parent / COFIRING_FILE).unlink()
     assert make_hierarchy(run, settings(val_set)).is_new
     assert contents == {path.name: path.read_bytes() for path in first.path.parent.iterdir()}
@@ -209,12 +215,12 @@ def test_a_prefix_and_train_rows_lie_apart(val_set: ShardSet, made: Any, tmp_pat
     whole = make_hierarchy(run, settings(val_set))
     prefix = make_hierarchy(run, settings(val_set, prefix=2))
     assert prefix.path.parent == whole.path.parent / "prefix-2"
-    assert prefix.hierarchy.groups == whole.hierarchy.groups[:2]
-    assert prefix.hierarchy.pairs == whole.hierarchy.pairs[:3]
+    assert prefix.result.groups == whole.result.groups[:2]
+    assert prefix.result.pairs == whole.result.pairs[:3]
     train = make_hierarchy(run, settings(val_set, split="train"))
     assert train.path.parent == whole.path.parent / "train"
-    assert train.hierarchy.shard_set.split == "train"
-    assert train.hierarchy.n_rows == sum(int(val_set.train.keep(shard).sum()) for shard in range(2))
+    assert train.result.shard_set.split == "train"
+    assert train.result.n_rows == sum(int(val_set.train.keep(shard).sum()) for shard in range(2))
     with pytest.raises(UserError, match="has 3 nested groups"):
         make_hierarchy(run, settings(val_set, prefix=4))
 
@@ -247,8 +253,8 @@ def test_clusters_of_planted_directions(val_set: ShardSet, made: Any, tmp_path: 
     place = torch.tensor([table["x"], table["y"]]).T
     nearest = (torch.cdist(place, place) + torch.eye(59) * 1e9).argmin(1)
     assert torch.equal(bundle[alive], bundle[alive][nearest])
-    assert done.hierarchy.clusters is not None
-    assert (done.hierarchy.clusters.n_clusters, done.hierarchy.clusters.n_directions) == (len(kinds), 59)
+    assert done.result.clusters is not None
+    assert (done.result.clusters.n_clusters, done.result.clusters.n_directions) == (len(kinds), 59)
     content = (done.path.parent / CLUSTERS_FILE).read_bytes()
     done.path.unlink()
     assert make_hierarchy(run, config).path.with_name(CLUSTERS_FILE).read_bytes() == content
@@ -262,4 +268,4 @@ def test_missing_libraries_are_said_before_the_pass(
     with pytest.raises(UserError, match=r"needs umap-learn, which is not installed; pip install .*\[structure\]"):
         make_hierarchy(run, settings(val_set, {"clusters": True}))
     assert not (run / "eval").exists()
-    assert make_hierarchy(run, settings(val_set)).hierarchy.clusters is None
+    assert make_hierarchy(run, settings(val_set)).result.clusters is None

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from evaluate import sampling as sampling_module
-from evaluate.analysis import Silent
+from evaluate.analysis import Silent, answer
 from evaluate.config import EvaluateConfig, HierarchyConfig, SamplesConfig
 from evaluate.resume import load_state, state_of, unfinished
 from evaluate.run import evaluate
 from evaluate.samples import make_samples
-from evaluate.structure.hierarchy import make_hierarchy
+from evaluate.structure.hierarchy import HierarchyAnalysis
 from matryoshka.errors import UserError
 from matryoshka.metrics import FvuSums
 from matryoshka.shards import ShardSet
@@ -68,7 +68,9 @@ def make(kind: str, run: Path, config: EvaluateConfig, progress: Silent) -> int:
     """Rows that were not measured again."""
     if kind == "run":
         return make_report(run, config, progress)
-    return (make_samples if kind == "samples" else make_hierarchy)(run, config, progress).n_resumed
+    if kind == "samples":
+        return make_samples(run, config, progress).n_resumed
+    return answer(HierarchyAnalysis(), [run], config, progress)[0].n_resumed
 
 
 def files(run: Path) -> dict[str, bytes]:
@@ -198,10 +200,10 @@ def test_every_kind_of_sum_comes_back() -> None:
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
-from evaluate.analysis import Silent
+from evaluate.analysis import Silent, answer
 from evaluate.config import EvaluateConfig
 from evaluate.run import evaluate
-from evaluate.structure.hierarchy import make_hierarchy
+from evaluate.structure.hierarchy import HierarchyAnalysis
 
 class Killer(Silent):
     left = int(sys.argv[4])
@@ -214,7 +216,7 @@ config = EvaluateConfig.model_validate_json(sys.argv[3]).model_copy(update={"sha
 if sys.argv[1] == "run":
     evaluate([Path(sys.argv[2])], config, Killer())
 else:
-    make_hierarchy(Path(sys.argv[2]), config, Killer())
+    answer(HierarchyAnalysis(), [Path(sys.argv[2])], config, Killer())
 """
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig, HierarchyConfig
 from evaluate.report.build import make_report
-from evaluate.structure.hierarchy import make_hierarchy
+from evaluate.structure.hierarchy import HierarchyAnalysis
 from matryoshka.runs import publish_json
 
 EVIL = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", '"><b>', "</script>", "\u2028'`${1}"]
@@ -70,7 +71,7 @@ def measured(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards, tokenizer = index.parents[4] / "l1", index.parents[4] / "tokenizer"
     hierarchy = HierarchyConfig(clusters=False, min_rows=2)
     config = EvaluateConfig(shards=shards, device="cpu", bootstrap=10, hierarchy=hierarchy)
-    folder = make_hierarchy(run, config).path.parent
+    folder = answer(HierarchyAnalysis(), [run], config)[0].path.parent
     _measure(folder, json.loads((folder / "report.json").read_text()))
     pages = make_report(run, config, tokenizer=str(tokenizer))
     assert pages.notes == ()
