@@ -8,22 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matryoshka.errors import UserError
+from matryoshka.interop.pretrained import from_pretrained, locate
+from matryoshka.runs import RUN_FILE
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 from .checkpoint import find_checkpoint
 from .fits import check_fits
-from .foreign import (
-    GEMMA_SCOPE,
-    is_circuit_tracer,
-    is_gemma_scope_2,
-    is_saelens,
-    load_circuit_tracer,
-    load_gemma_scope,
-    load_gemma_scope_2,
-    load_saelens,
-)
 
+GEMMA_SCOPE = "gemma-scope:"
 _PREFIX = re.compile(r"(.+)@(\d+)")
 
 
@@ -44,32 +37,50 @@ class Contender:
 
 
 def load_contender(text: str, shards: ShardSet) -> Contender:
-    """Read RUN, RUN@PREFIX (the first PREFIX latents alone), gemma-scope:PATH, or a folder of Gemma Scope 2, SAELens
-    or circuit-tracer.
+    """Read RUN or a folder of any format that `Transcoder.from_pretrained` opens, @PREFIX for its first latents alone.
 
-    Raises UserError when nothing of the kind is there or it does not fit the shard set.
+    `gemma-scope:` before the folder is how Gemma Scope's are shown, and may be left out. Raises UserError when nothing
+    of the kind is there or it does not fit the shard set.
     """
     match = _PREFIX.fullmatch(text)
-    place, end = (match[1], int(match[2])) if match is not None else (text, None)
-    if place.startswith(GEMMA_SCOPE):
-        path = Path(place.removeprefix(GEMMA_SCOPE))
-        name, transcoder = place, load_gemma_scope(path, shards)
-    elif is_gemma_scope_2(Path(place)):
-        name, transcoder = Path(place).resolve().name, load_gemma_scope_2(Path(place), shards)
-    elif is_saelens(Path(place)):
-        name, transcoder = Path(place).resolve().name, load_saelens(Path(place), shards)
-    elif is_circuit_tracer(Path(place)):
-        name, transcoder = Path(place).resolve().name, load_circuit_tracer(Path(place), shards)
-    else:
-        checkpoint = find_checkpoint(Path(place))
+    path, end = (match[1], int(match[2])) if match is not None else (text, None)
+    folder = Path(path.removeprefix(GEMMA_SCOPE))
+    form = "ours"
+    if folder.exists() and not (folder / RUN_FILE).is_file():
+        folder, form = locate(folder)
+    if form == "ours":
+        checkpoint = find_checkpoint(folder)
         name, transcoder = checkpoint.name, Transcoder.load(checkpoint.folder)
-    if name.startswith(GEMMA_SCOPE):
-        parts = Path(place.removeprefix(GEMMA_SCOPE)).resolve().parts
-        name = GEMMA_SCOPE + "/".join(part for part in parts[-4:] if re.match(r"layer_|width_|average_l0_", part))
+    else:
+        transcoder = _foreign(folder, form, shards)
+        name = folder.resolve().name
+    if form == "gemma-scope":
+        parts = [part for part in folder.resolve().parts[-4:] if re.match(r"layer_|width_|average_l0_", part)]
+        name = GEMMA_SCOPE + ("/".join(parts) or name)
     check_fits(transcoder, shards, text)
     if end is not None:
         name, transcoder = f"{name}@{end}", cut_prefix(transcoder, end, text)
     return Contender(name, transcoder)
+
+
+def _foreign(folder: Path, form: str, shards: ShardSet) -> Transcoder:
+    """A transcoder of another project, under the shard set's name of its model: others write gemma-2-2b for
+    google/gemma-2-2b."""
+    layer, norm = shards.manifest.source.layer, shards.norm
+    transcoder = from_pretrained(folder, layer=layer, norm_kind=None if norm is None else norm.kind)
+    if not bool(transcoder.W_dec.any()):
+        raise UserError(
+            f"the {form} transcoder {folder} is empty for layer {layer}: its decoder is all zeros, nobody trained one "
+            "for it. Compare on a shard set of a layer that has one"
+        )
+    own, theirs = str(shards.manifest.model.get("model", "")), transcoder.config.model
+    if not theirs or _last(theirs) == _last(own):
+        transcoder.config = transcoder.config.model_copy(update={"model": own})
+    return transcoder
+
+
+def _last(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2]
 
 
 def cut_prefix(transcoder: Transcoder, end: int, name: str) -> Transcoder:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from matryoshka.errors import UserError
@@ -27,13 +27,19 @@ class Estimate:
     free_bytes: int | None
     """None where nobody knows: in an object store."""
     seconds: float | None
+    smaller: Mapping[str, int] = field(default_factory=dict)
+    """Codec -> bytes with it, of those that need less; none for a set that has shards already."""
 
     def check(self, folder: Path | str) -> None:
-        """Raise UserError when the disk cannot hold it."""
+        """Raise UserError when the disk cannot hold it, with what would fit."""
         if self.free_bytes is not None and self.n_bytes + _RESERVE_BYTES > self.free_bytes:
+            room = self.free_bytes - _RESERVE_BYTES
+            ways = [f"--codec {codec} needs about {gigabytes(size)}" for codec, size in self.smaller.items()]
+            fits = max(0, room) * self.n_tokens // self.n_bytes
+            ways.append(f"fewer --tokens ({counted(fits)} more fit)" if fits else "fewer --tokens")
             raise UserError(
                 f"the disk of {folder} has {gigabytes(self.free_bytes)} free, but this harvest needs about "
-                f"{gigabytes(self.n_bytes)}. Use fewer --tokens, --codec compact, or another disk with --out"
+                f"{gigabytes(self.n_bytes)}. What helps: {'; '.join(ways)}; or --out with a folder on another disk"
             )
 
 
@@ -48,11 +54,14 @@ def estimate(
 
     `records` are those of shards that are there: their bytes per token are taken in place of the codec's usual ratio.
     """
+    n_bytes = int(n_tokens * (_measured_row_bytes(manifest, records) or _row_bytes(manifest, manifest.codec)))
+    others = {} if records else {codec: int(n_tokens * _row_bytes(manifest, codec)) for codec in RATIO}
     return Estimate(
         n_tokens=n_tokens,
-        n_bytes=int(n_tokens * (_measured_row_bytes(manifest, records) or _row_bytes(manifest))),
+        n_bytes=n_bytes,
         free_bytes=place_of(where).free_bytes(),
         seconds=None if tokens_per_second is None else n_tokens / tokens_per_second,
+        smaller={codec: size for codec, size in others.items() if size < n_bytes},
     )
 
 
@@ -64,6 +73,11 @@ def together(parts: Iterable[Estimate], n_tokens: int, seconds: float | None) ->
         n_bytes=sum(part.n_bytes for part in parts),
         free_bytes=min((part.free_bytes for part in parts if part.free_bytes is not None), default=None),
         seconds=seconds,
+        smaller={
+            codec: sum(part.smaller[codec] for part in parts)
+            for codec in RATIO
+            if parts and all(codec in part.smaller for part in parts)
+        },
     )
 
 
@@ -72,9 +86,17 @@ def gigabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
-def _row_bytes(manifest: Manifest) -> float:
+def counted(n_tokens: int) -> str:
+    """A number of tokens for people, rounded down: 6.5M, 870k."""
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if n_tokens >= unit:
+            return f"{n_tokens * 10 // unit / 10:g}{letter}"
+    return str(n_tokens)
+
+
+def _row_bytes(manifest: Manifest, codec: str) -> float:
     width = manifest.source.width + manifest.target.width
-    return width * BYTES_PER_VALUE * RATIO[manifest.codec] + _ID_BYTES + 8
+    return width * BYTES_PER_VALUE * RATIO[codec] + _ID_BYTES + 8
 
 
 def _measured_row_bytes(manifest: Manifest, records: Sequence[CommitRecord]) -> float | None:

@@ -31,11 +31,6 @@ _THRESHOLD = "activation_function.threshold"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", _THRESHOLD, "W_skip")
 
 
-def is_here(folder: Path) -> bool:
-    """Whether `folder` has the files of a transcoder set."""
-    return (folder / CONFIG_FILE).is_file() and any(LAYER_FILE.fullmatch(path.name) for path in folder.iterdir())
-
-
 def write(transcoders: Sequence[Transcoder], folder: Path, origin: Origin) -> None:
     """Write a whole set from transcoders of different layers of one model; the other layers are zeros."""
     import yaml

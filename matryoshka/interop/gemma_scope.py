@@ -19,11 +19,6 @@ from matryoshka.transcoder import Transcoder
 FILE = "params.npz"
 
 
-def is_here(folder: Path) -> bool:
-    """Whether `folder` has the file of a Gemma Scope transcoder."""
-    return (folder / FILE).is_file()
-
-
 def place(transcoder: Transcoder) -> str:
     """Folder inside the repository: loaders read layer and width from it."""
     layer, _ = split_hook(output_hook(transcoder.config))

@@ -31,11 +31,6 @@ _SKIP = "affine_skip_connection"
 _MODULES = {"in": "pre_feedforward_layernorm", "out": "post_feedforward_layernorm"}
 
 
-def is_here(folder: Path) -> bool:
-    """Whether `folder` has the files of a Gemma Scope 2 transcoder."""
-    return (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
-
-
 def place(transcoder: Transcoder) -> str:
     """Folder inside the repository: loaders read the kind, layer and width from it."""
     config = transcoder.config

@@ -51,12 +51,9 @@ def from_pretrained(
         UserError: nothing of the kind is there, several are, or it needs what we cannot express.
     """
     path = Path(path_or_repo)
-    if path.is_file() and path.suffix == ".npz":
-        return gemma_scope.read(path, layer=layer, model=_gemma_model(str(path)))
-    if path.is_dir():
-        folder = _newest_checkpoint(path) if (path / RUN_FILE).is_file() else path
-        found = _one(find(_relative_files(folder)), str(path))
-        return _read(folder / found.folder, found.format, layer=layer, norm_kind=norm_kind)
+    if path.exists():
+        folder, form = locate(path)
+        return _read(folder, form, layer=layer, norm_kind=norm_kind)
     repo, inside = hub.split_repo(str(path_or_repo))
     files = hub.list_files(repo, revision=revision)
     below = [file for file in files if not inside or file.startswith(inside + "/")]
@@ -67,6 +64,18 @@ def from_pretrained(
         patterns.append(PurePosixPath(found.folder, f"{name}.safetensors").as_posix())
     folder = hub.download(repo, patterns, revision=revision) / found.folder
     return _read(folder, found.format, layer=layer, norm_kind=norm_kind, repo=repo)
+
+
+def locate(path: Path) -> tuple[Path, str]:
+    """Where the one transcoder at or below `path` is (its folder, or a params.npz), and its format.
+
+    Raises UserError when there is none, or several.
+    """
+    if path.is_file() and path.suffix == ".npz":
+        return path, "gemma-scope"
+    folder = _newest_checkpoint(path) if (path / RUN_FILE).is_file() else path
+    found = _one(find(_relative_files(folder)), str(path))
+    return folder / found.folder, found.format
 
 
 def find(files: Iterable[str]) -> list[Found]:

@@ -34,11 +34,6 @@ WRITTEN_FOR = "6.54.0"
 _ARCHITECTURES = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 
 
-def is_here(folder: Path) -> bool:
-    """Whether `folder` has the files of a SAELens model."""
-    return (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
-
-
 def write(transcoder: Transcoder, folder: Path, origin: Origin) -> None:
     """Write the two files into `folder`."""
     config = transcoder.config

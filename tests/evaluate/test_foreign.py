@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from evaluate.contenders import Contender, load_contender
-from evaluate.foreign import load_gemma_scope, load_saelens
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from matryoshka.sites import apply_convention
+from matryoshka.transcoder import Transcoder
 
 D_SAE = 21
 GEMMA_SCOPE_2 = {
@@ -98,6 +98,25 @@ def test_gemma_scope(val_set: ShardSet, made: Any, weights: dict[str, Any], tmp_
     np.testing.assert_allclose(got, by_hand(weights, normalized(raw), skip=False), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("prefix", ["gemma-scope:", ""])
+def test_what_from_pretrained_opens_is_compared(
+    val_set: ShardSet, weights: dict[str, Any], tmp_path: Path, prefix: str
+) -> None:
+    """A download of the hub: the one transcoder lies some folders below the one that is named."""
+    folder = tmp_path / "snapshot" / "layer_1" / "width_16k" / "average_l0_12"
+    folder.mkdir(parents=True)
+    arrays = {name: weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+    np.savez(folder / "params.npz", **arrays)
+    contender = load_contender(f"{prefix}{tmp_path / 'snapshot'}", val_set)
+    assert contender.name == "gemma-scope:layer_1/width_16k/average_l0_12"
+    twin = Transcoder.from_pretrained(tmp_path / "snapshot")
+    assert torch.equal(contender.transcoder.W_enc, twin.W_enc)
+    (folder.parent / "average_l0_31").mkdir()
+    np.savez(folder.parent / "average_l0_31" / "params.npz", **arrays)
+    with pytest.raises(UserError, match="holds 2 transcoders; name one of them"):
+        load_contender(f"{prefix}{tmp_path / 'snapshot'}", val_set)
+
+
 def test_gemma_scope_of_another_layer_is_refused(val_set: ShardSet, weights: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "layer_2" / "width_16k"
     folder.mkdir(parents=True)
@@ -112,13 +131,13 @@ def test_gemma_scope_never_unpickles(val_set: ShardSet, weights: dict[str, Any],
     arrays = {name: weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     np.savez(tmp_path / "params.npz", allow_pickle=True, threshold=np.array([{"a": 1}], dtype=object), **arrays)
     with pytest.raises(UserError, match="cannot be read"):
-        load_gemma_scope(tmp_path, val_set)
+        load_contender(str(tmp_path), val_set)
     np.savez(tmp_path / "params.npz", **arrays)
     with pytest.raises(UserError, match="expected W_enc, b_enc, W_dec, b_dec, threshold"):
-        load_gemma_scope(tmp_path, val_set)
+        load_contender(str(tmp_path), val_set)
     (tmp_path / "params.npz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot be read"):
-        load_gemma_scope(tmp_path, val_set)
+        load_contender(str(tmp_path), val_set)
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -181,7 +200,7 @@ def test_saelens_refusals(
     save_file(tensors(weights, **names), tmp_path / "sae_weights.safetensors")
     (tmp_path / "cfg.json").write_text(json.dumps({**SAELENS, **change}))
     with pytest.raises(UserError, match=message):
-        load_saelens(tmp_path, val_set)
+        load_contender(str(tmp_path), val_set)
 
 
 def test_saelens_of_another_model_is_refused(val_set: ShardSet, weights: dict[str, Any], tmp_path: Path) -> None:
@@ -215,7 +234,7 @@ def test_circuit_tracer(val_set: ShardSet, made: Any, weights: dict[str, Any], t
     got = forward(contender, made, val_set)
     np.testing.assert_allclose(got, by_hand(weights, normalized(raw), skip=skip), rtol=1e-4, atol=1e-4)
     (folder / "layer_1.safetensors").write_bytes((folder / "layer_0.safetensors").read_bytes())
-    with pytest.raises(UserError, match="layer 1 of the circuit-tracer set .* is empty"):
+    with pytest.raises(UserError, match="the circuit-tracer transcoder .* is empty for layer 1"):
         load_contender(str(folder), val_set)
     (folder / "layer_1.safetensors").unlink()
     with pytest.raises(UserError, match="layer 1 is not among them"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harvest.estimate import Estimate, estimate, gigabytes
+from harvest.estimate import Estimate, counted, estimate, gigabytes
 from matryoshka.errors import UserError
 from matryoshka.shards import Manifest, SiteFacts, plan_splits
 
@@ -47,6 +48,36 @@ def test_a_disk_is_full_before_its_last_byte() -> None:
     for free in (10**9, 10**8):
         with pytest.raises(UserError, match=r"disk of data/l17 has .* free, but this harvest needs about 1\.0 GB"):
             check(free)
+
+
+def test_a_disk_that_is_too_small_is_answered_with_what_helps(tmp_path: Path) -> None:
+    def answer(codec: str) -> str:
+        found = replace(estimate(make_manifest(codec), 15_000_000, tmp_path, None), free_bytes=int(65e9))
+        with pytest.raises(UserError) as refused:
+            found.check(Path("data/l17"))
+        return str(refused.value)
+
+    compact = answer("compact")
+    assert "--codec compact" not in compact  # it is what was used
+    assert "What helps: --codec int8 needs about 70.0 GB; fewer --tokens (10M more fit); or --out" in compact
+    assert "--codec compact needs about 96.9 GB; --codec int8 needs about 70.0 GB; fewer" in answer("raw")
+    assert "--codec" not in answer("int8")
+
+
+def test_a_set_that_has_shards_keeps_its_codec() -> None:
+    begun = Estimate(n_tokens=100, n_bytes=10**9, free_bytes=5 * 10**8, seconds=None)
+    with pytest.raises(UserError, match=r"What helps: fewer --tokens \(43 more fit\); or --out"):
+        begun.check("data/l17")
+
+
+def test_tokens_for_people() -> None:
+    assert [counted(n) for n in (6_599_999, 15_000_000, 870_500, 999, 2_310_000_000)] == [
+        "6.5M",
+        "15M",
+        "870.5k",
+        "999",
+        "2.3B",
+    ]
 
 
 def test_sizes_for_people() -> None:
