@@ -118,12 +118,13 @@ def show(
     latent: Annotated[int, typer.Argument(help="Number of the latent, from 0.")],
     shards: Annotated[str | None, typer.Option(help="Shard set, when the run has samples of several.")] = None,
     tokenizer: Tokenizer = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Only the N windows of largest activations. (all)")] = None,
 ) -> None:
-    """Print one latent: its histogram, and its windows with the tokens shaded by activation."""
+    """Print one latent: histogram, logit tokens, parents, and its windows with the tokens shaded by activation."""
     from .next_step import then_ablate
     from .show import show_latent
 
-    show_latent(run, latent, shards, tokenizer)
+    show_latent(run, latent, shards, tokenizer, top)
     then_ablate(run, [latent], None if shards is None else Path(shards))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,12 @@ from rich.console import Console
 from rich.text import Text
 
 from matryoshka.errors import UserError
+from matryoshka.tables import FactTable
+from matryoshka.terminal import console, note, show
 from matryoshka.tokens import TokenTexts
 
+from .report.logit_tokens import LOGITS_FILE, LogitTokens
+from .report.relations import Relations
 from .samples import find_samples
 from .samples_file import Histogram, SamplesMark, Window, read_histograms, read_mark, read_windows
 
@@ -20,27 +25,68 @@ _BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _TITLES = {"top": "largest activations", "decile": "by tenth of the activations", "random": "where it does not fire"}
 # One hue from dark to light on black: the order survives any colour blindness, and a grey terminal.
 _SHADES = ("#0b3c5d", "#145a86", "#1f7ab0", "#4a9fd0", "#8cc5e6")
+_MARKS = ("\u2039{}\u203a", "\u00ab{}\u00bb")
+"""Around a token that fires, and around the one that a window is about, where there are no colours."""
+_SHOWN = 8
+"""Tokens and parents that are listed."""
 
 
 def show_latent(
-    run: Path, latent: int, shards: str | None = None, tokenizer: str | None = None, console: Console | None = None
+    run: Path,
+    latent: int,
+    shards: str | None = None,
+    tokenizer: str | None = None,
+    top: int | None = None,
+    to: Console | None = None,
 ) -> None:
-    """Print the windows of `latent`, from the samples of `run`. Raises UserError when there are none."""
-    console = console or Console()
+    """Print `latent` from the samples of `run`: its windows, and what other results beside them say of it.
+
+    With `top` only that many windows of largest activations. Raises UserError when there are no samples.
+    """
+    to = to or console()
     folder = find_samples(run, shards)
     mark = read_mark(folder)
     assert mark is not None
     histograms = read_histograms(folder)
     if not 0 <= latent < len(histograms):
         raise UserError(f"{run} has the latents 0 to {len(histograms) - 1}, and no latent {latent}")
-    text_of = token_text(mark, folder, tokenizer, lambda note: Console(stderr=True).print(note, markup=False))
+    text_of = token_text(mark, folder, tokenizer, note)
     windows = read_windows(folder, latent)
-    console.print(_head(mark, latent, histograms[latent]))
+    to.print(_head(mark, latent, histograms[latent]))
+    show(FactTable("", _facts(folder.parent, mark, latent, text_of)), to)
     largest = max((max(window.acts) for window in windows), default=0.0)
+    shaded = to.color_system is not None and not to.no_color
     for kind, group in itertools.groupby(windows, key=lambda window: window.kind):
-        console.print(Text(f"\n{_TITLES[kind]}", style="bold"))
-        for window in group:
-            console.print(window_line(window, largest, text_of), soft_wrap=False)
+        if top is not None and kind != "top":
+            continue
+        to.print(Text(f"\n{_TITLES[kind]}", style="bold"))
+        for window in itertools.islice(group, top):
+            to.print(window_line(window, largest, text_of, shaded=shaded), soft_wrap=False)
+
+
+def _facts(folder: Path, mark: SamplesMark, latent: int, text_of: Callable[[int], str]) -> list[tuple[str, str]]:
+    """What `evaluate logits` and `evaluate hierarchy` found of the same weights, where they were run."""
+    d_sae, found = sum(mark.transcoder.config["group_sizes"]), []
+    if _is_of_same_weights(folder / "logits.json", mark):
+        sides = LogitTokens(folder / LOGITS_FILE, d_sae).of(latent)
+        for name, pairs in zip(("raises the logits of", "lowers the logits of"), sides, strict=True):
+            words = " ".join(repr(visible(text_of(token))) for token, _ in pairs[:_SHOWN])
+            found.append((name, words or "no token"))
+    if _is_of_same_weights(folder / "hierarchy.json", mark):
+        parents = Relations(folder, d_sae, with_clusters=False).of(latent).get("parents", [])
+        words = ", ".join(f"{parent} (on {inside:.0%} of its rows)" for parent, inside, *_ in parents[:_SHOWN])
+        found.append(("parents", words or "none"))
+    return found
+
+
+def _is_of_same_weights(path: Path, mark: SamplesMark) -> bool:
+    """Whether the record at `path`, of whatever version, is of the weights of the samples."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    transcoder = record.get("transcoder") if isinstance(record, dict) else None
+    return isinstance(transcoder, dict) and transcoder.get("sha256") == mark.transcoder.sha256
 
 
 def token_text(
@@ -57,19 +103,28 @@ def token_text(
     return texts.text
 
 
-def window_line(window: Window, largest: float, text_of: Callable[[int], str]) -> Text:
-    """One window: its number and activation, then its tokens, shaded by activation / `largest`."""
+def window_line(window: Window, largest: float, text_of: Callable[[int], str], *, shaded: bool = True) -> Text:
+    """One window: its number and activation, then its tokens, shaded by activation / `largest`.
+
+    Where nothing is `shaded` the token that the window is about stands in double angle quotes, and the others that fire
+    in single ones.
+    """
     label = f"{window.decile}/10" if window.decile is not None else f"{window.rank}"
     line = Text(f"{label:>5} {window.act:8.3f}  ", style="dim")
     for index, (token, act) in enumerate(zip(window.tokens, window.acts, strict=True)):
-        style = ""
-        if act > 0:
+        style, text = "", visible(text_of(token))
+        is_peak = index == window.peak and window.kind != "random"
+        if not shaded and (act > 0 or is_peak):
+            # Words begin with their space: the mark stands at the word.
+            word = text.lstrip(" ")
+            text = text[: len(text) - len(word)] + _MARKS[is_peak].format(word)
+        if shaded and act > 0:
             shade = _SHADES[min(int(act / largest * len(_SHADES)), len(_SHADES) - 1)]
             style = f"{'black' if shade in _SHADES[3:] else 'white'} on {shade}"
-        if index == window.peak and window.kind != "random":
+        if is_peak:
             style += " bold underline"
         # Text, not markup: brackets in a token mean nothing. Control characters would reach the terminal.
-        line.append(visible(text_of(token)), style=style.strip())
+        line.append(text, style=style.strip())
     return line
 
 

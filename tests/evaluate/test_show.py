@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from evaluate.config import EvaluateConfig
 from evaluate.samples import make_samples
-from evaluate.samples_file import Window
+from evaluate.samples_file import Window, read_mark
 from evaluate.show import show_latent, visible, window_line
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
@@ -37,7 +41,7 @@ def run(val_set: ShardSet, made: Any, tmp_path: Path) -> Path:
 
 def test_a_latent_with_its_text(run: Path, tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=io.StringIO())
-    show_latent(run, 3, tokenizer=str(save_tokenizer(tmp_path / "tokenizer")), console=console)
+    show_latent(run, 3, tokenizer=str(save_tokenizer(tmp_path / "tokenizer")), to=console)
     text = console.export_text()
     for part in ("latent 3", "group 1 of 3", "val rows", "largest activations", "by tenth of the activations", " w7"):
         assert part in text
@@ -49,11 +53,60 @@ def test_ids_where_there_is_no_tokenizer(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     console = Console(width=100, record=True, file=io.StringIO())
-    show_latent(run, 3, console=console)
+    show_latent(run, 3, to=console)
     assert "token ids are shown" in capsys.readouterr().err
     assert "[7]" in console.export_text()
     with pytest.raises(UserError, match="cannot be had"):
-        show_latent(run, 3, tokenizer=str(tmp_path / "nowhere"), console=console)
+        show_latent(run, 3, tokenizer=str(tmp_path / "nowhere"), to=console)
+
+
+def plain(run: Path, tmp_path: Path, **options: Any) -> str:
+    """What is printed where there are no colours."""
+    console = Console(width=300, file=io.StringIO())
+    if not (tmp_path / "tokenizer").exists():
+        save_tokenizer(tmp_path / "tokenizer")
+    show_latent(run, 3, tokenizer=str(tmp_path / "tokenizer"), to=console, **options)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_firing_token_is_marked_without_colours(run: Path, tmp_path: Path) -> None:
+    text = plain(run, tmp_path)
+    top = text.partition("largest activations\n")[2].partition("\n\n")[0].splitlines()
+    random = text.partition("where it does not fire\n")[2].splitlines()
+    assert len(top) > 4
+    assert [line.count("\u00ab") for line in top] == [1] * len(top)
+    assert re.search(r" \u00abw\d+\u00bb", text)  # at the word, not at the space before it
+    assert "\u00ab" not in "".join(random)
+
+
+def test_only_the_largest(run: Path, tmp_path: Path) -> None:
+    lines = plain(run, tmp_path, top=2).partition("largest activations\n")[2].splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2"]
+    assert plain(run, tmp_path).startswith(plain(run, tmp_path, top=2).rstrip("\n"))
+
+
+def test_what_other_results_say_of_it(run: Path, tmp_path: Path) -> None:
+    folder = next(run.glob("eval/*"))
+    mark = read_mark(folder / "samples")
+    assert mark is not None
+    assert "raises" not in plain(run, tmp_path)
+    logits = {"latent": [3, 3, 3, 4], "side": [1, 1, -1, 1], "rank": [0, 1, 0, 0], "token": [7, 5, 38, 1]}
+    pq.write_table(pa.table({**logits, "effect": [0.9, 0.5, -0.4, 0.1]}), folder / "logits.parquet")
+    edges = {"parent": [1, 2, 0], "child": [3, 3, 4], "p_parent_given_child": [0.25, 0.75, 1.0]}
+    edges |= {name: [0.1] * 3 for name in ("p_child_given_parent", "lift", "cosine")}
+    pq.write_table(pa.table(edges), folder / "hierarchy.parquet")
+    for name in ("logits", "hierarchy"):
+        (folder / f"{name}.json").write_text(json.dumps({"transcoder": {"sha256": mark.transcoder.sha256}}))
+    text = plain(run, tmp_path)
+    assert "raises the logits of  ' w7' ' w5'\n" in text
+    assert "lowers the logits of  '[red]x[/]'\n" in text
+    assert "parents               2 (on 75% of its rows), 1 (on 25% of its rows)\n" in text
+    # those of other weights are not shown
+    for name in ("logits", "hierarchy"):
+        (folder / f"{name}.json").write_text(json.dumps({"transcoder": {"sha256": "0" * 64}}))
+    assert "raises" not in plain(run, tmp_path)
+    assert "parents" not in plain(run, tmp_path)
 
 
 def test_a_latent_that_is_not_there(run: Path) -> None:
