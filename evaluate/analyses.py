@@ -29,6 +29,7 @@ ANALYSES = (
     Entry("faithfulness", ".intervention.faithfulness", "FaithfulnessAnalysis"),
     Entry("hierarchy", ".structure.hierarchy", "HierarchyAnalysis"),
     Entry("logits", ".intervention.logits", "LogitsAnalysis"),
+    Entry("samples", ".samples", "SamplesAnalysis"),
 )
 
 

@@ -98,17 +98,18 @@ def samples(
     set_: Overrides = None,
 ) -> None:
     """The contexts in which each latent fires most, in which it fires at all, and in which it does not."""
+    from .analysis import answer
     from .next_step import then_report
-    from .samples import make_samples
+    from .samples import SamplesAnalysis
     from .screen import Screen
 
     overrides = [*(set_ or ()), *([f"evaluate.samples.split={split}"] if split else ())]
     flags = {"shards": shards, "tokens": tokens, "prefix": prefix, "device": device}
     settings = read_settings(config, overrides, flags)
-    for path in runs:
-        with Screen("samples") as screen:
-            sampled = make_samples(path, settings, screen)
-        screen.sampled(sampled)
+    analysis = SamplesAnalysis()
+    with Screen("samples") as screen:
+        answers = answer(analysis, runs, settings, screen)
+    screen.say(analysis, answers)
     then_report(runs, shards)
 
 

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 
-from matryoshka.config import Config
 from matryoshka.errors import UserError
-from matryoshka.runs import fsync_path, publish_json
+from matryoshka.runs import fsync_path
 
-from .result import ShardSetFacts, TranscoderFacts, identity_of
+from .result import Result
 from .sample_rows import DECILE, KINDS, TOP, SampleRows, WindowTokens
 from .sampling import Sampling
 
@@ -28,23 +26,18 @@ LATENTS_PER_GROUP = 256
 """Latents in one row group of the Parquet file: what reading one of them costs."""
 
 
-class SamplesMark(Config):
+class SamplesMark(Result):
     """The content of samples.json."""
 
-    format_version: Literal[1] = 1
-    transcoder: TranscoderFacts
-    shard_set: ShardSetFacts
-    settings: dict[str, Any]
+    FILE = f"{SAMPLES_FOLDER}/{MARK_FILE}"
+    TABLES = (WINDOWS_FILE, HISTOGRAMS_FILE)
+
     split: Literal["val", "train"]
     tokenizer: str
     """Name of the tokenizer: a folder, or a repository of the hub."""
     n_rows: int
     """Rows the windows are chosen from."""
     n_windows: int
-
-    def identity(self) -> dict[str, Any]:
-        """What decides every byte here."""
-        return identity_of(self.transcoder, self.shard_set, self.settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +68,10 @@ class Histogram:
     counts: list[int]
 
 
-def write_samples(folder: Path, mark: SamplesMark, sampling: Sampling, rows: SampleRows, text: WindowTokens) -> Path:
-    """Write the three files; equal content gives equal bytes."""
-    (folder / MARK_FILE).unlink(missing_ok=True)
+def write_samples(folder: Path, sampling: Sampling, rows: SampleRows, text: WindowTokens) -> None:
+    """Write the two tables; equal content gives equal bytes."""
     _write_windows(folder / WINDOWS_FILE, sampling, rows, text)
     _write_histograms(folder / HISTOGRAMS_FILE, sampling)
-    publish_json(folder / MARK_FILE, mark.model_dump(mode="json"))
-    return folder / MARK_FILE
-
-
-def read_mark(folder: Path) -> SamplesMark | None:
-    """The mark of a folder; None when there is none that this version can read."""
-    try:
-        return SamplesMark.model_validate_json((folder / MARK_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError):
-        return None
 
 
 def read_windows(folder: Path, latent: int) -> list[Window]:

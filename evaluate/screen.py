@@ -18,7 +18,6 @@ from .probing.measured import Measured
 from .report.build import Pages
 from .report_file import Report
 from .run import Evaluation
-from .samples import Sampled
 from .tables import number, run_and_step
 
 
@@ -87,25 +86,6 @@ class Screen:
         else:
             n_new = sum(one.is_new for one in answers)
             note(f"{n_new} results written, {len(answers) - n_new} were there already")
-
-    def sampled(self, sampled: Sampled) -> None:
-        """Say where the samples of a run lie and what was left to do."""
-        mark = sampled.mark
-        if mark.split == "train":
-            note(
-                f"{mark.transcoder.run}: the windows are of train rows, which the transcoder has seen; they may show "
-                "what it learned by heart",
-                warning=True,
-            )
-        if sampled.replaced:
-            note(f"replaced older samples ({'; '.join(sampled.replaced)})")
-        self._resumed(sampled.n_resumed)
-        state = (
-            f"{mark.n_windows:,} windows from {mark.n_rows:,} {mark.split} rows"
-            if sampled.is_new
-            else "nothing left to do, these samples were there already"
-        )
-        note(f"{sampled.path}: {state}")
 
     def _unfinished(self, checkpoint: Checkpoint) -> None:
         if not checkpoint.is_finished:

@@ -50,6 +50,13 @@ def open_shards(checkpoint: Checkpoint, named: Path | str | None, note: Callable
     return shards
 
 
+def tokenizer_name(shards: ShardSet) -> str:
+    """The tokenizer that made the set's tokens: a folder, or a repository of the hub."""
+    tokenizer = shards.manifest.model.get("tokenizer")
+    name = tokenizer.get("name") if isinstance(tokenizer, dict) else None
+    return str(name or shards.manifest.model.get("model", ""))
+
+
 def _record(folder: Path) -> dict[str, Any]:
     """run.json of the run that the weights in `folder` belong to; empty for bare weights."""
     parent = folder.resolve().parent

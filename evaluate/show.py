@@ -19,7 +19,7 @@ from matryoshka.tokens import TokenTexts
 from .report.logit_tokens import LOGITS_FILE, LogitTokens
 from .report.relations import Relations
 from .samples import find_samples
-from .samples_file import Histogram, SamplesMark, Window, read_histograms, read_mark, read_windows
+from .samples_file import Histogram, SamplesMark, Window, read_histograms, read_windows
 
 _BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _TITLES = {"top": "largest activations", "decile": "by tenth of the activations", "random": "where it does not fire"}
@@ -45,7 +45,7 @@ def show_latent(
     """
     to = to or console()
     folder = find_samples(run, shards)
-    mark = read_mark(folder)
+    mark = SamplesMark.read(folder.parent)
     assert mark is not None
     histograms = read_histograms(folder)
     if not 0 <= latent < len(histograms):

@@ -22,6 +22,7 @@ from ..analysis import Progress, Silent, load_transcoder
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from ..config import EvaluateConfig
 from ..result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
+from ..shard_set import tokenizer_name
 from .absorption import RowScores, score_rows
 from .absorption_file import (
     ABSORPTION_FILE,
@@ -79,13 +80,6 @@ def measure_absorption(
     task = LetterTask(shards, config, texts, progress or Silent())
     checkpoints = [find_checkpoint(run) for run in expand_fleets(list(runs))]
     return [_measure(checkpoint, task, name) for checkpoint in checkpoints]
-
-
-def tokenizer_name(shards: ShardSet) -> str:
-    """The tokenizer that made the set's tokens: a folder, or a repository of the hub."""
-    tokenizer = shards.manifest.model.get("tokenizer")
-    name = tokenizer.get("name") if isinstance(tokenizer, dict) else None
-    return str(name or shards.manifest.model.get("model", ""))
 
 
 def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Measured[AbsorptionResult]:

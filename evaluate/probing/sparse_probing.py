@@ -22,7 +22,7 @@ from ..analysis import Progress, Silent, load_transcoder
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from ..config import EvaluateConfig
 from ..result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
-from .absorption_run import tokenizer_name
+from ..shard_set import tokenizer_name
 from .examples import Side, choose, is_held_out_document, keep_side, pooled_documents, read_side, side_rows, token_rows
 from .k_probes import Examples, KProbe, balanced, dense_top_k, k_sparse
 from .labels import read_labels

@@ -23,15 +23,15 @@ from matryoshka.errors import UserError
 from matryoshka.runs import publish_json
 from matryoshka.transcoder import Transcoder
 
-from ..analysis import Progress, Silent
+from ..analysis import Progress, Silent, answer
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
 from ..latent_table import LATENTS_FILE
 from ..report_file import REPORT_FILE, read_report
 from ..result import ShardSetFacts, TranscoderFacts
 from ..run import evaluate
-from ..samples import find_samples, make_samples
-from ..samples_file import SAMPLES_FOLDER, SamplesMark, all_windows, read_histograms, read_mark
+from ..samples import SamplesAnalysis, find_samples
+from ..samples_file import SAMPLES_FOLDER, SamplesMark, all_windows, read_histograms
 from ..show import token_text, visible
 from .chunks import ChunkWriter
 from .data_file import write_data
@@ -77,10 +77,10 @@ def make_report(
     config = config.model_copy(update={"split": "val"})
     if config.shards is not None:
         evaluate([run], config, progress)
-        samples = make_samples(run, config, progress).path
+        samples = answer(SamplesAnalysis(), [run], config, progress)[0].path.parent
     else:
         samples = samples_folder(run, config)
-    checkpoint, mark, report = find_checkpoint(run), read_mark(samples), read_report(samples.parent)
+    checkpoint, mark, report = find_checkpoint(run), SamplesMark.read(samples.parent), read_report(samples.parent)
     assert mark is not None
     if report is None or not (samples.parent / LATENTS_FILE).is_file():
         raise UserError(f"{samples.parent} has no {REPORT_FILE} yet; run: evaluate run {run} --shards DIR")
@@ -112,7 +112,7 @@ def samples_folder(run: Path, config: EvaluateConfig) -> Path:
     """The samples that the pages of `run` are made from. Raises UserError when there are none."""
     if config.out is None:
         return find_samples(run, None if config.shards is None else str(config.shards))
-    if read_mark(config.out / SAMPLES_FOLDER) is None:
+    if SamplesMark.read(config.out) is None:
         raise UserError(f"{config.out} has no samples yet; make them with: evaluate samples {run} --shards DIR")
     return config.out / SAMPLES_FOLDER
 

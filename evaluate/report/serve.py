@@ -15,7 +15,7 @@ from matryoshka.errors import UserError
 from ..analysis import Progress
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
-from ..samples_file import read_mark
+from ..samples_file import SamplesMark
 from ..show import token_text, visible
 from .build import REPORT_FOLDER, make_report, near_place, read_pages_mark, samples_folder
 from .http_pages import Answers, PageServer
@@ -78,7 +78,7 @@ def serve_report(
         pages = make_report(run, config, tokenizer=tokenizer, progress=progress)
         folder = pages.index.parent
     samples, checkpoint = samples_folder(run, config), find_checkpoint(run)
-    mark = read_mark(samples)
+    mark = SamplesMark.read(samples.parent)
     assert mark is not None
     text = token_text(mark, near_place(config, samples), tokenizer, notes.append)
     text_of = cache(lambda token: visible(text(token)))
@@ -114,7 +114,7 @@ def _pages(run: Path, config: EvaluateConfig) -> Path | None:
         samples = samples_folder(run, config)
     except UserError:
         return None
-    mark, pages = read_mark(samples), read_pages_mark(samples.parent / REPORT_FOLDER)
+    mark, pages = SamplesMark.read(samples.parent), read_pages_mark(samples.parent / REPORT_FOLDER)
     if mark is None or pages is None or pages.transcoder.sha256 != mark.transcoder.sha256:
         return None
     return samples.parent / REPORT_FOLDER

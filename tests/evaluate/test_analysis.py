@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from evaluate.analyses import ANALYSES
+from evaluate import sampling
+from evaluate.analyses import ANALYSES, Entry
 from evaluate.analysis import Answer, Silent, answer
 from evaluate.config import EvaluateConfig
 from matryoshka.errors import UserError
@@ -43,7 +44,7 @@ SMALL = {"device": "cpu", "batch_rows": 11, "curve_tokens": 40, "bootstrap": 20,
 
 
 @pytest.fixture
-def case(request: pytest.FixtureRequest, name: str) -> Case:
+def case(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPatch) -> Case:
     """The case of the analysis `name`; the language model and the words are made where they are needed alone."""
 
     def of_model(**more: Any) -> Case:
@@ -51,12 +52,17 @@ def case(request: pytest.FixtureRequest, name: str) -> Case:
         settings = {**SMALL, "lm": {"batch_tokens": 2 * 13}}
         return Case(one.shards, one.transcoder, settings, **more)
 
-    if name == "hierarchy":
-        settings = {**SMALL, "hierarchy": {"clusters": False, "min_rows": 2}}
+    if name in ("hierarchy", "samples"):
+        # Blocks of about two contexts, so that there are several.
+        monkeypatch.setattr(sampling, "BLOCK_ROWS", 16)
         return Case(
             request.getfixturevalue("val_set"),
             request.getfixturevalue("made").transcoder(),
-            settings,
+            {
+                **SMALL,
+                "hierarchy": {"clusters": False, "min_rows": 2},
+                "samples": {"top": 4, "per_decile": 1, "random": 2, "before": 3, "after": 2},
+            },
             other={"tokens": 30},
             change="settings.tokens: null -> 30",
         )
@@ -98,6 +104,12 @@ class Bench:
     folder: Path
     save_run: Callable[..., Path]
 
+    @property
+    def entry(self) -> Entry:
+        """Its row of the table."""
+        (entry,) = (entry for entry in ANALYSES if entry.name == self.name)
+        return entry
+
     def run(self, name: str = "run", *, named: bool = True) -> Path:
         """A run that was trained on the shard set of the case."""
         run = self.save_run(self.folder / name, self.case.transcoder)
@@ -113,8 +125,7 @@ class Bench:
 
     def answer(self, runs: list[Path], progress: Silent | None = None, **changes: Any) -> list[Answer[Any]]:
         """What the command gives."""
-        (entry,) = (entry for entry in ANALYSES if entry.name == self.name)
-        return answer(entry.load()(**self.case.arguments), runs, self.config(**changes), progress)
+        return answer(self.entry.load()(**self.case.arguments), runs, self.config(**changes), progress)
 
 
 @pytest.fixture
@@ -231,25 +242,19 @@ def test_two_runs_into_one_folder_are_refused(bench: Bench) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_train_rows_and_prefixes_have_folders_of_their_own(bench: Bench) -> None:
     run = bench.run()
-    first = bench.answer([run])
-    before = files(run / "eval")
-    apart = bench.answer([run])[0].path.parent
-    (entry,) = (entry for entry in ANALYSES if entry.name == bench.name)
-    heeded = entry.load().apart
-    train, prefix = bench.answer([run], split="train"), bench.answer([run], prefix=2)
-    both = bench.answer([run], split="train", prefix=2)
-    for found, names in ((train, ("split",)), (prefix, ("prefix",)), (both, ("split", "prefix"))):
-        parts = [{"split": "train", "prefix": "prefix-2"}[name] for name in names if name in heeded]
-        assert [one.path.parent for one in found] == [_inside(one.path.parent, parts, bench) for one in first]
-        assert all(one.is_new == bool(parts) for one in found)
-    assert {name: content for name, content in files(run / "eval").items() if name in before} == before
-    assert apart.is_dir()
-
-
-def _inside(folder: Path, parts: list[str], bench: Bench) -> Path:
-    """`folder` of a result, in the folders `parts` of the evaluation."""
-    top = bench.folder / "run" / "eval" / f"{bench.case.shards.name}-{bench.case.shards.digest[:8]}"
-    return top.joinpath(*parts) / folder.relative_to(top)
+    first = [one.path for one in bench.answer([run])]
+    top = run / "eval" / f"{bench.case.shards.name}-{bench.case.shards.digest[:8]}"
+    before = files(top)
+    heeded = bench.entry.load().apart
+    folders = {"split": "train", "prefix": "prefix-2"}
+    for asked in ({"split": "train"}, {"prefix": 2}, {"split": "train", "prefix": 2}):
+        inside = top.joinpath(*(folders[name] for name in asked if name in heeded))
+        # What it does not heed is no other question.
+        is_new = not (inside / first[0].relative_to(top)).exists()
+        found = bench.answer([run], **asked)
+        assert [one.path for one in found] == [inside / path.relative_to(top) for path in first]
+        assert all(one.is_new == is_new for one in found)
+    assert {name: content for name, content in files(top).items() if name in before} == before
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -19,7 +19,7 @@ from evaluate.analysis import Silent, answer
 from evaluate.config import EvaluateConfig, HierarchyConfig, SamplesConfig
 from evaluate.resume import load_state, state_of, unfinished
 from evaluate.run import evaluate
-from evaluate.samples import make_samples
+from evaluate.samples import SamplesAnalysis
 from evaluate.structure.hierarchy import HierarchyAnalysis
 from matryoshka.errors import UserError
 from matryoshka.metrics import FvuSums
@@ -68,9 +68,8 @@ def make(kind: str, run: Path, config: EvaluateConfig, progress: Silent) -> int:
     """Rows that were not measured again."""
     if kind == "run":
         return make_report(run, config, progress)
-    if kind == "samples":
-        return make_samples(run, config, progress).n_resumed
-    return answer(HierarchyAnalysis(), [run], config, progress)[0].n_resumed
+    analysis = SamplesAnalysis() if kind == "samples" else HierarchyAnalysis()
+    return answer(analysis, [run], config, progress)[0].n_resumed
 
 
 def files(run: Path) -> dict[str, bytes]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from evaluate import sampling as sampling_module
+from evaluate.analysis import Answer, answer
 from evaluate.config import EvaluateConfig
-from evaluate.samples import find_samples, make_samples
-from evaluate.samples_file import MARK_FILE, Window, read_histograms, read_windows
+from evaluate.samples import SamplesAnalysis, find_samples
+from evaluate.samples_file import MARK_FILE, SamplesMark, Window, read_histograms, read_windows
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from matryoshka.sites import apply_convention
@@ -24,6 +25,11 @@ BEFORE, AFTER = 3, 2
 def config(shards: ShardSet, **samples: Any) -> EvaluateConfig:
     settings = {"top": 4, "per_decile": 1, "random": 2, "before": BEFORE, "after": AFTER, **samples}
     return EvaluateConfig.model_validate({"shards": shards.path, "device": "cpu", "samples": settings})
+
+
+def make_samples(run: Path, config: EvaluateConfig) -> Answer[SamplesMark]:
+    (found,) = answer(SamplesAnalysis(), [run], config)
+    return found
 
 
 class Twin:
@@ -106,10 +112,10 @@ def test_windows_against_loops_over_latents(val_set: ShardSet, made: Any, tmp_pa
     transcoder.threshold[9] = 1e9
     sampled = make_samples(made.run(tmp_path / "run", transcoder), config(val_set))
     twin = Twin(val_set, transcoder)
-    histograms = read_histograms(sampled.path)
+    histograms = read_histograms(sampled.path.parent)
     n_deciles = n_random = 0
     for latent in range(48):
-        windows = read_windows(sampled.path, latent)
+        windows = read_windows(sampled.path.parent, latent)
         for window in windows:
             check_window(window, twin)
         rows = twin.rows(latent)
@@ -136,7 +142,7 @@ def test_windows_against_loops_over_latents(val_set: ShardSet, made: Any, tmp_pa
             counts[int(value / histograms[latent].width)] += 1
         assert histograms[latent].counts == counts
         assert not rows or max(i for i, count in enumerate(counts) if count) >= 32
-    assert [window.kind for window in read_windows(sampled.path, 9)] == ["random", "random"]
+    assert [window.kind for window in read_windows(sampled.path.parent, 9)] == ["random", "random"]
     assert n_deciles > 100
     assert n_random > 60
 
@@ -148,7 +154,7 @@ def test_the_result_does_not_depend_on_the_blocks(
     for rows in (8, 24, 10_000):
         monkeypatch.setattr(sampling_module, "BLOCK_ROWS", rows)
         run = made.run(tmp_path / str(rows) / "run", made.transcoder())
-        folder = make_samples(run, config(val_set)).path
+        folder = make_samples(run, config(val_set)).path.parent
         windows = [window for latent in range(48) for window in read_windows(folder, latent)]
         found.append([(w.latent, w.kind, w.decile, w.rank, w.context, w.position) for w in windows])
     assert found[0] == found[1] == found[2]
@@ -157,14 +163,14 @@ def test_the_result_does_not_depend_on_the_blocks(
 def test_same_bytes_and_then_nothing_to_do(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     run = made.run(tmp_path / "run", made.transcoder())
     first = make_samples(run, config(val_set))
-    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in first.path.iterdir()}
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in first.path.parent.iterdir()}
     assert not make_samples(run, config(val_set)).is_new
-    (first.path / MARK_FILE).unlink()
+    (first.path.parent / MARK_FILE).unlink()
     assert make_samples(run, config(val_set)).is_new
-    assert digests == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in first.path.iterdir()}
+    assert digests == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in first.path.parent.iterdir()}
     other = make_samples(run, config(val_set, top=3))
     assert other.replaced == ("settings.top: 4 -> 3",)
-    assert find_samples(run) == other.path
+    assert find_samples(run) == other.path.parent
 
 
 def test_equal_windows_are_shown_once(made: Any, tmp_path: Path) -> None:
@@ -191,15 +197,15 @@ def test_few_tokens_are_whole_contexts(val_set: ShardSet, made: Any, tmp_path: P
     settings = config(val_set).model_copy(update={"tokens": 20})
     sampled = make_samples(made.run(tmp_path / "run", made.transcoder()), settings)
     # 6 rows in the first context (two specials), 7 in each other: the third one reaches 20.
-    assert sampled.mark.n_rows == 20
-    contexts = {w.context for latent in range(48) for w in read_windows(sampled.path, latent)}
+    assert sampled.result.n_rows == 20
+    contexts = {w.context for latent in range(48) for w in read_windows(sampled.path.parent, latent)}
     assert contexts == {0, 1, 2}
 
 
 def test_train_rows_only_when_asked_for(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     sampled = make_samples(made.run(tmp_path / "run", made.transcoder()), config(val_set, split="train"))
     rows = sum(int(val_set.train.keep(shard).sum()) for shard in range(2))
-    assert (sampled.mark.split, sampled.mark.n_rows) == ("train", rows)
+    assert (sampled.result.split, sampled.result.n_rows) == ("train", rows)
 
 
 def test_no_samples_and_stale_samples_are_said(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
@@ -219,9 +225,9 @@ def test_a_prefix_has_samples_of_its_own(val_set: ShardSet, made: Any, tmp_path:
     run = made.run(tmp_path / "run", made.transcoder())
     whole = make_samples(run, config(val_set))
     prefix = make_samples(run, config(val_set).model_copy(update={"prefix": 2}))
-    assert prefix.path == whole.path.parent / "prefix-2" / "samples"
-    assert len(read_histograms(prefix.path)) == 17
-    assert [read_windows(prefix.path, latent) for latent in range(17)] == [
-        read_windows(whole.path, latent) for latent in range(17)
+    assert prefix.path.parent == whole.path.parent.parent / "prefix-2" / "samples"
+    assert len(read_histograms(prefix.path.parent)) == 17
+    assert [read_windows(prefix.path.parent, latent) for latent in range(17)] == [
+        read_windows(whole.path.parent, latent) for latent in range(17)
     ]
-    assert find_samples(run) == whole.path
+    assert find_samples(run) == whole.path.parent

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
-from evaluate.samples import make_samples
-from evaluate.samples_file import Window, read_mark
+from evaluate.samples import SamplesAnalysis
+from evaluate.samples_file import Window
 from evaluate.show import show_latent, visible, window_line
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
@@ -35,7 +36,7 @@ def save_tokenizer(folder: Path) -> Path:
 def run(val_set: ShardSet, made: Any, tmp_path: Path) -> Path:
     path = made.run(tmp_path / "run", made.transcoder())
     config = EvaluateConfig(shards=val_set.path, device="cpu")
-    make_samples(path, config)
+    answer(SamplesAnalysis(), [path], config)
     return path
 
 

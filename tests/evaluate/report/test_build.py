@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
 from evaluate.report.data_file import write_data
 from evaluate.report.directions import nearest_directions
 from evaluate.run import evaluate
-from evaluate.samples import make_samples
+from evaluate.samples import SamplesAnalysis
 from evaluate.samples_file import read_windows
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
@@ -89,7 +90,7 @@ def test_without_shards_numbers_and_samples_must_be_there(val_set: ShardSet, mad
     run, config = made.run(tmp_path / "run", made.transcoder()), EvaluateConfig(shards=val_set.path, device="cpu")
     with pytest.raises(UserError, match="has no samples yet"):
         make_report(run, EvaluateConfig(device="cpu"))
-    make_samples(run, config)
+    answer(SamplesAnalysis(), [run], config)
     with pytest.raises(UserError, match="run: evaluate run"):
         make_report(run, EvaluateConfig(device="cpu"))
     evaluate([run], config)
