@@ -16,7 +16,7 @@ from rich.console import Console
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.samples import SamplesAnalysis
-from evaluate.samples_file import Window
+from evaluate.samples_file import SamplesMark, Window
 from evaluate.show import show_latent, visible, window_line
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
@@ -89,7 +89,7 @@ def test_only_the_largest(run: Path, tmp_path: Path) -> None:
 
 def test_what_other_results_say_of_it(run: Path, tmp_path: Path) -> None:
     folder = next(run.glob("eval/*"))
-    mark = read_mark(folder / "samples")
+    mark = SamplesMark.read(folder)
     assert mark is not None
     assert "raises" not in plain(run, tmp_path)
     logits = {"latent": [3, 3, 3, 4], "side": [1, 1, -1, 1], "rank": [0, 1, 0, 0], "token": [7, 5, 38, 1]}
