@@ -215,9 +215,9 @@ class Transcoder(nn.Module):
     def spliced_into(self, model: Any, n_groups: int | None = None) -> AbstractContextManager[None]:
         """While the context lasts, forwards of `model` compute this transcoder in place of what it predicts.
 
-        `model` is a `matryoshka.LanguageModel` or a TransformerBridge. See `matryoshka.splice.spliced_into`.
+        `model` is a `matryoshka.LanguageModel` or a TransformerBridge. See `matryoshka.lm.splice.spliced_into`.
         """
-        from matryoshka.splice import spliced_into
+        from matryoshka.lm.splice import spliced_into
 
         return spliced_into(self, model, n_groups)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
+from matryoshka.lm.splice import edited
 from matryoshka.runs import make_directory, publish_json
 from matryoshka.shards import ShardSet
-from matryoshka.splice import edited
 from matryoshka.transcoder import Transcoder
 
 from ..analysis import Progress, Silent, load_transcoder

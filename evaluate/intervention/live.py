@@ -9,9 +9,9 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
+from matryoshka.lm.splice import check_model
 from matryoshka.shards import ShardSet
 from matryoshka.sites import apply_convention
-from matryoshka.splice import check_model
 from matryoshka.transcoder import Transcoder
 
 from .model import text_of_tokens

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from matryoshka.unembedding import Unembedding
+from matryoshka.lm.unembedding import Unembedding
 
 _TILE_BYTES = 256 * 2**20
 _TOKENS_AT_ONCE = 32_768

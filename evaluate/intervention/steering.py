@@ -12,8 +12,8 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
+from matryoshka.lm.splice import edited
 from matryoshka.shards import ShardSet
-from matryoshka.splice import edited
 from matryoshka.transcoder import Transcoder
 
 from ..analysis import load_transcoder

@@ -132,7 +132,8 @@ class ShardSetWriter:
         """
         n_contexts = tokens.shape[0]
         sides = {"source": source, "target": target}
-        largest = {side: _largest(values, side, split, shard) for side, values in sides.items()}
+        dtype = self.manifest.model.get("weight_dtype")
+        largest = {side: _largest(values, side, split, shard, dtype) for side, values in sides.items()}
         keep = ~torch.isin(tokens.T, torch.tensor(self.manifest.special_ids, dtype=tokens.dtype))
         try:
             self._write_ids(split, shard, {"tokens": tokens, "doc_ids": doc_ids})
@@ -141,7 +142,7 @@ class ShardSetWriter:
                 if layout.is_scaled(self.manifest):
                     # Statistics are of what a reader will get.
                     sides[side], losses[side] = self._write_scaled(split, shard, side, sides[side], keep)
-                    largest[side] = _largest(sides[side], side, split, shard)
+                    largest[side] = _largest(sides[side], side, split, shard, dtype)
                 else:
                     self._write(f"{split}/{side}", shard, layout.to_bits(sides[side]), axis=1)
             if split == "train":
@@ -322,15 +323,17 @@ def _identity(manifest: Manifest, grows: bool) -> dict[str, Any]:
     return content
 
 
-def _largest(values: Tensor, side: str, split: str, shard: int) -> float:
+def _largest(values: Tensor, side: str, split: str, shard: int, weight_dtype: str | None) -> float:
     """The largest absolute value. Refuses NaN and infinity, which would poison every statistic and every training."""
     assert values.dtype == torch.bfloat16
     low, high = torch.aminmax(values)
     largest = max(abs(float(low)), abs(float(high)))
     if not np.isfinite(largest):
         n_bad = int((~torch.isfinite(values)).sum())
+        wider = {"bfloat16": "Harvest with --dtype fp32", "float32": "No --dtype is wider: the model is damaged"}
+        advice = wider.get(str(weight_dtype), "Harvest with --dtype bf16 or --dtype fp32")
         raise UserError(
-            f"{n_bad} values of {side} are not finite in shard {shard} of {split}: the language model overflowed. "
-            "Harvest with --dtype bf16 or --dtype fp32"
+            f"{n_bad} values of {side} are not finite in shard {shard} of {split}: the language model overflowed in "
+            f"{weight_dtype or 'its dtype'}. {advice}"
         )
     return largest

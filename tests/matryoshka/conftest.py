@@ -165,3 +165,20 @@ def load(request: pytest.FixtureRequest) -> Callable[..., LanguageModel]:
         return models[name, dtype]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def boot_bridge() -> Callable[[Path], Any]:
+    """A function: folder of a model -> a TransformerBridge of TransformerLens over its weights in float32."""
+
+    def boot(folder: Path) -> Any:
+        from transformer_lens.model_bridge import TransformerBridge
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # TransformerLens loads a tokenizer a second time unless it claims to prepend BOS already.
+        tokenizer.init_kwargs["add_bos_token"] = True
+        return TransformerBridge.boot_transformers(str(folder), hf_model=model, tokenizer=tokenizer, device="cpu")
+
+    return boot

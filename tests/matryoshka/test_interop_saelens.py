@@ -164,7 +164,12 @@ def test_damaged_weights_are_refused(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("convention", ["resid_mid", "normalized", "mlp_in"])
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gemma2"])
 def test_saelens_runs_a_model_with_it(
-    make: Make, name: str, convention: str, tmp_path: Path, request: pytest.FixtureRequest
+    make: Make,
+    name: str,
+    convention: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    boot_bridge: Callable[[Path], Any],
 ) -> None:
     """add_sae on SAELens's own model gives the logits of our splice: the hook names are those it wants."""
     from sae_lens import SAE
@@ -178,7 +183,7 @@ def test_saelens_runs_a_model_with_it(
     tokens = torch.randint(4, 90, (2, 11), generator=torch.Generator().manual_seed(0))
     with transcoder.spliced_into(model):
         expected = model.logits(tokens)
-    bridge: Any = model._bridge
+    bridge = boot_bridge(Path(folder))
     # What SAETransformerBridge.boot_transformers does to a bridge it has booted.
     bridge.__class__ = SAETransformerBridge
     bridge._acts_to_saes, bridge._transcoder_output_hooks = {}, {}

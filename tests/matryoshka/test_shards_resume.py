@@ -201,6 +201,19 @@ def test_nonfinite_activations_are_not_committed(value: float, side: int, toy: A
     assert writer.is_committed("train", 0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [("float16", "Harvest with --dtype bf16 or"), ("bfloat16", "Harvest with --dtype fp32"), ("float32", "No --dtype")],
+)
+def test_what_overflows_is_sent_to_a_wider_dtype(dtype: str, advice: str, toy: Any, tmp_path: Path) -> None:
+    manifest = toy.manifest.model_copy(update={"model": {**toy.manifest.model, "weight_dtype": dtype}})
+    writer = ShardSetWriter.open(tmp_path / "set", manifest, toy.norm)
+    piece = [tensor.clone() for tensor in toy.pieces["train", 0]]
+    piece[2][4, 1, 7] = float("inf")
+    with pytest.raises(UserError, match=rf"overflowed in {dtype}\. {advice}"):
+        writer.write_shard("train", 0, *piece)
+
+
 def test_full_disk_is_one_sentence_and_no_commit(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer_ = ShardSetWriter.open(tmp_path / "set", toy.manifest, toy.norm)
 

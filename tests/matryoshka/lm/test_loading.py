@@ -59,7 +59,7 @@ def test_an_architecture_that_transformer_lens_does_not_know_is_refused(save_tin
     from transformers import CTRLConfig, CTRLLMHeadModel
 
     config = CTRLConfig(vocab_size=97, n_embd=24, n_layer=2, n_head=3, dff=40, n_positions=64)
-    with pytest.raises(UserError, match="TransformerLens cannot wrap .* a CTRLLMHeadModel"):
+    with pytest.raises(UserError, match="TransformerLens does not know .* a CTRLLMHeadModel"):
         LanguageModel.load(str(save_tiny_model(CTRLLMHeadModel, config)), dtype="float32")
 
 

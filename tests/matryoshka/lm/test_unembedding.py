@@ -11,7 +11,7 @@ import torch
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
-from matryoshka.unembedding import Unembedding, _rank_correlation
+from matryoshka.lm.unembedding import Unembedding, _rank_correlation
 
 MODELS = {"tiny_gemma2": "rms", "tiny_llama": "rms", "tiny_gpt2": "layer"}
 
@@ -60,11 +60,11 @@ def test_a_model_that_does_more_is_refused(load: Callable[..., LanguageModel]) -
     tokens = torch.arange(4, 12)[None]
     point = f"blocks.{model.n_layers - 1}.hook_resid_post"
     residual, logits = model.capture(tokens, [point])[point], model.logits(tokens)
-    trees: tuple[Any, Any] = (model._bridge, model._plain)
+    parts: tuple[Any, Any] = (model._points.final_norm, model._model.get_output_embeddings())
     with pytest.raises(UserError, match="something more lies between"):
-        Unembedding.fit(*trees, residual, logits.roll(1, -1), "it")
+        Unembedding.fit(*parts, residual, logits.roll(1, -1), "it")
     with pytest.raises(UserError, match="no final norm or no unembedding"):
-        Unembedding.fit(object(), trees[1], residual, logits, "it")
+        Unembedding.fit(None, parts[1], residual, logits, "it")
 
 
 def test_rank_correlation_by_hand() -> None:

@@ -25,7 +25,7 @@ SMALL = {
 }
 
 
-def test_scaled_contributions_are_read_through_the_bridge(save_tiny_model):
+def test_scaled_contributions_are_read_as_they_are_added(save_tiny_model):
     from transformers import GraniteConfig, GraniteForCausalLM
 
     # Granite multiplies what a sublayer returns, so no module's output is what is added to the residual stream.

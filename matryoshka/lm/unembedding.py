@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from matryoshka.errors import UserError
 from matryoshka.sites import Norm, fit_norm
@@ -26,32 +26,30 @@ class Unembedding:
     """In the model's dtype, on its device; its own weights, not a copy."""
 
     @classmethod
-    def fit(cls, bridge: Any, plain: Any, residual: Tensor, logits: Tensor, name: str) -> Unembedding:
+    def fit(cls, norm: nn.Module | None, head: Any, residual: Tensor, logits: Tensor, name: str) -> Unembedding:
         """Read both off a loaded model, and check them.
 
         Args:
-            bridge, plain: the two module trees of a `LanguageModel`.
+            norm: the model's last norm, head: the module that gives its logits.
             residual: [..., d_model] of some tokens after the last block, logits: [..., n_tokens] of the same tokens.
             name: of the model, for messages.
 
         Raises:
             UserError: the logits are not made of one norm of a known form and one matrix.
         """
-        module = getattr(getattr(bridge, "ln_final", None), "original_component", None)
-        head = plain.get_output_embeddings()
         weight = getattr(head, "weight", None)
-        if module is None or weight is None:
+        if norm is None or weight is None:
             raise _unknown(name, "it has no final norm or no unembedding")
         with torch.inference_mode():
-            norm = fit_norm(module, residual, module(residual), tolerance=_SAME_NORM[plain.dtype])
-            if norm is None:
-                raise _unknown(name, f"its final norm, a {type(module).__name__}, is of another form")
-            own = norm.with_gain(residual) @ weight.float().T
+            fitted = fit_norm(norm, residual, norm(residual), tolerance=_SAME_NORM[residual.dtype])
+            if fitted is None:
+                raise _unknown(name, f"its final norm, a {type(norm).__name__}, is of another form")
+            own = fitted.with_gain(residual) @ weight.float().T
             bias = getattr(head, "bias", None)
             own = own if bias is None else own + bias.float()
         if _rank_correlation(own, logits) < _SAME_ORDER:
             raise _unknown(name, "something more lies between its last block and its logits")
-        return cls(norm, weight)
+        return cls(fitted, weight)
 
     def effect_directions(self, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """What reaches W_U of vectors added to the last residual, when the norm's scale is held fixed and is 1.

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from matryoshka.errors import UserError
 from matryoshka.interop.hook_names import input_hook, output_hook, split_hook
-from matryoshka.lm import LanguageModel
+from matryoshka.lm.hooks import ModuleHook
+from matryoshka.lm.model import LanguageModel
 from matryoshka.sites import Norm, apply_convention, fit_norm
-from matryoshka.taps import Tap
 from matryoshka.transcoder import Transcoder
 
 _SAME_NORM = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -84,7 +84,7 @@ def spliced_into(transcoder: Transcoder, model: Any, n_groups: int | None = None
         )
     raise UserError(
         f"a transcoder cannot be spliced into a {type(model).__name__} by itself: give a matryoshka LanguageModel or a "
-        "TransformerBridge, or name the two modules of a plain model with matryoshka.splice.spliced_between"
+        "TransformerBridge, or name the two modules of a plain model with matryoshka.lm.splice.spliced_between"
     )
 
 
@@ -116,8 +116,8 @@ def spliced_between(
             norm = fit_norm(source, reads, source(reads), tolerance=_SAME_NORM.get(weight.dtype, 1e-5))
     splice = _Splice(transcoder, norm, _reconstruction(transcoder, n_groups))
     with contextlib.ExitStack() as stack:
-        stack.callback(Tap(source, "in").attach(splice.take_raw).remove)
-        stack.callback(Tap(target, "out").attach(splice.replace).remove)
+        stack.callback(ModuleHook(source, "in").attach(splice.take_raw).remove)
+        stack.callback(ModuleHook(target, "out").attach(splice.replace).remove)
         yield
 
 
@@ -129,7 +129,7 @@ def edited(transcoder: Transcoder, model: LanguageModel, edit: Edit) -> Iterator
     """
     splice = _Splice(transcoder, check_model(transcoder, model), edit)
     config = transcoder.config
-    with model.tapped({config.source_hook: splice.take_raw, output_hook(config): splice.replace}):
+    with model.hooked({config.source_hook: splice.take_raw, output_hook(config): splice.replace}):
         yield
 
 
