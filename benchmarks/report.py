@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
-from evaluate.run import evaluate
+from evaluate.run import RunAnalysis
 from matryoshka.runs import publish_json
 from matryoshka.shards import Manifest, ShardSet, ShardSetWriter, SiteFacts, SplitPlan
 from matryoshka.transcoder import Transcoder, TranscoderConfig
@@ -59,8 +60,8 @@ def wide_report(out: Path, n_latents: int) -> Path:
     shards = random_shards(out / "l1", generator)
     run = random_run(out / "wide", n_latents, generator)
     config = EvaluateConfig.model_validate({"shards": shards.path, "device": "cpu", **SETTINGS})
-    (evaluation,) = evaluate([run], config)
-    random_tables(evaluation.path.parent, evaluation.report.transcoder.model_dump(), n_latents)
+    (evaluation,) = answer(RunAnalysis(), [run], config)
+    random_tables(evaluation.path.parent, evaluation.result.transcoder.model_dump(), n_latents)
     return make_report(run, config, tokenizer=str(random_words(out / "tokenizer"))).index
 
 

@@ -26,6 +26,7 @@ class Entry:
 
 
 ANALYSES = (
+    Entry("run", ".run", "RunAnalysis"),
     Entry("faithfulness", ".intervention.faithfulness", "FaithfulnessAnalysis"),
     Entry("hierarchy", ".structure.hierarchy", "HierarchyAnalysis"),
     Entry("logits", ".intervention.logits", "LogitsAnalysis"),

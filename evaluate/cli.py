@@ -38,15 +38,17 @@ def run(
     set_: Overrides = None,
 ) -> None:
     """FVU, L0, cosine, dead and dense latents of each nested prefix, as a table and as RUN/eval/.../report.json."""
+    from .analysis import answer
     from .next_step import then_report
-    from .run import evaluate
+    from .run import RunAnalysis
     from .screen import Screen
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device, "out": out}
     settings = read_settings(config, set_ or (), flags)
+    analysis = RunAnalysis()
     with Screen() as screen:
-        evaluations = evaluate(runs, settings, screen)
-    screen.report(evaluations)
+        answers = answer(analysis, runs, settings, screen)
+    screen.say(analysis, answers)
     then_report(runs, shards)
 
 

@@ -12,8 +12,7 @@ from matryoshka.transcoder import Transcoder
 
 from .latents import LatentSums
 from .redundancy import Neighbours
-
-LATENTS_FILE = "latents.parquet"
+from .report_file import LATENTS_FILE
 
 
 def write_latents(folder: Path, transcoder: Transcoder, sums: LatentSums, neighbours: Neighbours) -> Path:

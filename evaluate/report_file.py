@@ -1,21 +1,13 @@
-"""report.json: its schema, where it lies, and whether it already answers the question.
-
-The same weights, rows and settings give the same bytes: no times, no library versions, no paths.
-"""
+"""report.json: its schema."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import ValidationError
-
 from matryoshka.config import Config
-from matryoshka.runs import publish_json
 
-from .result import ShardSetFacts, TranscoderFacts, identity_of
+from .result import Result
 
-REPORT_FILE = "report.json"
+LATENTS_FILE = "latents.parquet"
+"""A row a latent; see latent_table.py."""
 
 
 class PrefixNumbers(Config):
@@ -91,14 +83,12 @@ class GroupLatents(Config):
     """latents that fired, by log10 of the share of rows they fire on; edges in Report.log10_density_edges"""
 
 
-class Report(Config):
-    """The content of report.json."""
+class Report(Result):
+    """The content of report.json; settings are those of all analyses, without what cannot change a number."""
 
-    format_version: Literal[1] = 1
-    transcoder: TranscoderFacts
-    shard_set: ShardSetFacts
-    settings: dict[str, Any]
-    """The resolved configuration, without what cannot change a number."""
+    FILE = "report.json"
+    TABLES = (LATENTS_FILE,)
+
     n_rows: int
     """Rows evaluated: special positions left out; with settings.tokens the first ones, context after context."""
     threshold: tuple[PrefixNumbers, ...]
@@ -120,21 +110,3 @@ class Report(Config):
     total: GroupLatents
     """All latents."""
     log10_density_edges: tuple[float, ...]
-
-    def identity(self) -> dict[str, Any]:
-        """What decides every number here."""
-        return identity_of(self.transcoder, self.shard_set, self.settings)
-
-
-def read_report(folder: Path) -> Report | None:
-    """The report in `folder`; None when there is none that this version can read (it is then made anew)."""
-    try:
-        return Report.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValidationError, UnicodeDecodeError):
-        return None
-
-
-def write_report(folder: Path, report: Report) -> Path:
-    """Publish report.json whole or not at all."""
-    publish_json(folder / REPORT_FILE, report.model_dump(mode="json"))
-    return folder / REPORT_FILE

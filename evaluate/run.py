@@ -2,84 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-from matryoshka.devices import resolve_device
-from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
+from matryoshka.tables import ResultTable
 from matryoshka.transcoder import Transcoder
 
-from .analysis import Progress, Silent, load_transcoder
-from .checkpoint import Checkpoint, expand_fleets, find_checkpoint
+from .analysis import Analysis, Job, Progress
 from .config import EvaluateConfig
-from .latent_table import LATENTS_FILE, write_latents
+from .latent_table import write_latents
 from .latents import LOG10_DENSITY_EDGES, group_latents, latent_range
 from .measure import Measurement
 from .redundancy import Neighbours, decoder_neighbours
-from .report_file import REPORT_FILE, Report, read_report, write_report
-from .result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
-from .resume import Unfinished, unfinished
-from .rows import count_rows, row_batches
+from .report_file import Report
+from .report_tables import prefix_table, runs_table
+from .resume import Unfinished
+from .rows import check_rows, count_rows, row_batches
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """A report and how it came about."""
+class RunAnalysis(Analysis[Report]):
+    """Every metric of a transcoder that needs no language model."""
 
-    checkpoint: Checkpoint
-    path: Path
-    """The report.json."""
-    report: Report
-    is_new: bool
-    """False when the report was there already."""
-    replaced: tuple[str, ...] = ()
-    """How an older report in the same place differed."""
-    n_resumed: int = 0
-    """Rows that an earlier command, which was stopped, had measured already."""
+    name = "run"
+    result = Report
 
+    def settings(self, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:  # noqa: ARG002
+        """It has no section of its own: all that the others share."""
+        return config.content()
 
-def evaluate(runs: list[Path], config: EvaluateConfig, progress: Progress | None = None) -> list[Evaluation]:
-    """Evaluate each of `runs` on the rows of `config.shards`, by default the val ones, and publish its report.
+    def check(self, transcoder: Transcoder, shards: ShardSet, config: EvaluateConfig) -> None:  # noqa: ARG002
+        """There must be rows."""
+        check_rows(shards, config.split)
 
-    A report that already answers for the same weights, rows and settings is only read; a pass that was stopped goes on
-    from its last saved state. Raises UserError for whatever
-    the user can mend, before the first pass where it can be told.
-    """
-    progress = progress or Silent()
-    if config.shards is None:
-        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
-    if not runs:
-        raise UserError("no run was named; give one or more, for example data/runs/l17-k96")
-    shards = ShardSet.open(config.shards)
-    if count_rows(shards, config.split) == 0:
-        raise UserError(f"the {config.split} split of {shards.path} holds only special tokens; harvest more text")
-    checkpoints = [find_checkpoint(run) for run in expand_fleets(runs)]
-    folders = _folders(checkpoints, shards, config)
-    return [
-        evaluate_checkpoint(checkpoint, shards, config, folder, progress)
-        for checkpoint, folder in zip(checkpoints, folders, strict=True)
-    ]
-
-
-def evaluate_checkpoint(
-    checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig, folder: Path, progress: Progress
-) -> Evaluation:
-    """Make the report of one checkpoint in `folder`, or read the one that is there."""
-    transcoder = load_transcoder(checkpoint, shards, config)
-    identity = identity_of(checkpoint, shards, config.content())
-    existing, changes = already_answered(read_report(folder), identity)
-    if existing is not None and (folder / LATENTS_FILE).is_file():
-        return Evaluation(checkpoint, folder / REPORT_FILE, existing, is_new=False)
-    with unfinished(folder / REPORT_FILE, identity, config.save_minutes) as saved:
-        transcoder = transcoder.to(resolve_device(config.device))
-        sums = measure(transcoder, checkpoint.name, shards, config, progress, saved)
+    def make(self, job: Job) -> Report:
+        """One pass, and the neighbours of the decoder's rows."""
+        transcoder = job.transcoder_on_device()
+        sums = measure(transcoder, job.name, job.shards, job.config, job.progress, job.saved)
         neighbours = decoder_neighbours(transcoder.W_dec)
-        report = _report(transcoder, checkpoint, shards, config, sums, neighbours)
-        # The report last: where it is, its table is too.
-        write_latents(folder, transcoder, sums.latents, neighbours)
-        path = write_report(folder, report)
-    return Evaluation(checkpoint, path, report, is_new=True, replaced=changes, n_resumed=saved.n_resumed)
+        write_latents(job.saved.folder, transcoder, sums.latents, neighbours)
+        return _report(transcoder, job, sums, neighbours)
+
+    def tables(self, results: Sequence[Report]) -> list[ResultTable]:
+        """The prefixes of one run, or a line for each of several."""
+        return [prefix_table(results[0]) if len(results) == 1 else runs_table(results)]
 
 
 def measure(
@@ -106,19 +72,10 @@ def measure(
     return sums
 
 
-def _report(
-    transcoder: Transcoder,
-    checkpoint: Checkpoint,
-    shards: ShardSet,
-    config: EvaluateConfig,
-    sums: Measurement,
-    neighbours: Neighbours,
-) -> Report:
-    firing, breakdown = sums.latents.firing, sums.breakdown
+def _report(transcoder: Transcoder, job: Job, sums: Measurement, neighbours: Neighbours) -> Report:
+    config, firing, breakdown = job.config, sums.latents.firing, sums.breakdown
     return Report(
-        transcoder=TranscoderFacts.of(checkpoint, transcoder),
-        shard_set=ShardSetFacts.of(shards, config.split),
-        settings=config.content(),
+        **job.facts,
         n_rows=sums.n_rows,
         threshold=sums.threshold.value(transcoder),
         batch_topk=None if sums.batch_topk is None else sums.batch_topk.value(transcoder),
@@ -131,19 +88,3 @@ def _report(
         total=latent_range(firing, neighbours, 0, transcoder.config.d_sae),
         log10_density_edges=LOG10_DENSITY_EDGES,
     )
-
-
-def _folders(checkpoints: list[Checkpoint], shards: ShardSet, config: EvaluateConfig) -> list[Path]:
-    """Where each report goes. Raises UserError when two would share a place."""
-    if config.out is None:
-        folders = [result_folder(checkpoint, shards, config) for checkpoint in checkpoints]
-    elif len(checkpoints) == 1:
-        folders = [config.out]
-    else:
-        folders = [config.out / checkpoint.name for checkpoint in checkpoints]
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError(
-            "two of the runs have the same name, so that their reports would overwrite each other in "
-            f"{config.out or 'one folder'}; name each run once, and evaluate runs of equal names one at a time"
-        )
-    return folders

@@ -7,7 +7,7 @@ from pathlib import Path
 from matryoshka.wandb_artifacts import log_report
 
 from .config import EvaluateConfig
-from .report_file import read_report
+from .report_file import Report
 
 
 def log_pages(pages: Path, config: EvaluateConfig) -> None:
@@ -17,7 +17,7 @@ def log_pages(pages: Path, config: EvaluateConfig) -> None:
     """
     if config.wandb == "off":
         return
-    report = read_report(pages.parent)
+    report = Report.read(pages.parent)
     assert report is not None, "the pages lie beside the report.json that they show"
     summary = {}
     for prefix in report.threshold:

@@ -26,10 +26,9 @@ from matryoshka.transcoder import Transcoder
 from ..analysis import Progress, Silent, answer
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
-from ..latent_table import LATENTS_FILE
-from ..report_file import REPORT_FILE, read_report
+from ..report_file import LATENTS_FILE, Report
 from ..result import ShardSetFacts, TranscoderFacts
-from ..run import evaluate
+from ..run import RunAnalysis
 from ..samples import SamplesAnalysis, find_samples
 from ..samples_file import SAMPLES_FOLDER, SamplesMark, all_windows, read_histograms
 from ..show import token_text, visible
@@ -76,16 +75,16 @@ def make_report(
     # The numbers are always of held-out rows; which rows the windows are of is a setting of the samples.
     config = config.model_copy(update={"split": "val"})
     if config.shards is not None:
-        evaluate([run], config, progress)
+        answer(RunAnalysis(), [run], config, progress)
         samples = answer(SamplesAnalysis(), [run], config, progress)[0].path.parent
     else:
         samples = samples_folder(run, config)
-    checkpoint, mark, report = find_checkpoint(run), SamplesMark.read(samples.parent), read_report(samples.parent)
+    checkpoint, mark, report = find_checkpoint(run), SamplesMark.read(samples.parent), Report.read(samples.parent)
     assert mark is not None
-    if report is None or not (samples.parent / LATENTS_FILE).is_file():
-        raise UserError(f"{samples.parent} has no {REPORT_FILE} yet; run: evaluate run {run} --shards DIR")
+    if report is None:
+        raise UserError(f"{samples.parent} has no {Report.FILE} yet; run: evaluate run {run}")
     if report.transcoder.sha256 != mark.transcoder.sha256:
-        raise UserError(f"{samples.parent / REPORT_FILE} is of other weights than the samples; run evaluate run again")
+        raise UserError(f"{samples.parent / Report.FILE} is of other weights than the samples; run evaluate run again")
     folder = samples.parent / REPORT_FOLDER
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

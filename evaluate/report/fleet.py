@@ -10,11 +10,11 @@ from typing import Any
 from matryoshka.errors import UserError
 from matryoshka.runs import FLEET_FILE, METRICS_FILE, RUN_FILE, make_directory
 
-from ..analysis import Progress, Silent
+from ..analysis import Progress, answer
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from ..config import EvaluateConfig
-from ..report_file import Report, read_report
-from ..run import evaluate
+from ..report_file import Report
+from ..run import RunAnalysis
 from .build import REPORT_FOLDER, Pages
 from .data_file import write_data
 from .overview import json_lines, run_facts
@@ -43,10 +43,8 @@ def make_fleet_report(runs: list[Path], config: EvaluateConfig, *, progress: Pro
         )
     checkpoints = [find_checkpoint(run) for run in expand_fleets(runs)]
     if config.shards is not None:
-        evaluations = evaluate(
-            runs, config.model_copy(update={"out": None, "split": "val", "prefix": None}), progress or Silent()
-        )
-        folders = [evaluation.path.parent for evaluation in evaluations]
+        own = config.model_copy(update={"out": None, "split": "val", "prefix": None})
+        folders = [one.path.parent for one in answer(RunAnalysis(), runs, own, progress)]
     else:
         folders = [_evaluated(checkpoint) for checkpoint in checkpoints]
     reports = [_report(folder, checkpoint) for folder, checkpoint in zip(folders, checkpoints, strict=True)]
@@ -131,7 +129,7 @@ def _evaluated(checkpoint: Checkpoint) -> Path:
 
 
 def _report(folder: Path, checkpoint: Checkpoint) -> Report:
-    report = read_report(folder)
+    report = Report.read(folder)
     if report is None or report.transcoder.sha256 != checkpoint.sha256:
         raise UserError(
             f"{folder} is not of the newest checkpoint of {checkpoint.run}; pass --shards to evaluate again"

@@ -16,7 +16,7 @@ from matryoshka.interop.hook_names import split_hook
 from matryoshka.runs import make_directory, publish_json
 
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
-from ..report_file import REPORT_FILE, Report, read_report
+from ..report_file import Report
 
 LAYERS_FILE = "layers.json"
 _FAITHFULNESS_FILE = "faithfulness.json"
@@ -79,8 +79,8 @@ def compare_layers(runs: list[Path], out: Path | None = None) -> Layers:
 
 def _entries(checkpoint: Checkpoint) -> list[LayerEntry]:
     """One for each shard set that the newest weights were evaluated on."""
-    folders = sorted(path.parent for path in (checkpoint.run / "eval").glob(f"*/{REPORT_FILE}"))
-    found = [(folder, report) for folder in folders if (report := read_report(folder)) is not None]
+    folders = sorted(path.parent for path in (checkpoint.run / "eval").glob(f"*/{Report.FILE}"))
+    found = [(folder, report) for folder in folders if (report := Report.read(folder)) is not None]
     current = [(folder, report) for folder, report in found if report.transcoder.sha256 == checkpoint.sha256]
     if not current:
         what = "of its newest checkpoint" if found else "yet"

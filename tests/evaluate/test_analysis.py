@@ -52,7 +52,7 @@ def case(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPa
         settings = {**SMALL, "lm": {"batch_tokens": 2 * 13}}
         return Case(one.shards, one.transcoder, settings, **more)
 
-    if name in ("hierarchy", "samples"):
+    if name in ("run", "hierarchy", "samples"):
         # Blocks of about two contexts, so that there are several.
         monkeypatch.setattr(sampling, "BLOCK_ROWS", 16)
         return Case(

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
-from evaluate.run import evaluate
+from evaluate.run import RunAnalysis
 from evaluate.structure.layers import compare_layers
 from evaluate.structure.relations_screen import layers_table
 from matryoshka.errors import UserError
@@ -23,7 +24,7 @@ def runs(val_set: ShardSet, made: Any, tmp_path: Path) -> list[Path]:
     found = []
     for seed, (name, layer) in enumerate((("late", 9), ("early", 1))):
         run = made.run(tmp_path / name, made.transcoder(seed=seed))
-        (evaluation,) = evaluate([run], EvaluateConfig(shards=val_set.path, device="cpu", bootstrap=20))
+        (evaluation,) = answer(RunAnalysis(), [run], EvaluateConfig(shards=val_set.path, device="cpu", bootstrap=20))
         content = json.loads(evaluation.path.read_text())
         content["transcoder"]["config"]["source_hook"] = f"blocks.{layer}.hook_resid_mid"
         publish_json(evaluation.path, content)

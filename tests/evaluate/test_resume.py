@@ -18,7 +18,7 @@ from evaluate import sampling as sampling_module
 from evaluate.analysis import Silent, answer
 from evaluate.config import EvaluateConfig, HierarchyConfig, SamplesConfig
 from evaluate.resume import load_state, state_of, unfinished
-from evaluate.run import evaluate
+from evaluate.run import RunAnalysis
 from evaluate.samples import SamplesAnalysis
 from evaluate.structure.hierarchy import HierarchyAnalysis
 from matryoshka.errors import UserError
@@ -60,7 +60,7 @@ def settings(shards: ShardSet, **changes: Any) -> EvaluateConfig:
 
 
 def make_report(run: Path, config: EvaluateConfig, progress: Silent) -> int:
-    (evaluation,) = evaluate([run], config, progress)
+    (evaluation,) = answer(RunAnalysis(), [run], config, progress)
     return evaluation.n_resumed
 
 
@@ -101,7 +101,7 @@ def test_stopped_after_any_batch(
 
 def test_stopped_again_and_again(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     run = made.run(tmp_path / "run", made.transcoder())
-    evaluate([run], settings(val_set))
+    answer(RunAnalysis(), [run], settings(val_set))
     expected = files(run)
     for path in (run / "eval").rglob("*.json"):
         path.unlink()
@@ -201,7 +201,7 @@ import json, os, signal, sys
 from pathlib import Path
 from evaluate.analysis import Silent, answer
 from evaluate.config import EvaluateConfig
-from evaluate.run import evaluate
+from evaluate.run import RunAnalysis
 from evaluate.structure.hierarchy import HierarchyAnalysis
 
 class Killer(Silent):
@@ -213,7 +213,7 @@ class Killer(Silent):
 
 config = EvaluateConfig.model_validate_json(sys.argv[3]).model_copy(update={"shards": Path(sys.argv[5])})
 if sys.argv[1] == "run":
-    evaluate([Path(sys.argv[2])], config, Killer())
+    answer(RunAnalysis(), [Path(sys.argv[2])], config, Killer())
 else:
     answer(HierarchyAnalysis(), [Path(sys.argv[2])], config, Killer())
 """

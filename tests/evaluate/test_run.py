@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate.analysis import Silent
+from evaluate.analysis import Silent, answer
 from evaluate.config import EvaluateConfig
 from evaluate.report_file import CurvePoint, Report
+from evaluate.report_tables import prefix_table
 from evaluate.rows import row_batches
-from evaluate.run import evaluate
-from evaluate.screen import prefix_table
+from evaluate.run import RunAnalysis
 from matryoshka.config import load_config
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
@@ -33,8 +33,8 @@ def test_report_against_a_dense_twin(
 ) -> None:
     transcoder = made.transcoder(input=convention)
     run = made.run(tmp_path / "run", transcoder)
-    (evaluation,) = evaluate([run], settings(val_set, tokens=tokens, batch_rows=17))
-    report = evaluation.report
+    (evaluation,) = answer(RunAnalysis(), [run], settings(val_set, tokens=tokens, batch_rows=17))
+    report = evaluation.result
     rows = made.kept_rows(val_set, tokens)
     x = apply_convention(rows["source"], convention, source_site="resid_mid", norm=made.norm())
     y = rows["target"].double().numpy()
@@ -53,8 +53,8 @@ def test_batch_topk_and_curve_and_spread_against_a_dense_twin(val_set: ShardSet,
     transcoder = made.transcoder()
     run = made.run(tmp_path / "run", transcoder)
     config = settings(val_set, batch_rows=17, curve_tokens=30, curve_scales=(1.5, 0.4), bootstrap=50)
-    (evaluation,) = evaluate([run], config)
-    report = evaluation.report
+    (evaluation,) = answer(RunAnalysis(), [run], config)
+    report = evaluation.result
     assert report.batch_topk is not None
     sq_err, l0, y_all, curve_sq_err, curve_y = torch.zeros(3).double(), torch.zeros(3), [], torch.zeros(3).double(), []
     step, n_seen = -(-report.n_rows // 30), 0
@@ -99,7 +99,7 @@ def test_latents_parquet(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     transcoder = made.transcoder()
     transcoder.threshold[7] = 1e9
     run = made.run(tmp_path / "run", transcoder)
-    (evaluation,) = evaluate([run], settings(val_set))
+    (evaluation,) = answer(RunAnalysis(), [run], settings(val_set))
     path = evaluation.path.with_name("latents.parquet")
     content = path.read_bytes()
     table = pq.read_table(path)
@@ -113,7 +113,7 @@ def test_latents_parquet(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     assert table["W_dec_norm"].to_pylist() == pytest.approx([1.0] * 48, rel=1e-5)
     assert table["enc_dec_cosine"].null_count == 48  # the widths differ
     path.unlink()
-    (again,) = evaluate([run], settings(val_set))
+    (again,) = answer(RunAnalysis(), [run], settings(val_set))
     assert again.is_new
     assert path.read_bytes() == content
 
@@ -136,8 +136,8 @@ def test_a_planted_transcoder_explains_everything(made: Any, tmp_path: Path) -> 
         target=lambda x: planted(x.flatten(0, -2)).view(*x.shape[:-1], -1),
     )
     planted.save(tmp_path / "planted")
-    (evaluation,) = evaluate([tmp_path / "planted"], settings(shards))
-    (prefix,) = evaluation.report.threshold
+    (evaluation,) = answer(RunAnalysis(), [tmp_path / "planted"], settings(shards))
+    (prefix,) = evaluation.result.threshold
     assert (prefix.fvu, prefix.norm_ratio) == (0.0, 1.0)
     rows = made.kept_rows(shards)
     assert prefix.l0 == pytest.approx(float((rows["source"] != 0).sum(1).double().mean()))
@@ -147,19 +147,19 @@ def test_twice_gives_the_same_bytes_and_no_second_pass(
     val_set: ShardSet, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made.run(tmp_path / "run", made.transcoder())
-    (first,) = evaluate([run], settings(val_set))
+    (first,) = answer(RunAnalysis(), [run], settings(val_set))
     content = first.path.read_bytes()
     assert first.path == run / "eval" / f"l1-{val_set.digest[:8]}" / "report.json"
 
     passes: list[str] = []
     silent = Silent()
     monkeypatch.setattr(silent, "started", lambda name, _: passes.append(name))
-    (again,) = evaluate([run], settings(val_set), silent)
+    (again,) = answer(RunAnalysis(), [run], settings(val_set), silent)
     assert passes == []
     assert (first.is_new, again.is_new) == (True, False)
-    assert again.report == first.report
+    assert again.result == first.result
     first.path.unlink()
-    (third,) = evaluate([run], settings(val_set), silent)
+    (third,) = answer(RunAnalysis(), [run], settings(val_set), silent)
     assert passes == ["run"]
     assert third.path.read_bytes() == content
     assert str(tmp_path).encode() not in content
@@ -167,11 +167,11 @@ def test_twice_gives_the_same_bytes_and_no_second_pass(
 
 def test_the_report_moves_on_with_the_run(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     run = made.run(tmp_path / "run", made.transcoder(), steps=(100,))
-    evaluate([run], settings(val_set))
+    answer(RunAnalysis(), [run], settings(val_set))
     made.run(run, made.transcoder(seed=5), steps=(100, 200))
-    (second,) = evaluate([run], settings(val_set, tokens=20))
+    (second,) = answer(RunAnalysis(), [run], settings(val_set, tokens=20))
     assert second.is_new
-    assert second.report.transcoder.step == 200
+    assert second.result.transcoder.step == 200
     text = " ".join(second.replaced)
     assert "transcoder.step: 100 -> 200" in text
     assert "settings.tokens: null -> 20" in text
@@ -179,43 +179,43 @@ def test_the_report_moves_on_with_the_run(val_set: ShardSet, made: Any, tmp_path
 
 def test_an_unreadable_report_is_made_anew(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     run = made.run(tmp_path / "run", made.transcoder())
-    (first,) = evaluate([run], settings(val_set))
+    (first,) = answer(RunAnalysis(), [run], settings(val_set))
     content = first.path.read_bytes()
     first.path.write_bytes(content[:100])
-    (second,) = evaluate([run], settings(val_set))
+    (second,) = answer(RunAnalysis(), [run], settings(val_set))
     assert second.is_new
     assert second.path.read_bytes() == content
 
 
 def test_the_report_is_a_versioned_json_object(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     run = made.run(tmp_path / "run", made.transcoder())
-    (evaluation,) = evaluate([run], settings(val_set, out=tmp_path / "there"))
+    (evaluation,) = answer(RunAnalysis(), [run], settings(val_set, out=tmp_path / "there"))
     content = json.loads((tmp_path / "there" / "report.json").read_text())
     assert content["format_version"] == 1
     assert content["transcoder"]["sha256"] == evaluation.checkpoint.sha256
     assert content["shard_set"]["digest"] == val_set.digest
     assert content["settings"]["tokens"] is None
-    assert Report.model_validate(content) == evaluation.report
+    assert Report.model_validate(content) == evaluation.result
     assert np.isfinite([prefix["fvu"] for prefix in content["threshold"]]).all()
 
 
 def test_several_runs_and_places(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     runs = [made.run(tmp_path / name / "run", made.transcoder(seed=i)) for i, name in enumerate("ab")]
-    one, two = evaluate(runs, settings(val_set))
-    assert one.report.threshold != two.report.threshold
+    one, two = answer(RunAnalysis(), runs, settings(val_set))
+    assert one.result.threshold != two.result.threshold
     with pytest.raises(UserError, match="same name"):
-        evaluate(runs, settings(val_set, out=tmp_path / "out"))
+        answer(RunAnalysis(), runs, settings(val_set, out=tmp_path / "out"))
 
 
 def test_refusals(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     run = made.run(tmp_path / "run", made.transcoder(d_out=11))
     with pytest.raises(UserError, match="pass --shards"):
-        evaluate([run], EvaluateConfig())
+        answer(RunAnalysis(), [run], EvaluateConfig())
     with pytest.raises(UserError, match="target width 11 against 10"):
-        evaluate([run], settings(val_set))
+        answer(RunAnalysis(), [run], settings(val_set))
     assert not (run / "eval").exists()
     with pytest.raises(UserError, match="not a shard set"):
-        evaluate([run], EvaluateConfig(shards=tmp_path / "none"))
+        answer(RunAnalysis(), [run], EvaluateConfig(shards=tmp_path / "none"))
     with pytest.raises(UserError, match="unknown key"):
         load_config(EvaluateConfig, "evaluate", overrides=["evaluate.token=5"])
     with pytest.raises(UserError, match="largest to the smallest"):
@@ -227,34 +227,34 @@ def test_refusals(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
 def test_train_rows_only_when_asked_for_and_never_as_the_report(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     transcoder = made.transcoder()
     run = made.run(tmp_path / "run", transcoder)
-    (held_out,) = evaluate([run], settings(val_set))
+    (held_out,) = answer(RunAnalysis(), [run], settings(val_set))
     content = held_out.path.read_bytes()
-    (seen,) = evaluate([run], settings(val_set, split="train"))
+    (seen,) = answer(RunAnalysis(), [run], settings(val_set, split="train"))
     assert held_out.path.read_bytes() == content
     assert seen.path == held_out.path.parent / "train" / "report.json"
-    assert (held_out.report.shard_set.split, seen.report.shard_set.split) == ("val", "train")
-    assert "TRAIN rows" in str(prefix_table(seen.report).title)
+    assert (held_out.result.shard_set.split, seen.result.shard_set.split) == ("val", "train")
+    assert "TRAIN rows" in str(prefix_table(seen.result).title)
     rows = [(shard, val_set.train.keep(shard)) for shard in range(val_set.train.n_shards)]
     x = torch.cat([val_set.train.activations("source", shard)[keep] for shard, keep in rows]).float()
     y = torch.cat([val_set.train.activations("target", shard)[keep] for shard, keep in rows]).double()
-    assert seen.report.n_rows == len(x)
-    for prefix, y_hat in zip(seen.report.threshold, transcoder.nested(transcoder.encode(x)), strict=True):
+    assert seen.result.n_rows == len(x)
+    for prefix, y_hat in zip(seen.result.threshold, transcoder.nested(transcoder.encode(x)), strict=True):
         fvu = (y_hat.double() - y).square().sum() / (y - y.mean(0)).square().sum()
         assert prefix.fvu == pytest.approx(float(fvu), rel=1e-5)
-    assert sum(stratum.n_rows for stratum in seen.report.by_token_frequency) == len(x)
-    assert "not in train" not in {stratum.name for stratum in seen.report.by_token_frequency}
+    assert sum(stratum.n_rows for stratum in seen.result.by_token_frequency) == len(x)
+    assert "not in train" not in {stratum.name for stratum in seen.result.by_token_frequency}
 
 
 def test_a_prefix_alone_is_the_prefix_of_the_whole(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     run = made.run(tmp_path / "run", made.transcoder())
-    (whole,) = evaluate([run], settings(val_set))
-    (alone,) = evaluate([run], settings(val_set, prefix=2))
+    (whole,) = answer(RunAnalysis(), [run], settings(val_set))
+    (alone,) = answer(RunAnalysis(), [run], settings(val_set, prefix=2))
     assert alone.path == whole.path.parent / "prefix-2" / "report.json"
-    assert alone.report.threshold == whole.report.threshold[:2]
-    assert alone.report.by_position[0].fvu == whole.report.by_position[0].fvu[:2]
+    assert alone.result.threshold == whole.result.threshold[:2]
+    assert alone.result.by_position[0].fvu == whole.result.by_position[0].fvu[:2]
     # It was trained with the k of the whole, and has none of its own.
-    assert alone.report.batch_topk is None
-    assert alone.report.total.n_latents == 17
-    assert "its first 2 groups alone" in str(prefix_table(alone.report).title)
+    assert alone.result.batch_topk is None
+    assert alone.result.total.n_latents == 17
+    assert "its first 2 groups alone" in str(prefix_table(alone.result).title)
     with pytest.raises(UserError, match="n_groups = 4, but this transcoder has 3"):
-        evaluate([run], settings(val_set, prefix=4))
+        answer(RunAnalysis(), [run], settings(val_set, prefix=4))

@@ -16,7 +16,7 @@ from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
 from evaluate.report.data_file import write_data
 from evaluate.report.directions import nearest_directions
-from evaluate.run import evaluate
+from evaluate.run import RunAnalysis
 from evaluate.samples import SamplesAnalysis
 from evaluate.samples_file import read_windows
 from matryoshka.errors import UserError
@@ -93,7 +93,7 @@ def test_without_shards_numbers_and_samples_must_be_there(val_set: ShardSet, mad
     answer(SamplesAnalysis(), [run], config)
     with pytest.raises(UserError, match="run: evaluate run"):
         make_report(run, EvaluateConfig(device="cpu"))
-    evaluate([run], config)
+    answer(RunAnalysis(), [run], config)
     assert make_report(run, EvaluateConfig(device="cpu")).index.is_file()
 
 

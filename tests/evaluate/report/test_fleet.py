@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
 from evaluate.report.fleet import differing, is_fleet, make_fleet_report, seconds_of
-from evaluate.run import evaluate
+from evaluate.run import RunAnalysis
 from matryoshka import launch
 from matryoshka.errors import UserError
 from matryoshka.runs import publish_json
@@ -111,14 +112,14 @@ def test_runs_without_a_common_folder(fleet: Path, config: EvaluateConfig, tmp_p
 def test_what_is_refused(fleet: Path, config: EvaluateConfig, made: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no report.json yet; name the shard set with --shards"):
         make_fleet_report([fleet], EvaluateConfig(device="cpu"))
-    evaluate([fleet], config)
+    answer(RunAnalysis(), [fleet], config)
     other = made.shards(tmp_path / "l2", seed=5)
     shutil.rmtree(fleet / "b<i>" / "eval")
-    evaluate([fleet / "b<i>"], config.model_copy(update={"shards": other.path}))
+    answer(RunAnalysis(), [fleet / "b<i>"], config.model_copy(update={"shards": other.path}))
     with pytest.raises(UserError, match="on several shard sets"):
         make_fleet_report([fleet], EvaluateConfig(device="cpu"))
     shutil.rmtree(fleet / "b<i>" / "eval")
-    evaluate([fleet], config)
+    answer(RunAnalysis(), [fleet], config)
     made.run(fleet / "a", made.transcoder(seed=77), steps=(500,))
     with pytest.raises(UserError, match="is not of the newest checkpoint"):
         make_fleet_report([fleet], EvaluateConfig(device="cpu"))

@@ -1,0 +1,73 @@
+"""The tables of report.json on the terminal: the prefixes of a run, or a line for each of several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matryoshka.tables import ResultTable
+
+from .compare_screen import ROWS_OF
+from .report_file import Report
+from .tables import number, run_and_step
+
+
+def runs_table(reports: Sequence[Report]) -> ResultTable:
+    """One line a run, with all of its latents."""
+    splits = {report.shard_set.split for report in reports}
+    sets = {report.shard_set.name for report in reports}
+    table = ResultTable(
+        title=f"{len(reports)} runs, on {' and '.join(ROWS_OF[split] for split in sorted(splits))} of "
+        f"{', '.join(sorted(sets))}",
+        caption="all groups together. +-: half the 95% interval of FVU. `evaluate run` of one run shows its prefixes",
+    )
+    table.add_column("run", left=True, stack="above")
+    for name, drop in (("latents", 0), ("k", 0), ("FVU", 0), ("+-", 0), ("L0", 0)):
+        table.add_column(name, drop=drop)
+    for name, drop in (("cosine", 3), ("dead", 0), ("dense", 2), ("rows", 4)):
+        table.add_column(name, drop=drop)
+    for report in reports:
+        last, intervals = report.threshold[-1], report.spread.fvu_interval
+        table.add_row(
+            report.transcoder.run,
+            f"{report.total.n_latents:,}",
+            str(report.transcoder.config["k"]),
+            number(last.fvu, ".4f"),
+            "" if intervals is None else f"{(intervals[-1][1] - intervals[-1][0]) / 2:.4f}",
+            number(last.l0, ".1f"),
+            number(last.cosine, ".4f"),
+            f"{report.total.dead_share:.1%}",
+            f"{report.total.dense_share:.1%}",
+            f"{report.n_rows:,}",
+        )
+    return table
+
+
+def prefix_table(report: Report) -> ResultTable:
+    """One line a nested prefix, then the latents of all groups together."""
+    n_groups = report.settings.get("prefix")
+    alone = "" if n_groups is None else f", its first {n_groups} groups alone"
+    rows = f"{report.n_rows:,} {ROWS_OF[report.shard_set.split]}"
+    table = ResultTable(
+        title=f"{run_and_step(report.transcoder)}{alone}, on {rows} of {report.shard_set.name}",
+        caption="+-: half the 95% interval of FVU. top-k: FVU with BatchTopK as in training. dead, dense: of the group",
+    )
+    total, prefixes, groups = report.total, report.threshold, report.groups
+    columns = {
+        "group": (f"{total.n_latents:,}", [f"{group.n_latents:,}" for group in groups]),
+        "prefix": ("", [f"{prefix.prefix_end:,}" for prefix in prefixes]),
+        "FVU": ("", [number(prefix.fvu, ".4f") for prefix in prefixes]),
+        "+-": ("", [f"{(high - low) / 2:.4f}" for low, high in report.spread.fvu_interval or ()]),
+        "L0": ("", [number(prefix.l0, ".1f") for prefix in prefixes]),
+        "top-k": ("", [number(prefix.fvu, ".4f") for prefix in report.batch_topk or ()]),
+        "cosine": ("", [number(prefix.cosine, ".4f") for prefix in prefixes]),
+        "norm": ("", [number(prefix.norm_ratio, ".3f") for prefix in prefixes]),
+        "dead": (f"{total.dead_share:.1%}", [f"{group.dead_share:.1%}" for group in groups]),
+        "dense": (f"{total.dense_share:.1%}", [f"{group.dense_share:.1%}" for group in groups]),
+    }
+    shown = {name: column for name, column in columns.items() if column[1]}
+    for name in shown:
+        table.add_column(name, drop={"cosine": 1, "dense": 2, "norm": 3}.get(name, 0))
+    table.footer = tuple(footer for footer, _ in shown.values())
+    for cells in zip(*(cells for _, cells in shown.values()), strict=True):
+        table.add_row(*cells)
+    return table
