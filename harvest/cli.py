@@ -38,6 +38,10 @@ Bos = Annotated[str | None, typer.Option(help="First token of a context: auto, n
 Pack = Annotated[
     bool | None, typer.Option("--pack/--no-pack", help="Documents end to end, or each in contexts of its own (pack).")
 ]
+ValUnit = Annotated[
+    str | None,
+    typer.Option(help="What is held out: each document whole, or block: parts of documents (document)."),
+]
 MaxDocTokens = Annotated[str | None, typer.Option(help="Tokens of a document beyond these are left out (all).")]
 Dedup = Annotated[bool | None, typer.Option("--dedup/--no-dedup", help="Leave out documents that repeat (no-dedup).")]
 BatchSize = Annotated[str | None, typer.Option(help="Contexts in one forward pass, or auto: the fastest (8).")]
@@ -78,6 +82,7 @@ def run(
     ctx_len: CtxLen = None,
     bos: Bos = None,
     pack: Pack = None,
+    val_unit: ValUnit = None,
     max_doc_tokens: MaxDocTokens = None,
     dedup: Dedup = None,
     batch_size: BatchSize = None,
@@ -118,6 +123,7 @@ def plan(
     ctx_len: CtxLen = None,
     bos: Bos = None,
     pack: Pack = None,
+    val_unit: ValUnit = None,
     max_doc_tokens: MaxDocTokens = None,
     dedup: Dedup = None,
     batch_size: BatchSize = None,

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from matryoshka.config import Config, Count
 from matryoshka.errors import UserError
 from matryoshka.locations import Location, inside, location
+from matryoshka.shards.manifest import FIRST_VAL_UNIT
 from matryoshka.sites import HookPair, Site
 
 _OPERATIONAL = frozenset({"out", "batch_size", "device"})
@@ -62,6 +63,9 @@ class HarvestConfig(Config):
     """Tokens in one model input, the BOS token included."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the text held out for evaluation, by a hash of each document."""
+    val_unit: Literal["document", "block"] = "document"
+    """What is held out: whole documents, or, for a text of a few long ones, blocks of 16 contexts of any document. Then
+    val has text of documents that train has too, and whatever is measured on it says so."""
     bos: Literal["auto", "none"] | Annotated[int, Field(ge=0)] = "auto"
     """First token of every context: auto is the tokenizer's own if it has one; none; or a token id."""
     pack: bool = True
@@ -150,6 +154,8 @@ class HarvestConfig(Config):
     def content(self) -> dict[str, Any]:
         """The settings that decide what one member's set holds; the others only how fast and where."""
         content = self.model_dump(mode="json", exclude=set(_OPERATIONAL | _CHOICE))
+        if self.val_unit == FIRST_VAL_UNIT:
+            del content["val_unit"]
         for name in _LATER:
             if content[name] == type(self).model_fields[name].default:
                 del content[name]

@@ -13,6 +13,11 @@ from matryoshka.shards.writer import measure_codec
 from .estimate import gigabytes
 
 SIDES = ("source", "target")
+HELD_OUT = {
+    "document": "whole documents, which train never saw",
+    "block": "blocks of documents; train has other parts of the same documents",
+}
+"""`val_unit` in words."""
 FP16_LIMIT = 65504.0
 """The largest number that float16 holds (IEEE 754 binary16)."""
 
@@ -37,6 +42,7 @@ def describe(path: Path | str) -> list[tuple[str, str]]:
         ("tokens", f"{n_tokens:,} in {n_contexts:,} contexts of {shards.ctx_len}"),
         ("train", _split(shards, "train")),
         ("val", _split(shards, "val")),
+        ("held out", HELD_OUT[shards.val_unit]),
         ("documents", f"{_documents(shards):,}"),
         ("on disk", f"{gigabytes(n_bytes)}, {n_bytes / n_tokens:.0f} bytes per token"),
         ("codec", f"{manifest.codec}: {ratio:.3f} of raw bfloat16 ({1 / ratio:.2f}x smaller)"),
@@ -70,7 +76,7 @@ def _commit(dataset: dict[str, object]) -> object:
 
 
 def _documents(shards: ShardSet) -> int:
-    """A document may lie in several shards and, if it is long, in both splits."""
+    """A document may be in several shards and, where blocks are held out, in both splits."""
     found: set[int] = set()
     for split in (shards.train, shards.val):
         for shard in range(split.n_shards):

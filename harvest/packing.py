@@ -1,18 +1,20 @@
 """Documents -> contexts -> jobs of one shard each: pure functions of the text and the settings.
 
-1. A document is tokenised and cut into blocks of 16 contexts; each block goes to train or val by its hash.
-2. The blocks of a split are laid end to end and cut into contexts of BOS + ctx_len - 1 tokens: no token is lost
+1. A hash of a document's text sends it, whole, to train or val (with `val_unit: block`, each 16 contexts of it).
+2. The tokens of a split are laid end to end and cut into contexts of BOS + ctx_len - 1 tokens: no token is lost
    between contexts, and each token keeps the number of its document. Unpacked, every document starts a context and
    its last context is filled up with a special token, which attention never sees from before and training leaves out.
-3. Contexts fill shards in order. The jobs come out in one fixed order, so a resumed harvest meets the same ones.
+3. Contexts fill shards in order. Each split is made from a reading of the text of its own, val first: whether there is
+   text for it is known before any of train is made. The order is fixed, so a resumed harvest meets the same jobs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,9 +22,15 @@ from torch import Tensor
 
 from matryoshka.shards import SplitPlan
 
+SPLIT_ORDER = ("val", "train")
 BLOCK_CONTEXTS = 16
-"""Contexts of one document that share a split: a corpus of a few books still gets a val part."""
-_TOKENIZE_BATCH = 64
+"""With `val_unit: block`, contexts of a document that share a split: a corpus of a few books still gets a val part."""
+_TOKENIZE_DOCUMENTS = 64
+_TOKENIZE_CHARACTERS = 1 << 18
+"""At most so much text is tokenised at once, since that takes about 200 bytes a character; more of it goes in parts."""
+_CUTS = (re.compile(r"(?<=\S) (?=\S)"), re.compile(r"\s"))
+"""Where a long text may be cut, the best first: words keep their space in front, as tokenizers have them."""
+_CUT_WINDOW = 4096
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 
@@ -52,6 +60,8 @@ class Packing:
     """Fills up the last context of each document; None lays documents end to end."""
     max_doc_tokens: int | None = None
     """Tokens of a document beyond these are left out."""
+    val_unit: Literal["document", "block"] = "document"
+    """What is held out: whole documents, or blocks of BLOCK_CONTEXTS contexts of any document."""
 
     @property
     def text_len(self) -> int:
@@ -59,38 +69,118 @@ class Packing:
         return self.ctx_len - (self.bos_id is not None)
 
 
-def shard_jobs(
-    documents: Iterable[str], tokenize: Tokenize, packing: Packing, plans: Mapping[str, SplitPlan]
-) -> Iterator[ShardJob]:
-    """Yield the jobs of every planned shard, in the order in which the text fills them.
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """A document and its number in the whole text."""
 
-    When the text ends early, what is left of each split comes as a last, smaller shard (whole contexts only).
+    number: int
+    text: str
+    hash: bytes
+
+
+def split_jobs(
+    split: str, texts: Iterable[str], tokenize: Tokenize, packing: Packing, plan: SplitPlan
+) -> Iterator[ShardJob]:
+    """Yield the jobs of every planned shard of one split, in the order in which the text fills them.
+
+    `texts` are the documents of all splits, read no further than needed. When they end early, what is left comes as a
+    last, smaller shard (whole contexts only).
     """
-    packers = {split: _Packer(split, packing, plan.shard_contexts) for split, plan in plans.items()}
-    for doc_id, (text, ids) in enumerate(_tokenized(documents, tokenize)):
-        if all(packer.is_full for packer in packers.values()):
+    packer = _Packer(split, packing, plan.shard_contexts)
+    for document, ids in _tokenized(_documents_of(split, texts, packing), tokenize, packing.max_doc_tokens):
+        for part in _parts_of(split, document, ids, packing):
+            yield from packer.add(part, document.number)
+        if packer.is_full:
             return
-        document = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        ids = ids[: packing.max_doc_tokens]
-        block_len = BLOCK_CONTEXTS * packing.text_len
-        for number, start in enumerate(range(0, len(ids), block_len)):
-            split = assign_split(document, number, packing)
-            yield from packers[split].add(np.asarray(ids[start : start + block_len], np.int32), doc_id)
-    for packer in packers.values():
-        yield from packer.flush()
+    yield from packer.flush()
 
 
 def assign_split(document: bytes, block: int, packing: Packing) -> str:
-    """train or val, from the hash of a document's text, the number of the block in it, and the seed."""
+    """train or val, from the hash of a document's text, the number of the block in it, and the seed.
+
+    A whole document goes where its first block, 0, goes.
+    """
     key = document + block.to_bytes(8, "little") + packing.seed.to_bytes(8, "little", signed=True)
     draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
     return "val" if draw < packing.val_fraction else "train"
 
 
-def _tokenized(documents: Iterable[str], tokenize: Tokenize) -> Iterator[tuple[str, list[int]]]:
-    iterator = iter(documents)
-    while texts := list(islice(iterator, _TOKENIZE_BATCH)):
-        yield from zip(texts, tokenize(texts), strict=True)
+def document_hash(text: str) -> bytes:
+    """What decides the split of a document."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _documents_of(split: str, texts: Iterable[str], packing: Packing) -> Iterator[_Document]:
+    """The documents that may have tokens of `split`."""
+    for number, text in enumerate(texts):
+        document = _Document(number, text, document_hash(text))
+        if packing.val_unit == "block" or assign_split(document.hash, 0, packing) == split:
+            yield document
+
+
+def _parts_of(split: str, document: _Document, ids: np.ndarray, packing: Packing) -> Iterator[np.ndarray]:
+    """Those tokens of a document that belong to `split`."""
+    if packing.val_unit == "document":
+        yield ids
+        return
+    block_len = BLOCK_CONTEXTS * packing.text_len
+    for number, start in enumerate(range(0, len(ids), block_len)):
+        if assign_split(document.hash, number, packing) == split:
+            yield ids[start : start + block_len]
+
+
+def _tokenized(
+    documents: Iterable[_Document], tokenize: Tokenize, most: int | None
+) -> Iterator[tuple[_Document, np.ndarray]]:
+    """Each document with its first `most` token ids, int32."""
+    for batch in _batches(documents):
+        if len(batch[0].text) > _TOKENIZE_CHARACTERS:
+            yield batch[0], _ids_of_long(batch[0].text, tokenize, most)
+        else:
+            ids = tokenize([document.text for document in batch])
+            yield from ((document, np.asarray(i[:most], np.int32)) for document, i in zip(batch, ids, strict=True))
+
+
+def _batches(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
+    """Documents to tokenise together; one that is too long for that comes alone."""
+    batch: list[_Document] = []
+    size = 0
+    for document in documents:
+        if batch and (len(batch) == _TOKENIZE_DOCUMENTS or size + len(document.text) > _TOKENIZE_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document.text)
+    if batch:
+        yield batch
+
+
+def _ids_of_long(text: str, tokenize: Tokenize, most: int | None) -> np.ndarray:
+    """The token ids of a long text, part after part, until there are `most`."""
+    found, n_found = [], 0
+    for part in cut_text(text, _TOKENIZE_CHARACTERS):
+        found.append(np.asarray(tokenize([part])[0], np.int32))
+        n_found += len(found[-1])
+        if most is not None and n_found >= most:
+            break
+    return np.concatenate(found)[:most]
+
+
+def cut_text(text: str, size: int) -> Iterator[str]:
+    """The text in parts of at most `size` characters, cut before single spaces where there are any.
+
+    The tokens are those of the whole text but for tokenizers that put something before each text (Llama-2's adds a
+    space) or whose tokens span words: these may differ by a token at each cut.
+    """
+    start = 0
+    while len(text) - start > size:
+        first = max(start + 1, start + size - _CUT_WINDOW)
+        # One character further, since a cut is judged by what comes after it.
+        ways = ([m.start() for m in cut.finditer(text, first, start + size + 1)] for cut in _CUTS)
+        stop = next((found[-1] for found in ways if found), start + size)
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 class _Packer:

@@ -44,7 +44,8 @@ def verify_and_repair(
 
 def recorded_config(path: Path | str, operational: Mapping[str, Any]) -> HarvestConfig:
     """The settings with which the set at `path` was harvested."""
-    settings = read_manifest(path).settings
+    manifest = read_manifest(path)
+    settings = {**manifest.settings, "val_unit": manifest.val_unit}
     try:
         return HarvestConfig.model_validate({**settings, **operational, "out": path})
     except ValidationError as error:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
+
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.shards import CommitRecord, Manifest, ShardSetWriter
@@ -25,7 +27,7 @@ from .batch_memory import forget, remember, remembered
 from .capture import Capture
 from .config import HarvestConfig
 from .estimate import Estimate, estimate, together
-from .packing import Packing, ShardJob, shard_jobs
+from .packing import SPLIT_ORDER, Packing, ShardJob, assign_split, document_hash, split_jobs
 from .progress import Progress, Silent, usual_progress
 from .ranks import Ranks
 from .sets import HarvestResult, Target, bos_of, pad_of
@@ -56,7 +58,9 @@ class _Pass:
 
     sets: tuple[_Set, ...]
     first: ShardJob
-    rest: Iterator[ShardJob]
+    """That of train, to measure the speed with."""
+    jobs: Iterator[ShardJob]
+    """All of them."""
 
 
 def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[HarvestResult]:
@@ -177,16 +181,44 @@ def _begin(config: HarvestConfig, sets: tuple[_Set, ...], lm: LanguageModel) -> 
         seed=config.seed,
         pad_id=pad_of(config, lm),
         max_doc_tokens=config.max_doc_tokens,
+        val_unit=config.val_unit,
     )
     manifest = sets[0].manifest
-    jobs = shard_jobs(documents(config, manifest.dataset), lambda texts: tokenize(lm, texts), packing, manifest.splits)
-    first = next(jobs, None)
-    if first is None:
-        raise UserError(
-            f"the text of {config.dataset} is shorter than one context of {config.ctx_len} tokens in each split; give "
-            "more text or a smaller --ctx-len"
-        )
-    return _Pass(sets, first, jobs)
+    specials = torch.tensor(manifest.special_ids, dtype=torch.int32)
+    first: dict[str, ShardJob] = {}
+    rest: dict[str, Iterator[ShardJob]] = {}
+    for split in SPLIT_ORDER:
+        texts = documents(config, manifest.dataset)
+        jobs = split_jobs(split, texts, lambda texts: tokenize(lm, texts), packing, manifest.splits[split])
+        job = next(jobs, None)
+        if job is None or bool(torch.isin(job.tokens, specials).all()):
+            raise _too_little_text(split, config, packing, manifest, is_special=job is not None)
+        first[split], rest[split] = job, jobs
+    everything = chain.from_iterable(chain([first[split]], rest[split]) for split in SPLIT_ORDER)
+    return _Pass(sets, first["train"], everything)
+
+
+def _too_little_text(
+    split: str, config: HarvestConfig, packing: Packing, manifest: Manifest, *, is_special: bool
+) -> UserError:
+    """What to say when the text has nothing for one of the splits. Reads the text once more, to count it."""
+    n_documents = n_own = 0
+    for text in documents(config, manifest.dataset):
+        n_documents += 1
+        n_own += assign_split(document_hash(text), 0, packing) == split
+    if packing.val_unit == "block":
+        found = f"its {n_documents} documents leave nothing for {split}"
+    else:
+        found = f"{n_own} of its {n_documents} documents belong to {split} (val_fraction {config.val_fraction:g})"
+    if is_special:
+        why = "all of them special tokens, which are never trained on nor evaluated"
+    else:
+        why = f"less than one context of {config.ctx_len} tokens"
+    block = ", or --val-unit block, which holds out parts of documents" if packing.val_unit == "document" else ""
+    return UserError(
+        f"the text of {config.dataset} has too little for the {split} split: {found}: {why}. Give more text, a larger "
+        f"val_fraction, another --seed, a smaller --ctx-len{block}; nothing was written"
+    )
 
 
 def _tuned(capture: Capture, one: _Pass) -> int:
@@ -237,7 +269,7 @@ def _run_jobs(
 
     with background(min(_WRITERS, len(one.sets))) as executor:
         pending: list[Future[CommitRecord]] = []
-        for number, job in enumerate(chain([one.first], one.rest)):
+        for number, job in enumerate(one.jobs):
             if not ranks.owns(number):
                 advanced(job.tokens.numel())
                 continue

@@ -70,10 +70,17 @@ class Target:
         if not has_manifest(self.place):
             return None
         saved = read_manifest(self.place)
-        wanted = self.config.content()
+        wanted = {**self.config.content(), "val_unit": self.config.val_unit}
         if isinstance(had := saved.settings.get("tokens"), int) and had < self.config.tokens:
             wanted["tokens"] = had
-        refuse_changes(self.folder, "harvested", changed_fields(saved.settings, wanted))
+        changes = changed_fields({**saved.settings, "val_unit": saved.val_unit}, wanted)
+        if (saved.val_unit, self.config.val_unit) == ("block", "document") and len(changes) == 1:
+            raise UserError(
+                f"{self.folder} holds out blocks of documents, as sets made before --val-unit all do, and this harvest "
+                "asks for whole documents. Pass --val-unit block to go on with it, or --out with a new folder for a "
+                "set whose val documents train never sees; nothing was changed"
+            )
+        refuse_changes(self.folder, "harvested", changes)
         return saved
 
     def is_finished(self) -> bool:

@@ -14,6 +14,9 @@ FORMAT = "matryoshka-shard-set"
 SPLITS = ("train", "val")
 MANIFEST_FOLDER = "manifest"
 
+FIRST_VAL_UNIT = "block"
+"""The `val_unit` of sets whose settings name none: those made before there was a choice."""
+
 SHARD_BYTES = 304_000_000
 """A shard is at most this large a side, uncompressed: 64 contexts of 1024 at width 2304 are 302 MB."""
 CHUNK_BYTES = 4 * 2**20
@@ -95,6 +98,11 @@ class Manifest(Config):
     """What the codec did, known when the set is complete: compression_ratio (bytes over those of bfloat16), and of
     int8 source_error and target_error, its relative error over the rows under 10 times the median norm."""
     complete: bool = False
+
+    @property
+    def val_unit(self) -> Literal["document", "block"]:
+        """What was held out: whole documents, or blocks of documents that train has parts of too."""
+        return "document" if self.settings.get("val_unit", FIRST_VAL_UNIT) == "document" else "block"
 
     def digest(self) -> str:
         """Identity of what was asked for, whatever libraries wrote it and however far it got."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -216,6 +216,11 @@ class ShardSet:
     def ctx_len(self) -> int:
         """Positions in a context."""
         return self.manifest.ctx_len
+
+    @property
+    def val_unit(self) -> Literal["document", "block"]:
+        """What val is made of: documents that train never saw, or blocks of documents that may be in train too."""
+        return self.manifest.val_unit
 
     def split(self, name: str) -> Split:
         """`train` or `val`."""

@@ -86,7 +86,7 @@ def test_repeated_text_is_harvested_once(harvest: Harvest, tmp_path: Path, tiny_
             (text / f"{number:02d}{copy}.txt").write_text(file.read_text())
     n_tokens = {}
     for option in ("--dedup", "--no-dedup"):
-        code, said = harvest("--dataset", str(text), "--tokens", "60k", option, out=tmp_path / option)
+        code, said = harvest("--dataset", str(text), "--tokens", "600k", option, out=tmp_path / option)
         assert code == 0, said
         shards = ShardSet.open(tmp_path / option)
         n_tokens[option] = shards.train.n_contexts + shards.val.n_contexts

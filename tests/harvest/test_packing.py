@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from harvest import packing as module
-from harvest.packing import BLOCK_CONTEXTS, Packing, ShardJob, assign_split, shard_jobs
+from harvest.packing import BLOCK_CONTEXTS, SPLIT_ORDER, Packing, ShardJob, assign_split, cut_text, split_jobs
 from matryoshka.shards import SplitPlan, plan_splits
 
 BOS = 1
@@ -34,8 +36,10 @@ def make_texts(lengths: list[int]) -> list[str]:
 LENGTHS = [3, 700, 0, 12, 255, 1, 1, 90, 33, 2, 400, 7, 18, 600, 5, 64, 128, 250] * 2
 
 
-def pack(bos: int | None = BOS, seed: int = 0, val_fraction: float = 0.3) -> Packing:
-    return Packing(ctx_len=CTX, bos_id=bos, val_fraction=val_fraction, seed=seed)
+def pack(
+    bos: int | None = BOS, seed: int = 0, val_fraction: float = 0.3, unit: Literal["document", "block"] = "document"
+) -> Packing:
+    return Packing(ctx_len=CTX, bos_id=bos, val_fraction=val_fraction, seed=seed, val_unit=unit)
 
 
 def plans(n_contexts: int, val_fraction: float = 0.3) -> dict[str, SplitPlan]:
@@ -43,7 +47,8 @@ def plans(n_contexts: int, val_fraction: float = 0.3) -> dict[str, SplitPlan]:
 
 
 def jobs(texts: list[str], n_contexts: int, packing: Packing) -> list[ShardJob]:
-    return list(shard_jobs(texts, tokenize, packing, plans(n_contexts, packing.val_fraction)))
+    plan = plans(n_contexts, packing.val_fraction)
+    return [job for split in SPLIT_ORDER for job in split_jobs(split, texts, tokenize, packing, plan[split])]
 
 
 def slow_streams(texts: list[str], packing: Packing) -> dict[str, list[tuple[int, int]]]:
@@ -53,7 +58,8 @@ def slow_streams(texts: list[str], packing: Packing) -> dict[str, list[tuple[int
     for number, text in enumerate(texts):
         document = hashlib.blake2b(text.encode(), digest_size=16).digest()
         for place, token in enumerate(tokenize([text])[0]):
-            split = assign_split(document, place // (BLOCK_CONTEXTS * text_len), packing)
+            block = place // (BLOCK_CONTEXTS * text_len) if packing.val_unit == "block" else 0
+            split = assign_split(document, block, packing)
             streams[split].append((token, number))
     return streams
 
@@ -69,9 +75,10 @@ def stream_of(found: list[ShardJob], split: str, packing: Packing) -> list[tuple
     ]
 
 
+@pytest.mark.parametrize("unit", ["document", "block"])
 @pytest.mark.parametrize("bos", [BOS, None])
-def test_no_token_is_lost_between_contexts(bos: int | None) -> None:
-    texts, packing = make_texts(LENGTHS), pack(bos)
+def test_no_token_is_lost_between_contexts(bos: int | None, unit: Literal["document", "block"]) -> None:
+    texts, packing = make_texts(LENGTHS), pack(bos, unit=unit)
     found = jobs(texts, 100_000, packing)  # more is planned than there is: all the text must come out
     wanted = slow_streams(texts, packing)
     text_len = CTX if bos is None else CTX - 1
@@ -80,6 +87,30 @@ def test_no_token_is_lost_between_contexts(bos: int | None) -> None:
         assert whole > 20 * text_len
         assert stream_of(found, split, packing) == wanted[split][:whole]
         assert len(wanted[split]) - whole < text_len
+
+
+def test_a_document_is_in_one_split() -> None:
+    texts = make_texts(LENGTHS)
+    found = jobs(texts, 100_000, pack())
+    documents = {
+        split: {int(doc) for job in found if job.split == split for doc in job.doc_ids.unique()}
+        for split in SPLIT_ORDER
+    }
+    assert min(map(len, documents.values())) > 3
+    assert not documents["train"] & documents["val"]
+    # and with blocks, on request, the long ones are in both
+    found = jobs(texts, 100_000, pack(unit="block"))
+    documents = {
+        split: {int(doc) for job in found if job.split == split for doc in job.doc_ids.unique()}
+        for split in SPLIT_ORDER
+    }
+    assert documents["train"] & documents["val"]
+
+
+def test_val_comes_first() -> None:
+    order = [job.split for job in jobs(make_texts(LENGTHS), 100, pack())]
+    assert order == sorted(order, reverse=True)
+    assert set(order) == {"val", "train"}
 
 
 def test_each_context_starts_with_bos_of_the_document_that_follows() -> None:
@@ -110,9 +141,8 @@ def test_text_is_not_read_further_than_needed() -> None:
             n_read += 1
             yield text
 
-    assert len(list(shard_jobs(counted(), tokenize, pack(), plans(100)))) == sum(
-        p.n_shards for p in plans(100).values()
-    )
+    for split, plan in plans(100).items():
+        assert len(list(split_jobs(split, counted(), tokenize, pack(), plan))) == plan.n_shards
     assert n_read < 500
 
 
@@ -136,7 +166,7 @@ def test_the_same_shards_however_text_is_batched(monkeypatch: pytest.MonkeyPatch
     texts, packing = make_texts(LENGTHS), pack()
     wanted = jobs(texts, 80, packing)
     for batch in (1, 7, 1000):
-        monkeypatch.setattr(module, "_TOKENIZE_BATCH", batch)
+        monkeypatch.setattr(module, "_TOKENIZE_DOCUMENTS", batch)
         found = jobs(texts, 80, packing)
         assert [(job.split, job.shard) for job in found] == [(job.split, job.shard) for job in wanted]
         for a, b in zip(found, wanted, strict=True):
@@ -166,7 +196,7 @@ def test_split_depends_on_the_document_alone() -> None:
 
 
 def test_long_documents_are_split_in_blocks_of_sixteen_contexts() -> None:
-    packing = pack(val_fraction=0.5)
+    packing = pack(val_fraction=0.5, unit="block")
     (text,) = make_texts([CTX * 16 * 40])
     streams = slow_streams([text], packing)
     block = 16 * (CTX - 1)
@@ -204,9 +234,9 @@ def test_unpacked_contexts_are_of_one_document() -> None:
     for text in texts:
         document = hashlib.blake2b(text.encode(), digest_size=16).digest()
         ids = tokenize([text])[0]
-        for number, start in enumerate(range(0, len(ids), CTX - 1)):
+        for start in range(0, len(ids), CTX - 1):
             context = [BOS, *ids[start : start + CTX - 1]]
-            split = assign_split(document, number // BLOCK_CONTEXTS, packing)
+            split = assign_split(document, 0, packing)
             wanted[split].append(context + [0] * (CTX - len(context)))
     for split, contexts in wanted.items():
         assert [c.tolist() for job in found if job.split == split for c in job.tokens] == contexts
@@ -222,3 +252,53 @@ def test_long_documents_are_cut_on_request() -> None:
     kept = {t for text in short for t in tokenize([text])[0]}
     assert tokens <= kept
     assert len(kept) - len(tokens) < 2 * (CTX - 1)
+
+
+@pytest.mark.parametrize("size", [1, 40, 1000])
+def test_long_texts_are_tokenised_in_parts(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, and never more text at once than allowed, however long a line is."""
+    texts = make_texts(LENGTHS)
+    wanted = jobs(texts, 100_000, pack())
+    sizes: list[int] = []
+
+    def measured(batch: list[str]) -> list[list[int]]:
+        sizes.append(sum(map(len, batch)))
+        return tokenize(batch)
+
+    if size > 1:  # no word of these fits into one character
+        monkeypatch.setattr(module, "_TOKENIZE_CHARACTERS", size)
+    plan = plans(100_000)
+    found = [job for split in SPLIT_ORDER for job in split_jobs(split, texts, measured, pack(), plan[split])]
+    assert max(sizes) <= module._TOKENIZE_CHARACTERS
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.doc_ids, b.doc_ids)
+
+
+def test_no_more_of_a_long_text_is_tokenised_than_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TOKENIZE_CHARACTERS", 60)
+    n_seen = 0
+
+    def counted(batch: list[str]) -> list[list[int]]:
+        nonlocal n_seen
+        found = tokenize(batch)
+        n_seen += sum(map(len, found))
+        return found
+
+    packing = Packing(ctx_len=CTX, bos_id=BOS, val_fraction=1e-9, seed=0, max_doc_tokens=20)
+    found = list(split_jobs("train", make_texts([5000]), counted, packing, plans(100, 1e-9)["train"]))
+    assert sum(len(job.tokens) for job in found) == 20 // (CTX - 1)
+    assert n_seen < 40
+
+
+def test_texts_are_cut_before_single_spaces() -> None:
+    text = "one two  three\nfour" + "x" * 30 + " end"
+    parts = list(cut_text(text, 12))
+    assert "".join(parts) == text
+    assert all(0 < len(part) <= 12 for part in parts)
+    assert parts[0] == "one"  # the two spaces before three belong together
+    assert parts[-1].endswith(" end")
+    # without any white space there is no better way
+    assert list(cut_text("y" * 25, 10)) == ["y" * 10, "y" * 10, "y" * 5]
+    assert list(cut_text("short", 12)) == ["short"]
+    assert not any(re.search(r"\s$", part) for part in cut_text("word " * 50 + "end", 33))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from harvest.packing import Packing, assign_split, document_hash
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.runs import exclusive
@@ -320,12 +321,58 @@ def test_room_is_asked_for_the_rest_only(harvest: Harvest, tmp_path: Path, monke
     assert "1 shards written" in said
 
 
-def test_a_single_document_without_val_part_is_refused(harvest: Harvest, tmp_path: Path) -> None:
+def test_too_little_text_for_val_is_refused_before_the_first_forward(
+    harvest: Harvest, lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that follows from the text alone is known before the model has run, and nothing is written."""
+    monkeypatch.setattr(lm, "capture", lambda *_: pytest.fail("the model ran"))
     (tmp_path / "one.txt").write_text(" ".join(f"w{i % 90}" for i in range(40)))
     message = refused(harvest("--dataset", "one.txt"))
-    assert "no text fell into the" in message
-    with pytest.raises(UserError, match="unfinished"):
-        ShardSet.open(tmp_path / "out")
+    assert "too little for the val split: 0 of its 1 documents belong to val (val_fraction 0.1)" in message
+    assert "--val-unit block" in message
+    assert not (tmp_path / "out").exists()
+    # one document of each split, but that of val has not a whole context
+    short = next(f"w1 w2 w{i}" for i in range(3, 90) if _is_val(f"w1 w2 w{i}"))
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in (short, "w1 " * 400)))
+    message = refused(harvest("--dataset", "two.jsonl"))
+    assert "1 of its 2 documents belong to val (val_fraction 0.1): less than one context of 16 tokens" in message
+    # nothing but special tokens
+    monkeypatch.setattr(lm, "special_ids", tuple(range(97)))
+    assert "all of them special tokens" in refused(harvest())
+    assert not (tmp_path / "out").exists()
+
+
+def _is_val(text: str) -> bool:
+    packing = Packing(ctx_len=CTX_LEN, bos_id=2, val_fraction=0.1, seed=0)
+    return assign_split(document_hash(text), 0, packing) == "val"
+
+
+def test_no_document_of_val_is_in_train(done: tuple[Path, str]) -> None:
+    shards = ShardSet.open(done[0])
+    assert shards.val_unit == "document"
+    train, val = (
+        {int(i) for shard in range(split.n_shards) for i in split.doc_ids(shard).unique()}
+        for split in (shards.train, shards.val)
+    )
+    assert len(val) > 1
+    assert not train & val
+
+
+def test_a_set_of_before_val_units_holds_out_blocks(harvest: Harvest, tmp_path: Path) -> None:
+    """Its settings name no val_unit, as those of --val-unit block still do not."""
+    assert harvest("--val-unit", "block")[0] == 0
+    shards = ShardSet.open(tmp_path / "out")
+    assert "val_unit" not in shards.manifest.settings
+    assert shards.val_unit == "block"
+    message = refused(harvest("--tokens", "5k"))
+    assert "holds out blocks of documents" in message
+    assert "--val-unit block" in message
+    assert harvest("--tokens", "5k", "--val-unit", "block")[0] == 0
+    train, val = (
+        {int(i) for shard in range(split.n_shards) for i in split.doc_ids(shard).unique()}
+        for split in (ShardSet.open(tmp_path / "out").train, ShardSet.open(tmp_path / "out").val)
+    )
+    assert train & val
 
 
 def test_a_set_in_use_is_left_alone(harvest: Harvest, tmp_path: Path) -> None:
