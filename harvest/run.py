@@ -8,7 +8,7 @@ the model runs on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -57,8 +57,8 @@ class _Pass:
     """Sets whose contexts lie in shards of the same sizes: one forward pass serves them all."""
 
     sets: tuple[_Set, ...]
-    first: ShardJob
-    """That of train, to measure the speed with."""
+    first: Mapping[str, ShardJob]
+    """The first job of each split."""
     jobs: Iterator[ShardJob]
     """All of them."""
 
@@ -195,7 +195,7 @@ def _begin(config: HarvestConfig, sets: tuple[_Set, ...], lm: LanguageModel) -> 
             raise _too_little_text(split, config, packing, manifest, is_special=job is not None)
         first[split], rest[split] = job, jobs
     everything = chain.from_iterable(chain([first[split]], rest[split]) for split in SPLIT_ORDER)
-    return _Pass(sets, first["train"], everything)
+    return _Pass(sets, first, everything)
 
 
 def _too_little_text(
@@ -222,7 +222,7 @@ def _too_little_text(
 
 
 def _tuned(capture: Capture, one: _Pass) -> int:
-    return capture.tune(one.first.tokens, _hook_points(one.sets))
+    return capture.tune(one.first["train"].tokens, _hook_points(one.sets))
 
 
 def _cost(sets: list[_Set], capture: Capture, passes: list[_Pass], ranks: Ranks) -> Estimate:
@@ -234,7 +234,7 @@ def _cost(sets: list[_Set], capture: Capture, passes: list[_Pass], ranks: Ranks)
         missing[folder] = one.n_tokens - sum(record.n_contexts for record in records) * one.manifest.ctx_len
         parts.append(estimate(one.manifest, missing[folder], one.target.place, None, records))
     n_tokens = sum(max(missing[s.target.folder] for s in one.sets) for one in passes)
-    speed = capture.speed(passes[0].first.tokens, _hook_points(passes[0].sets)) * ranks.world
+    speed = capture.speed(passes[0].first["train"].tokens, _hook_points(passes[0].sets)) * ranks.world
     return together(parts, n_tokens, n_tokens / speed)
 
 
@@ -267,19 +267,15 @@ def _run_jobs(
     def advanced(n_tokens: int) -> None:
         progress.advanced(n_tokens, sum(writer.bytes_written() for writer in writers.values()))
 
+    for job in one.first.values():
+        _uncommitted(one, writers, job)  # text that has changed shows before anything of it is written
     with background(min(_WRITERS, len(one.sets))) as executor:
         pending: list[Future[CommitRecord]] = []
         for number, job in enumerate(one.jobs):
             if not ranks.owns(number):
                 advanced(job.tokens.numel())
                 continue
-            missing = []
-            for s in one.sets:
-                writer = writers[s.target.folder]
-                if writer.is_committed(job.split, job.shard):
-                    writer.check_same_text(job.split, job.shard, job.tokens, job.doc_ids)
-                else:
-                    missing.append(s)
+            missing = _uncommitted(one, writers, job)
             if not missing:
                 advanced(job.tokens.numel())
                 continue
@@ -297,6 +293,18 @@ def _run_jobs(
         _settle(pending)
     advanced(0)
     return written
+
+
+def _uncommitted(one: _Pass, writers: Mapping[Any, ShardSetWriter], job: ShardJob) -> list[_Set]:
+    """The sets that do not have this shard yet. Raises UserError where one has it of another text."""
+    missing = []
+    for s in one.sets:
+        writer = writers[s.target.folder]
+        if writer.is_committed(job.split, job.shard):
+            writer.check_same_text(job.split, job.shard, job.tokens, job.doc_ids)
+        else:
+            missing.append(s)
+    return missing
 
 
 def _settle(pending: list[Future[CommitRecord]]) -> None:
