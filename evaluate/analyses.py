@@ -30,6 +30,7 @@ ANALYSES = (
     Entry("faithfulness", ".intervention.faithfulness", "FaithfulnessAnalysis"),
     Entry("hierarchy", ".structure.hierarchy", "HierarchyAnalysis"),
     Entry("logits", ".intervention.logits", "LogitsAnalysis"),
+    Entry("absorption", ".probing.absorption_run", "AbsorptionAnalysis"),
     Entry("samples", ".samples", "SamplesAnalysis"),
 )
 

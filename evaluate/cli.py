@@ -230,17 +230,17 @@ def absorption(
     set_: Overrides = None,
 ) -> None:
     """How often a first-letter latent stays silent because another latent speaks for it (SAEBench's two scores)."""
+    from .analysis import answer
     from .next_step import then_report
-    from .probing.absorption_run import measure_absorption
-    from .probing.absorption_screen import absorption_table
+    from .probing.absorption_run import AbsorptionAnalysis
     from .screen import Screen
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
     settings = read_settings(config, set_ or (), flags)
+    analysis = AbsorptionAnalysis(tokenizer)
     with Screen("absorption") as screen:
-        measured = measure_absorption(runs, settings, tokenizer, screen)
-    for one in measured:
-        screen.measured(absorption_table(one.result), one)
+        answers = answer(analysis, runs, settings, screen)
+    screen.say(analysis, answers)
     then_report(runs, shards)
 
 

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -170,7 +170,8 @@ class Unfinished:
 def unfinished(result: Path, identity: Mapping[str, Any], save_minutes: float) -> Iterator[Unfinished]:
     """The folder beside `result` for the pass that ends in it, held alone; removed when the context ends well.
 
-    Raises UserError when another process is at the same result.
+    What is in it stays when something was saved there; else it goes too. Raises UserError when another process is at
+    the same result.
     """
     # Not result.json.partial, which is the file that becomes the result.
     folder = result.with_suffix(".partial")
@@ -183,6 +184,35 @@ def unfinished(result: Path, identity: Mapping[str, Any], save_minutes: float) -
             saved.close()
         shutil.rmtree(folder)
     saved.deliver()
+
+
+class Parts:
+    """The parts of a result that are done, each by its name: for work that is no pass over rows."""
+
+    SUMS = ("content",)
+
+    def __init__(self, saved: Unfinished) -> None:
+        self._saved, self._parts = saved, dict[str, Any]()
+        saved.load(self)
+
+    def made(self, name: str, make: Callable[[], Any]) -> Any:
+        """What JSON keeps of the part `name`: it was saved, or `make` gives it now."""
+        if name not in self._parts:
+            self._parts[name] = json.loads(json.dumps(make()))
+            self._saved.save_when_due(self, len(self._parts))
+        return self._parts[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
+    @property
+    def content(self) -> Tensor:
+        """All of them as bytes, uint8 [n]."""
+        return torch.frombuffer(bytearray(json.dumps(self._parts).encode()), dtype=torch.uint8)
+
+    @content.setter
+    def content(self, content: Tensor) -> None:
+        self._parts = json.loads(bytes(content.numpy()))
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:

@@ -1,18 +1,10 @@
-"""absorption.json: its schema, and whether it already answers the question."""
+"""absorption.json: its schema."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import ValidationError
-
 from matryoshka.config import Config
-from matryoshka.runs import publish_json
 
-from ..result import ShardSetFacts, TranscoderFacts, identity_of
-
-ABSORPTION_FILE = "absorption.json"
+from ..result import Result
 
 Interval = tuple[float, float]
 
@@ -82,13 +74,11 @@ class PrefixAbsorption(Config):
     letters: tuple[LetterAbsorption, ...]
 
 
-class AbsorptionResult(Config):
+class AbsorptionResult(Result):
     """The content of absorption.json."""
 
-    format_version: Literal[1] = 1
-    transcoder: TranscoderFacts
-    shard_set: ShardSetFacts
-    settings: dict[str, Any]
+    FILE = "absorption.json"
+
     tokenizer: str
     n_train_rows: int
     """Rows of train words, from the train split."""
@@ -96,21 +86,3 @@ class AbsorptionResult(Config):
     """Rows of test words, from shard_set.split."""
     probes: tuple[LetterProbe, ...]
     prefixes: tuple[PrefixAbsorption, ...]
-
-    def identity(self) -> dict[str, Any]:
-        """What decides every number here."""
-        return identity_of(self.transcoder, self.shard_set, self.settings)
-
-
-def read_absorption(folder: Path) -> AbsorptionResult | None:
-    """The result in `folder`; None when there is none that this version can read (it is then made anew)."""
-    try:
-        return AbsorptionResult.model_validate_json((folder / ABSORPTION_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError):
-        return None
-
-
-def write_absorption(folder: Path, result: AbsorptionResult) -> Path:
-    """Publish absorption.json whole or not at all."""
-    publish_json(folder / ABSORPTION_FILE, result.model_dump(mode="json"))
-    return folder / ABSORPTION_FILE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matryoshka.devices import resolve_device
-from matryoshka.errors import UserError
-from matryoshka.runs import make_directory
 from matryoshka.shards import ShardSet
+from matryoshka.tables import ResultTable
 from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 
-from ..analysis import Progress, Silent, load_transcoder
-from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
+from ..analysis import Analysis, Job
 from ..config import EvaluateConfig
-from ..result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
+from ..resume import Parts
+from ..rows import check_rows
 from ..shard_set import tokenizer_name
 from .absorption import RowScores, score_rows
-from .absorption_file import (
-    ABSORPTION_FILE,
-    Absorber,
-    AbsorptionResult,
-    LetterAbsorption,
-    PrefixAbsorption,
-    read_absorption,
-    write_absorption,
-)
+from .absorption_file import Absorber, AbsorptionResult, LetterAbsorption, PrefixAbsorption
+from .absorption_screen import absorption_table
 from .codes import Codes, encode_rows
 from .first_letter import LETTERS, split_tokens
 from .letter_task import LetterProbes, LetterTask
 from .main_latents import find_main_latents
-from .measured import Measured
 from .probe import require_sklearn
 from .readback import Readback, fit_readback, norm_directions
 from .word_bootstrap import mean_over_classes
@@ -64,61 +55,75 @@ class _Rows:
     test_projected: Tensor
 
 
-def measure_absorption(
-    runs: Sequence[Path], config: EvaluateConfig, tokenizer: str | None = None, progress: Progress | None = None
-) -> list[Measured[AbsorptionResult]]:
-    """Publish absorption.json for each of `runs`, or read the one that answers already.
+class AbsorptionAnalysis(Analysis[AbsorptionResult]):
+    """First-letter absorption. `tokenizer` is a folder or hub name, by default what the shard set names."""
 
-    Raises UserError for whatever the user can mend, too few readable letters among it.
-    """
-    if config.shards is None:
-        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
-    require_sklearn()
-    shards = ShardSet.open(config.shards)
-    name = tokenizer or tokenizer_name(shards)
-    texts = TokenTexts.read(name, revision=shards.manifest.model.get("revision"), near=Path(shards.path))
-    task = LetterTask(shards, config, texts, progress or Silent())
-    checkpoints = [find_checkpoint(run) for run in expand_fleets(list(runs))]
-    return [_measure(checkpoint, task, name) for checkpoint in checkpoints]
+    name = "absorption"
+    result = AbsorptionResult
+    shared = ("split", "tokens", "prefix", "seed", "bootstrap")
+    unit = "parts"
 
+    def __init__(self, tokenizer: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._tasks: dict[str, LetterTask] = {}
 
-def _measure(checkpoint: Checkpoint, task: LetterTask, tokenizer: str) -> Measured[AbsorptionResult]:
-    shards, config = task.shards, task.config
-    transcoder = load_transcoder(checkpoint, shards, config)
-    folder = result_folder(checkpoint, shards, config)
-    settings = _settings(config, tokenizer)
-    existing, changes = already_answered(read_absorption(folder), identity_of(checkpoint, shards, settings))
-    if existing is not None:
-        return Measured(checkpoint, folder / ABSORPTION_FILE, existing, is_new=False)
-    make_directory(folder)
-    probes = task.probes(transcoder)
-    result = AbsorptionResult(
-        transcoder=TranscoderFacts.of(checkpoint, transcoder),
-        shard_set=ShardSetFacts.of(shards, config.split),
-        settings=settings,
-        tokenizer=tokenizer,
-        n_train_rows=len(task.train),
-        n_test_rows=len(task.test),
-        probes=probes.facts,
-        prefixes=_prefixes(transcoder.to(resolve_device(config.device)), checkpoint.name, task, probes),
-    )
-    return Measured(checkpoint, write_absorption(folder, result), result, is_new=True, replaced=changes)
+    def asked(self, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:  # noqa: ARG002
+        """The tokenizer decides which tokens are words and which letters they begin with."""
+        return {"tokenizer": self._name(shards)}
 
+    def check(self, transcoder: Transcoder, shards: ShardSet, config: EvaluateConfig) -> None:  # noqa: ARG002
+        """The library that fits probes, and rows."""
+        require_sklearn()
+        check_rows(shards, config.split)
 
-def _settings(config: EvaluateConfig, tokenizer: str) -> dict[str, Any]:
-    shared = {name: getattr(config, name) for name in ("split", "tokens", "prefix", "seed", "bootstrap")}
-    # It decides which tokens are words and which letters they begin with.
-    return shared | config.absorption.model_dump(mode="json") | {"tokenizer": tokenizer}
+    def make(self, job: Job) -> AbsorptionResult:
+        """Raises UserError when too few letters can be read from what the encoder reads."""
+        parts = Parts(job.saved)
+        task = self._task(job)
+        probes = task.probes(job.transcoder, parts)
+        return AbsorptionResult(
+            **job.facts,
+            tokenizer=self._name(job.shards),
+            n_train_rows=len(task.train),
+            n_test_rows=len(task.test),
+            probes=probes.facts,
+            prefixes=_prefixes(job.transcoder_on_device(), job.name, task, probes, parts),
+        )
+
+    def tables(self, results: Sequence[AbsorptionResult]) -> list[ResultTable]:
+        """One of each run."""
+        return [absorption_table(one) for one in results]
+
+    def _name(self, shards: ShardSet) -> str:
+        return self._tokenizer or tokenizer_name(shards)
+
+    def _task(self, job: Job) -> LetterTask:
+        """Rows and probes of a shard set are the same for all runs."""
+        shards = job.shards
+        if shards.digest not in self._tasks:
+            revision = shards.manifest.model.get("revision")
+            texts = TokenTexts.read(self._name(shards), revision=revision, near=Path(shards.path))
+            self._tasks[shards.digest] = LetterTask(shards, job.config, texts, job.progress)
+        return self._tasks[shards.digest]
 
 
 def _prefixes(
-    transcoder: Transcoder, name: str, task: LetterTask, probes: LetterProbes
+    transcoder: Transcoder, name: str, task: LetterTask, probes: LetterProbes, parts: Parts
 ) -> tuple[PrefixAbsorption, ...]:
     """The scores of each nested prefix; of the last alone where one prefix was asked for."""
-    rows = _encode(transcoder, task, probes)
+    rows = cache(lambda: _encode(transcoder, task, probes))
     ends = transcoder.prefix_ends if task.config.prefix is None else transcoder.prefix_ends[-1:]
-    task.progress.started(name, len(ends) * len(probes.probes) * len(task.test))
-    return tuple(_prefix(end, rows, task, probes) for end in ends)
+    if any(f"prefix {end}" not in parts for end in ends):
+        rows()
+    n_rows = len(probes.probes) * len(task.test)
+    task.progress.started(name, len(ends) * n_rows)
+    found = []
+    for end in ends:
+        if f"prefix {end}" in parts:
+            task.progress.advanced(n_rows)
+        made = parts.made(f"prefix {end}", lambda end=end: _prefix(end, rows(), task, probes).model_dump(mode="json"))
+        found.append(PrefixAbsorption.model_validate(made))
+    return tuple(found)
 
 
 def _encode(transcoder: Transcoder, task: LetterTask, probes: LetterProbes) -> _Rows:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from matryoshka.transcoder import Transcoder
 
 from ..analysis import Progress
 from ..config import AbsorptionConfig, EvaluateConfig
+from ..resume import Parts
 from .absorption_file import LetterProbe
 from .first_letter import LETTERS, Places, find_words, is_test_word, only
 from .gather import gather_source
@@ -42,7 +45,8 @@ class LetterTask:
     config: EvaluateConfig
     texts: TokenTexts
     progress: Progress
-    _made: dict[str, LetterProbes] = field(default_factory=dict)
+    _made: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    """(input convention, letter) -> `_probe`, for the next transcoder that reads the same"""
 
     @property
     def settings(self) -> AbsorptionConfig:
@@ -79,12 +83,29 @@ class LetterTask:
         convention = transcoder.config.input
         return apply_convention(source, convention, source_site=self.shards.manifest.source.site, norm=self.shards.norm)
 
-    def probes(self, transcoder: Transcoder) -> LetterProbes:
-        """The probes on what `transcoder` reads. Raises UserError when too few letters can be read from it."""
-        convention = transcoder.config.input
-        if convention not in self._made:
-            self._made[convention] = self._fit(transcoder)
-        return self._made[convention]
+    def probes(self, transcoder: Transcoder, parts: Parts) -> LetterProbes:
+        """The probes on what `transcoder` reads; those in `parts` are not fitted again.
+
+        Raises UserError when too few letters can be read from it.
+        """
+        facts: list[LetterProbe] = []
+        probes: dict[str, LinearProbe] = {}
+        right: dict[str, np.ndarray] = {}
+        truth = self.test.letters().numpy()
+        x_test = self.inputs(self.test_source, transcoder).numpy()
+        x_train = cache(lambda: self.inputs(self.train_source, transcoder).numpy())
+        self.progress.started("probes", len(LETTERS) * len(self.train))
+        for number, letter in enumerate(LETTERS):
+            found = parts.made(
+                f"probe {letter}", partial(self._probe, transcoder.config.input, number, x_train, x_test)
+            )
+            facts.append(LetterProbe.model_validate(found["facts"]))
+            if facts[-1].passed:
+                probes[letter] = LinearProbe(np.array(found["weight"]), found["bias"])
+                right[letter] = (probes[letter].score(x_test) > 0) & (truth == number)
+            self.progress.advanced(len(self.train))
+        self._refuse_too_few(facts)
+        return LetterProbes(facts=tuple(facts), probes=probes, right=right)
 
     def _places(self, split: str, limit: int | None, *, held_out: bool) -> Places:
         settings, seed = self.settings, self.config.seed
@@ -100,36 +121,34 @@ class LetterTask:
         is_test = torch.tensor([is_test_word(word, settings.test_share, seed) for word in found.words] or [False])
         return only(found, is_test[found.word] == held_out)
 
-    def _fit(self, transcoder: Transcoder) -> LetterProbes:
-        x_train, x_test = (self.inputs(source, transcoder).numpy() for source in (self.train_source, self.test_source))
-        labels, truth = self.train.letters().numpy(), self.test.letters().numpy()
-        self.progress.started("probes", len(LETTERS) * len(labels))
-        facts, probes, right = [], {}, {}
-        for number, letter in enumerate(LETTERS):
-            y_train, y_test = labels == number, truth == number
-            n_words = tuple(len(np.unique(p.word.numpy()[y])) for p, y in ((self.train, y_train), (self.test, y_test)))
-            found = None
-            if min(n_words) >= self.settings.min_words:
-                probe = fit_probe(x_train, y_train, c=self.settings.probe_c, balanced=True)
-                said = probe.score(x_test) > 0
-                found = quality(y_test, said)
-                if found.f1 > self.settings.min_probe_f1:
-                    probes[letter], right[letter] = probe, said & y_test
-            facts.append(
-                LetterProbe(
-                    letter=letter,
-                    n_train_words=n_words[0],
-                    n_test_words=n_words[1],
-                    n_test_rows=int(y_test.sum()),
-                    f1=None if found is None else found.f1,
-                    precision=None if found is None else found.precision,
-                    recall=None if found is None else found.recall,
-                    passed=letter in probes,
-                )
-            )
-            self.progress.advanced(len(labels))
-        self._refuse_too_few(facts)
-        return LetterProbes(facts=tuple(facts), probes=probes, right=right)
+    def _probe(
+        self, convention: str, number: int, x_train: Callable[[], np.ndarray], x_test: np.ndarray
+    ) -> dict[str, Any]:
+        """The probe of one letter, as JSON: `facts` of a LetterProbe, and where it passed its `weight` and `bias`."""
+        letter = LETTERS[number]
+        if (convention, letter) in self._made:
+            return self._made[convention, letter]
+        y_train, y_test = self.train.letters().numpy() == number, self.test.letters().numpy() == number
+        n_words = tuple(len(np.unique(p.word.numpy()[y])) for p, y in ((self.train, y_train), (self.test, y_test)))
+        made: dict[str, Any] = {}
+        found = None
+        if min(n_words) >= self.settings.min_words:
+            probe = fit_probe(x_train(), y_train, c=self.settings.probe_c, balanced=True)
+            found = quality(y_test, probe.score(x_test) > 0)
+            if found.f1 > self.settings.min_probe_f1:
+                made = {"weight": probe.weight.tolist(), "bias": probe.bias}
+        facts = LetterProbe(
+            letter=letter,
+            n_train_words=n_words[0],
+            n_test_words=n_words[1],
+            n_test_rows=int(y_test.sum()),
+            f1=None if found is None else found.f1,
+            precision=None if found is None else found.precision,
+            recall=None if found is None else found.recall,
+            passed=bool(made),
+        )
+        self._made[convention, letter] = {**made, "facts": facts.model_dump(mode="json")}
+        return self._made[convention, letter]
 
     def _refuse_too_few(self, facts: list[LetterProbe]) -> None:
         settings = self.settings

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from evaluate.config import EvaluateConfig
+from evaluate.probing.first_letter import is_test_word
 from matryoshka.lm import LanguageModel
 from matryoshka.runs import publish_json
 from matryoshka.shards import Manifest, ShardSet, ShardSetWriter, SiteFacts, SplitPlan
@@ -340,3 +341,113 @@ def subject(
         return found[kind]
 
     return get
+
+
+# --- words whose first letter is planted in the source, and a transcoder that absorbs some of them --------------------
+
+LETTERS = "abcdefgh"
+N_WORDS = 30
+WORDS_D_IN, WORDS_CTX_LEN = 40, 33
+WORDS_FACTS = {
+    "source_hook": "blocks.1.hook_resid_mid",
+    "target_hook": "blocks.1.hook_mlp_out",
+    "model": "planted",
+    "model_revision": None,
+}
+WORDS = [letter + "xyz"[i % 3] * (i // 3 + 1) for letter in LETTERS for i in range(N_WORDS)]
+PIECES = ["<s>", *(f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in WORDS), *".,!?;:()[]{}-+=*", "ing", *"0123456789"]
+TEST_WORDS = [word for word in WORDS if is_test_word(word, 0.3, 0)]
+ABSORBED = [word for word in TEST_WORDS if word[0] == "a"][:2] + [word for word in TEST_WORDS if word[0] == "c"][:1]
+
+
+def word_source(word: str) -> Tensor:
+    """3 along the letter's own dimension, 1.5 along a direction of the word's own in the others but the last."""
+    own = torch.randn(WORDS_D_IN - len(LETTERS) - 1, generator=torch.Generator().manual_seed(WORDS.index(word)))
+    letter = torch.zeros(len(LETTERS))
+    letter[LETTERS.index(word[0])] = 3.0
+    return torch.cat([letter, 1.5 * torch.nn.functional.normalize(own, dim=0), torch.zeros(1)])
+
+
+def _letters(folder: Path) -> ShardSet:
+    """A set of random words and punctuation, and its tokenizer in a folder beside it."""
+    from tokenizers import Tokenizer, models
+
+    (folder / "tokenizer").mkdir()
+    vocabulary = {piece: number for number, piece in enumerate(PIECES)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<s>")).save(str(folder / "tokenizer" / "tokenizer.json"))
+    plans = {
+        "train": SplitPlan(contexts=40, chunk_positions=11, shard_contexts=(40, 30)),
+        "val": SplitPlan(contexts=40, chunk_positions=3, shard_contexts=(40,)),
+    }
+    manifest = Manifest(
+        model={"model": "planted", "tokenizer": {"name": str(folder / "tokenizer")}},
+        dataset={"name": "random words"},
+        source=SiteFacts(site="resid_mid", layer=1, hook_point=WORDS_FACTS["source_hook"] or "", width=WORDS_D_IN),
+        target=SiteFacts(site="mlp_out", layer=1, hook_point=WORDS_FACTS["target_hook"] or "", width=D_OUT),
+        ctx_len=WORDS_CTX_LEN,
+        bos_id=0,
+        special_ids=(0,),
+        norm=None,
+        codec="raw",
+        splits=plans,
+        settings={},
+        versions={},
+    )
+    table = torch.zeros(len(PIECES), WORDS_D_IN)
+    for number, word in enumerate(WORDS, start=1):
+        table[number] = word_source(word)
+    writer, generator, document = ShardSetWriter.open(folder / "l1", manifest, None), torch.Generator(), 0
+    generator.manual_seed(0)
+    for split, plan in plans.items():
+        for shard, n in enumerate(plan.shard_contexts):
+            tokens = torch.randint(1, len(PIECES), (n, WORDS_CTX_LEN), generator=generator, dtype=torch.int32)
+            tokens[:, 0] = 0
+            x = table[tokens.long()] + 0.05 * torch.randn(n, WORDS_CTX_LEN, WORDS_D_IN, generator=generator)
+            # Each context is a document; those with an even number have more along the last dimension.
+            docs = torch.arange(document, document + n, dtype=torch.int32)[:, None].repeat(1, WORDS_CTX_LEN)
+            x[..., -1] += 2.0 * (docs % 2 == 0)
+            document += n
+            y = torch.randn(WORDS_CTX_LEN, n, D_OUT, generator=generator)
+            source = x.transpose(0, 1).contiguous().bfloat16()
+            writer.write_shard(split, shard, tokens, docs.contiguous(), source, y.bfloat16())
+    writer.finish()
+    return ShardSet.open(folder / "l1")
+
+
+def _letter_transcoder() -> Transcoder:
+    """Weights whose first group has a latent a letter; the second has one for each of ABSORBED, whose words the
+    letter's latent of the full transcoder does not fire on."""
+    assert len(ABSORBED) == 3
+    n = len(LETTERS)
+    sizes = (n, len(ABSORBED) + 2)
+    transcoder = random_transcoder(d_in=WORDS_D_IN, d_out=D_OUT, group_sizes=sizes, k=3, **WORDS_FACTS)
+    W_enc = torch.zeros(WORDS_D_IN, sum(sizes))
+    W_enc[:n, :n] = torch.eye(n)
+    for number, word in enumerate(ABSORBED):
+        direction = word_source(word)
+        direction[:n] = 0
+        direction = torch.nn.functional.normalize(direction, dim=0)
+        W_enc[:, n + number] = direction
+        W_enc[:, LETTERS.index(word[0])] -= 2 * direction
+    weights = dict(transcoder.named_parameters())
+    threshold = torch.cat([torch.full((n,), 1.0), torch.full((len(ABSORBED) + 2,), 1.3)])
+    made_up = {"W_enc": W_enc, "b_enc": torch.zeros(sum(sizes)), "threshold": threshold}
+    transcoder.set_weights({**{name: weight.detach() for name, weight in weights.items()}, **made_up})
+    return transcoder
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A shard set of random words and a transcoder of it."""
+
+    shards: ShardSet
+    transcoder: Transcoder
+    letters: str = LETTERS
+    absorbed: tuple[str, ...] = tuple(ABSORBED)
+    ctx_len: int = WORDS_CTX_LEN
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """Made once."""
+    return Planted(_letters(tmp_path_factory.mktemp("letters")), _letter_transcoder())

@@ -66,6 +66,15 @@ def case(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPa
             other={"tokens": 30},
             change="settings.tokens: null -> 30",
         )
+    if name in ("absorption", "probing"):
+        words = request.getfixturevalue("planted")
+        settings = {
+            **SMALL,
+            "absorption": {"per_word": 6, "test_share": 0.3, "min_letters": 8, "min_words": 3, "max_words": 200},
+            "probing": {"test_share": 0.3, "min_examples": 5, "ks": [1, 3], "sets": ["first_letter", "token_kind"]},
+        }
+        change = "settings.seed: 0 -> 2"
+        return Case(words.shards, words.transcoder, settings, other={"seed": 2}, change=change)
     if name == "faithfulness":
         return of_model(other={"seed": 4}, change="settings.seed: 0 -> 4")
     assert name == "logits"

@@ -10,116 +10,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 from typer.testing import CliRunner
 
-from evaluate.analysis import Silent
+from evaluate.analysis import Answer, Silent, answer
 from evaluate.cli import app
 from evaluate.config import EvaluateConfig
-from evaluate.probing.absorption_run import fit_places, measure_absorption
+from evaluate.probing.absorption_file import AbsorptionResult
+from evaluate.probing.absorption_run import AbsorptionAnalysis, fit_places
 from evaluate.probing.absorption_screen import absorption_table
 from evaluate.probing.first_letter import is_test_word
 from evaluate.probing.letter_task import LetterTask
 from evaluate.probing.probing_screen import probing_table
 from evaluate.probing.sparse_probing import probe_runs
 from matryoshka.errors import UserError
-from matryoshka.shards import Manifest, ShardSet, ShardSetWriter, SiteFacts, SplitPlan
+from matryoshka.shards import ShardSet
 from matryoshka.tokens import TokenTexts
 
-LETTERS = "abcdefgh"
 SETS = ("first_letter", "token_kind", "document_start")
-N_WORDS = 30
-D_IN, D_OUT, CTX_LEN = 40, 10, 33
-FACTS = {
-    "source_hook": "blocks.1.hook_resid_mid",
-    "target_hook": "blocks.1.hook_mlp_out",
-    "model": "planted",
-    "model_revision": None,
-}
-WORDS = [letter + "xyz"[i % 3] * (i // 3 + 1) for letter in LETTERS for i in range(N_WORDS)]
-PIECES = ["<s>", *(f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in WORDS), *".,!?;:()[]{}-+=*", "ing", *"0123456789"]
-TEST_WORDS = [word for word in WORDS if is_test_word(word, 0.3, 0)]
-ABSORBED = [word for word in TEST_WORDS if word[0] == "a"][:2] + [word for word in TEST_WORDS if word[0] == "c"][:1]
-
-
-def word_source(word: str) -> Tensor:
-    """3 along the letter's own dimension, 1.5 along a direction of the word's own in the others but the last."""
-    own = torch.randn(D_IN - len(LETTERS) - 1, generator=torch.Generator().manual_seed(WORDS.index(word)))
-    letter = torch.zeros(len(LETTERS))
-    letter[LETTERS.index(word[0])] = 3.0
-    return torch.cat([letter, 1.5 * torch.nn.functional.normalize(own, dim=0), torch.zeros(1)])
 
 
 @pytest.fixture(scope="module")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """A set of random words and punctuation, and its tokenizer in a folder beside it."""
-    from tokenizers import Tokenizer, models
-
-    folder = tmp_path_factory.mktemp("letters")
-    (folder / "tokenizer").mkdir()
-    vocabulary = {piece: number for number, piece in enumerate(PIECES)}
-    Tokenizer(models.WordLevel(vocabulary, unk_token="<s>")).save(str(folder / "tokenizer" / "tokenizer.json"))
-    plans = {
-        "train": SplitPlan(contexts=40, chunk_positions=11, shard_contexts=(40, 30)),
-        "val": SplitPlan(contexts=40, chunk_positions=3, shard_contexts=(40,)),
-    }
-    manifest = Manifest(
-        model={"model": "planted", "tokenizer": {"name": str(folder / "tokenizer")}},
-        dataset={"name": "random words"},
-        source=SiteFacts(site="resid_mid", layer=1, hook_point=FACTS["source_hook"] or "", width=D_IN),
-        target=SiteFacts(site="mlp_out", layer=1, hook_point=FACTS["target_hook"] or "", width=D_OUT),
-        ctx_len=CTX_LEN,
-        bos_id=0,
-        special_ids=(0,),
-        norm=None,
-        codec="raw",
-        splits=plans,
-        settings={},
-        versions={},
-    )
-    table = torch.zeros(len(PIECES), D_IN)
-    for number, word in enumerate(WORDS, start=1):
-        table[number] = word_source(word)
-    writer, generator, document = ShardSetWriter.open(folder / "l1", manifest, None), torch.Generator(), 0
-    generator.manual_seed(0)
-    for split, plan in plans.items():
-        for shard, n in enumerate(plan.shard_contexts):
-            tokens = torch.randint(1, len(PIECES), (n, CTX_LEN), generator=generator, dtype=torch.int32)
-            tokens[:, 0] = 0
-            x = table[tokens.long()] + 0.05 * torch.randn(n, CTX_LEN, D_IN, generator=generator)
-            # Each context is a document; those with an even number have more along the last dimension.
-            docs = torch.arange(document, document + n, dtype=torch.int32)[:, None].repeat(1, CTX_LEN)
-            x[..., -1] += 2.0 * (docs % 2 == 0)
-            document += n
-            y = torch.randn(CTX_LEN, n, D_OUT, generator=generator)
-            source = x.transpose(0, 1).contiguous().bfloat16()
-            writer.write_shard(split, shard, tokens, docs.contiguous(), source, y.bfloat16())
-    writer.finish()
-    return ShardSet.open(folder / "l1")
+def letters(planted: Any) -> ShardSet:
+    return planted.shards
 
 
 @pytest.fixture(scope="module")
-def run(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose first group has a latent a letter; the second has one for each of ABSORBED, whose words the
-    letter's latent of the full transcoder does not fire on."""
-    assert len(ABSORBED) == 3
-    n = len(LETTERS)
-    sizes = (n, len(ABSORBED) + 2)
-    transcoder = made.transcoder(d_in=D_IN, d_out=D_OUT, group_sizes=sizes, k=3, **FACTS)
-    W_enc = torch.zeros(D_IN, sum(sizes))
-    W_enc[:n, :n] = torch.eye(n)
-    for number, word in enumerate(ABSORBED):
-        direction = word_source(word)
-        direction[:n] = 0
-        direction = torch.nn.functional.normalize(direction, dim=0)
-        W_enc[:, n + number] = direction
-        W_enc[:, LETTERS.index(word[0])] -= 2 * direction
-    weights = dict(transcoder.named_parameters())
-    threshold = torch.cat([torch.full((n,), 1.0), torch.full((len(ABSORBED) + 2,), 1.3)])
-    made_up = {"W_enc": W_enc, "b_enc": torch.zeros(sum(sizes)), "threshold": threshold}
-    transcoder.set_weights({**{name: weight.detach() for name, weight in weights.items()}, **made_up})
-    return made.run(tmp_path_factory.mktemp("runs") / "planted", transcoder)
+def run(planted: Any, made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made.run(tmp_path_factory.mktemp("runs") / "planted", planted.transcoder)
 
 
 def config(letters: ShardSet, **changes: Any) -> EvaluateConfig:
@@ -129,12 +46,18 @@ def config(letters: ShardSet, **changes: Any) -> EvaluateConfig:
     return EvaluateConfig.model_validate({**settings, **changes})
 
 
-def test_planted_absorption_is_found_where_it_is(run: Path, letters: ShardSet) -> None:
-    """By hand: of each letter's rows those of ABSORBED words are absorbed, and by those words' own latents."""
+def measure_absorption(
+    runs: list[Path], settings: EvaluateConfig, tokenizer: str | None = None
+) -> list[Answer[AbsorptionResult]]:
+    return answer(AbsorptionAnalysis(tokenizer), runs, settings)
+
+
+def test_planted_absorption_is_found_where_it_is(run: Path, letters: ShardSet, planted: Any) -> None:
+    """By hand: of each letter's rows those of `planted.absorbed` are absorbed, and by those words' own latents."""
     (measured,) = measure_absorption([run], config(letters))
     result = measured.result
     assert measured.is_new
-    assert [probe.letter for probe in result.probes if probe.passed] == list(LETTERS)
+    assert [probe.letter for probe in result.probes if probe.passed] == list(planted.letters)
     assert min(probe.f1 or 0 for probe in result.probes if probe.passed) > 0.95
     task = LetterTask(letters, config(letters), TokenTexts.read(result.tokenizer), Silent())
     rows = [task.test.words[word] for word in task.test.word.tolist()]
@@ -144,12 +67,12 @@ def test_planted_absorption_is_found_where_it_is(run: Path, letters: ShardSet) -
     for number, letter in enumerate(full.letters):
         assert letter.main_latents[0] == number
         own = [word for word in rows if word[0] == letter.letter]
-        share = sum(word in ABSORBED for word in own) / len(own)
+        share = sum(word in planted.absorbed for word in own) / len(own)
         assert letter.full_absorption == pytest.approx(share, abs=1e-9)
         assert letter.missed == pytest.approx(share, abs=1e-9)
         assert letter.absorption_fraction == pytest.approx(share, abs=0.02)
         absorbers = {absorber.latent: absorber.words for absorber in letter.absorbers}
-        assert absorbers == {8 + i: (word,) for i, word in enumerate(ABSORBED) if word[0] == letter.letter}
+        assert absorbers == {8 + i: (word,) for i, word in enumerate(planted.absorbed) if word[0] == letter.letter}
     assert full.full_absorption == pytest.approx(np.mean([letter.full_absorption for letter in full.letters]))
     assert full.full_absorption_interval is not None
     assert full.full_absorption_interval[0] <= (full.full_absorption or 0) <= full.full_absorption_interval[1]
@@ -208,7 +131,7 @@ def test_text_without_words_is_refused(made: Any, letters: ShardSet, val_set: Sh
     assert {"first_letter", "token_kind"} <= set(probed.result.skipped)
 
 
-def test_with_split_train_the_readback_sees_no_scored_row(letters: ShardSet) -> None:
+def test_with_split_train_the_readback_sees_no_scored_row(letters: ShardSet, planted: Any) -> None:
     settings = config(letters, split="train")
     task = LetterTask(letters, settings, TokenTexts.read(str(Path(letters.path).parent / "tokenizer")), Silent())
     context, position = fit_places(task)
@@ -216,22 +139,22 @@ def test_with_split_train_the_readback_sees_no_scored_row(letters: ShardSet) -> 
     scored = set(zip(task.test.context.tolist(), task.test.position.tolist(), strict=True))
     assert scored
     assert not used & scored
-    assert len(used) == 70 * (CTX_LEN - 1) - len(scored)
+    assert len(used) == 70 * (planted.ctx_len - 1) - len(scored)
     assert not set(task.test.word.tolist()) & set(task.train.word.tolist())
 
 
-def test_probing_finds_the_planted_latents(run: Path, letters: ShardSet) -> None:
+def test_probing_finds_the_planted_latents(run: Path, letters: ShardSet, planted: Any) -> None:
     (probed,) = probe_runs([run], config(letters))
     assert probed.is_new
     sets = {label_set.name: label_set for label_set in probed.result.sets}
     assert probed.result.skipped == {"document_start": "fewer than two classes have 5 rows on either side"}
     letter = sets["first_letter"]
-    assert [one.label for one in letter.classes] == list(LETTERS)
+    assert [one.label for one in letter.classes] == list(planted.letters)
     assert letter.majority_accuracy == 0.5
     assert letter.source.accuracy > 0.95
     assert [score.k for score in letter.source_top_k] == [1, 3]
     best = {one.label: one for one in letter.prefixes[-1].scores[0].classes}
-    assert [best[name].latents for name in LETTERS] == [(number,) for number in range(8)]
+    assert [best[name].latents for name in planted.letters] == [(number,) for number in range(8)]
     # Of b, whose latent is never silent, one latent says all.
     assert best["b"].accuracy == 1.0
     assert best["a"].accuracy < 1.0
