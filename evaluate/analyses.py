@@ -31,6 +31,7 @@ ANALYSES = (
     Entry("hierarchy", ".structure.hierarchy", "HierarchyAnalysis"),
     Entry("logits", ".intervention.logits", "LogitsAnalysis"),
     Entry("absorption", ".probing.absorption_run", "AbsorptionAnalysis"),
+    Entry("probing", ".probing.sparse_probing", "ProbingAnalysis"),
     Entry("samples", ".samples", "SamplesAnalysis"),
 )
 

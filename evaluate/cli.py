@@ -260,17 +260,17 @@ def probing(
     set_: Overrides = None,
 ) -> None:
     """How well the few latents that differ most tell known classes apart, beside a probe on the whole input."""
+    from .analysis import answer
     from .next_step import then_report
-    from .probing.probing_screen import probing_table
-    from .probing.sparse_probing import probe_runs
+    from .probing.sparse_probing import ProbingAnalysis
     from .screen import Screen
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
     settings = read_settings(config, set_ or (), flags)
+    analysis = ProbingAnalysis(labels, tokenizer)
     with Screen("probing") as screen:
-        probed = probe_runs(runs, settings, labels, tokenizer, screen)
-    for one in probed:
-        screen.measured(probing_table(one.result), one)
+        answers = answer(analysis, runs, settings, screen)
+    screen.say(analysis, answers)
     then_report(runs, shards)
 
 

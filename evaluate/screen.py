@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from matryoshka.progress import ProgressDisplay
 from matryoshka.tables import ResultTable
@@ -13,7 +12,6 @@ from matryoshka.terminal import note, show
 
 from .analysis import Analysis, Answer, ResultT
 from .checkpoint import Checkpoint
-from .probing.measured import Measured
 from .report.build import Pages
 
 
@@ -88,12 +86,3 @@ class Screen:
         show(table)
         if path is not None:
             note(f"{path}: written")
-
-    def measured(self, table: ResultTable, measured: Measured[Any]) -> None:
-        """Print the table of a result of its own, how an older one differed, and where it lies."""
-        show(table)
-        self._unfinished(measured.checkpoint)
-        if measured.replaced:
-            note(f"replaced an older result ({'; '.join(measured.replaced)})")
-        state = "written" if measured.is_new else "nothing left to do, this result was there already"
-        note(f"{measured.path}: {state}")

@@ -1,18 +1,12 @@
-"""probing.json: its schema, and whether it already answers the question."""
+"""probing.json: its schema."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import ValidationError
+from typing import Literal
 
 from matryoshka.config import Config
-from matryoshka.runs import publish_json
 
-from ..result import ShardSetFacts, TranscoderFacts, identity_of
-
-PROBING_FILE = "probing.json"
+from ..result import Result
 
 
 class ProbedClass(Config):
@@ -75,32 +69,12 @@ class LabelSet(Config):
     prefixes: tuple[PrefixProbes, ...]
 
 
-class ProbingResult(Config):
+class ProbingResult(Result):
     """The content of probing.json."""
 
-    format_version: Literal[1] = 1
-    transcoder: TranscoderFacts
-    shard_set: ShardSetFacts
-    settings: dict[str, Any]
+    FILE = "probing.json"
+
     tokenizer: str
     sets: tuple[LabelSet, ...]
     skipped: dict[str, str]
     """Label sets that could not be made, and why."""
-
-    def identity(self) -> dict[str, Any]:
-        """What decides every number here."""
-        return identity_of(self.transcoder, self.shard_set, self.settings)
-
-
-def read_probing(folder: Path) -> ProbingResult | None:
-    """The result in `folder`; None when there is none that this version can read (it is then made anew)."""
-    try:
-        return ProbingResult.model_validate_json((folder / PROBING_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError):
-        return None
-
-
-def write_probing(folder: Path, result: ProbingResult) -> Path:
-    """Publish probing.json whole or not at all."""
-    publish_json(folder / PROBING_FILE, result.model_dump(mode="json"))
-    return folder / PROBING_FILE

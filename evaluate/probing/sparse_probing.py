@@ -5,43 +5,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
-from matryoshka.runs import make_directory
 from matryoshka.shards import ShardSet
+from matryoshka.tables import ResultTable
 from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 
-from ..analysis import Progress, Silent, load_transcoder
-from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
+from ..analysis import Analysis, Job, Progress
 from ..config import EvaluateConfig
-from ..result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
+from ..resume import Parts
+from ..rows import check_rows
 from ..shard_set import tokenizer_name
 from .examples import Side, choose, is_held_out_document, keep_side, pooled_documents, read_side, side_rows, token_rows
 from .k_probes import Examples, KProbe, balanced, dense_top_k, k_sparse
 from .labels import read_labels
-from .measured import Measured
 from .probe import Quality, require_sklearn
-from .probing_file import (
-    PROBING_FILE,
-    ClassScore,
-    KScore,
-    LabelSet,
-    PrefixProbes,
-    ProbedClass,
-    ProbingResult,
-    Score,
-    read_probing,
-    write_probing,
-)
+from .probing_file import ClassScore, KScore, LabelSet, PrefixProbes, ProbedClass, ProbingResult, Score
+from .probing_screen import probing_table
 
-TOKEN_SETS = ("first_letter", "token_kind", "document_start")
+DOCUMENT_SET = "labels"
+"""Name of the label set that the user brings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +45,54 @@ class Sides:
     test: Side
 
 
-def probe_runs(
-    runs: Sequence[Path],
-    config: EvaluateConfig,
-    labels: Path | None = None,
-    tokenizer: str | None = None,
-    progress: Progress | None = None,
-) -> list[Measured[ProbingResult]]:
-    """Publish probing.json for each of `runs`, or read the one that answers already.
+class ProbingAnalysis(Analysis[ProbingResult]):
+    """Sparse probing. `labels` is a file with a label set of documents; `tokenizer` a folder or hub name."""
 
-    `labels` adds a label set of documents. Raises UserError for whatever the user can mend.
-    """
-    if config.shards is None:
-        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
-    require_sklearn()
-    shards = ShardSet.open(config.shards)
-    name = tokenizer or tokenizer_name(shards)
-    texts = TokenTexts.read(name, revision=shards.manifest.model.get("revision"), near=Path(shards.path))
-    documents = None if labels is None else read_labels(labels)
-    probing = _Probing(shards, config, texts, documents, name, progress or Silent())
-    return [probing.measure(find_checkpoint(run)) for run in expand_fleets(list(runs))]
+    name = "probing"
+    result = ProbingResult
+    shared = ("split", "tokens", "prefix", "seed")
+    unit = "parts"
+
+    def __init__(self, labels: Path | None = None, tokenizer: str | None = None) -> None:
+        self._documents = None if labels is None else read_labels(labels)
+        self._tokenizer = tokenizer
+        self._texts: dict[str, TokenTexts] = {}
+
+    def asked(self, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:  # noqa: ARG002
+        """The labels that were brought, and the tokenizer, which decides how a token is labelled."""
+        labels = None
+        if self._documents is not None:
+            labels = hashlib.sha256(repr(sorted(self._documents.items())).encode()).hexdigest()
+        return {"labels_sha256": labels, "tokenizer": self._name(shards)}
+
+    def check(self, transcoder: Transcoder, shards: ShardSet, config: EvaluateConfig) -> None:  # noqa: ARG002
+        """The library that fits probes, and rows."""
+        require_sklearn()
+        check_rows(shards, config.split)
+
+    def make(self, job: Job) -> ProbingResult:
+        """One label set after the other."""
+        parts, shards = Parts(job.saved), job.shards
+        if shards.digest not in self._texts:
+            revision = shards.manifest.model.get("revision")
+            self._texts[shards.digest] = TokenTexts.read(self._name(shards), revision=revision, near=Path(shards.path))
+        probing = _Probing(shards, job.config, self._texts[shards.digest], self._documents, job.progress, parts)
+        transcoder = job.transcoder_on_device()
+        sets, skipped = [], {}
+        for name in (*job.config.probing.sets, *([] if self._documents is None else [DOCUMENT_SET])):
+            made = parts.made(name, partial(probing.label_set, name, transcoder))
+            if made is None:
+                skipped[name] = f"fewer than two classes have {job.config.probing.min_examples} rows on either side"
+            else:
+                sets.append(LabelSet.model_validate(made))
+        return ProbingResult(**job.facts, tokenizer=self._name(shards), sets=tuple(sets), skipped=skipped)
+
+    def tables(self, results: Sequence[ProbingResult]) -> list[ResultTable]:
+        """One of each run."""
+        return [probing_table(one) for one in results]
+
+    def _name(self, shards: ShardSet) -> str:
+        return self._tokenizer or tokenizer_name(shards)
 
 
 @dataclass(frozen=True)
@@ -83,50 +101,17 @@ class _Probing:
     config: EvaluateConfig
     texts: TokenTexts
     documents: dict[int, str] | None
-    tokenizer: str
     progress: Progress
+    parts: Parts
 
-    def measure(self, checkpoint: Checkpoint) -> Measured[ProbingResult]:
-        """One run."""
-        config, shards = self.config, self.shards
-        transcoder = load_transcoder(checkpoint, shards, config)
-        folder = result_folder(checkpoint, shards, config)
-        settings = self._settings()
-        existing, changes = already_answered(read_probing(folder), identity_of(checkpoint, shards, settings))
-        if existing is not None:
-            return Measured(checkpoint, folder / PROBING_FILE, existing, is_new=False)
-        make_directory(folder)
-        transcoder = transcoder.to(resolve_device(config.device))
-        skipped: dict[str, str] = {}
-        sets = [self._probe(sides, transcoder) for sides in self._sides(transcoder, skipped)]
-        result = ProbingResult(
-            transcoder=TranscoderFacts.of(checkpoint, transcoder),
-            shard_set=ShardSetFacts.of(shards, config.split),
-            settings=settings,
-            tokenizer=self.tokenizer,
-            sets=tuple(sets),
-            skipped=skipped,
-        )
-        return Measured(checkpoint, write_probing(folder, result), result, is_new=True, replaced=changes)
-
-    def _settings(self) -> dict[str, Any]:
-        shared = {name: getattr(self.config, name) for name in ("split", "tokens", "prefix", "seed")}
-        labels = None
-        if self.documents is not None:
-            labels = hashlib.sha256(repr(sorted(self.documents.items())).encode()).hexdigest()
-        own = {"labels_sha256": labels, "tokenizer": self.tokenizer}
-        return shared | self.config.probing.model_dump(mode="json") | own
-
-    def _sides(self, transcoder: Transcoder, skipped: dict[str, str]) -> Iterator[Sides]:
-        """Every label set that has two classes with enough examples; the others go into `skipped`."""
-        for name in self.config.probing.sets:
+    def label_set(self, name: str, transcoder: Transcoder) -> dict[str, Any] | None:
+        """A LabelSet as JSON; None unless two classes have enough examples on either side."""
+        if name == DOCUMENT_SET:
+            assert self.documents is not None
+            sides = self._document_set(transcoder, self.documents)
+        else:
             sides = self._token_set(name, transcoder)
-            if sides is None:
-                skipped[name] = f"fewer than two classes have {self.config.probing.min_examples} rows on either side"
-            else:
-                yield sides
-        if self.documents is not None:
-            yield self._document_set(transcoder, self.documents)
+        return None if sides is None else self._probe(sides, transcoder).model_dump(mode="json")
 
     def _token_set(self, name: str, transcoder: Transcoder) -> Sides | None:
         config, settings = self.config, self.config.probing
@@ -165,7 +150,7 @@ class _Probing:
         # A long document may have blocks of contexts in either split.
         tested = set(test_ids)
         train = side_rows(train, torch.tensor([doc not in tested for doc in train_ids], dtype=torch.bool))
-        sides = self._enough(Sides("labels", "document", tuple(names), train, test))
+        sides = self._enough(Sides(DOCUMENT_SET, "document", tuple(names), train, test))
         if sides is None:
             raise UserError(
                 f"the labels file has fewer than two classes with {settings.min_examples} documents on either side: "
@@ -193,20 +178,32 @@ class _Probing:
             on = balanced(sides.train.label, number, settings.train_examples, generator)
             examples[number] = on, balanced(sides.test.label, number, settings.test_examples, generator)
         x_train, x_test = sides.train.x.numpy(), sides.test.x.numpy()
-        dense: dict[int | None, list[Quality]] = {k: [] for k in (None, *settings.ks)}
-        for on, scored_on in examples.values():
-            for k, found in dense.items():
-                c = settings.dense_c if k is None else 1.0
-                found.append(dense_top_k(x_train, on, x_test, scored_on, k, c))
-            self.progress.advanced(1)
-        prefixes = []
-        for end in ends:
+
+        def input_scores() -> list[dict[str, Any]]:
+            found: dict[int | None, list[Quality]] = {k: [] for k in (None, *settings.ks)}
+            for on, scored_on in examples.values():
+                for k, qualities in found.items():
+                    c = settings.dense_c if k is None else 1.0
+                    qualities.append(dense_top_k(x_train, on, x_test, scored_on, k, c))
+                self.progress.advanced(1)
+            return [_mean(k, qualities).model_dump(mode="json") for k, qualities in found.items()]
+
+        def prefix_scores(end: int) -> dict[str, Any]:
             train, test = sides.train.codes.prefix(end), sides.test.codes.prefix(end)
             found = {}
             for number, (on, scored_on) in examples.items():
                 found[sides.names[number]] = k_sparse(train, on, test, scored_on, settings.ks)
                 self.progress.advanced(1)
-            prefixes.append(PrefixProbes(prefix_end=end, scores=tuple(_scores(found, settings.ks))))
+            scores = tuple(_scores(found, settings.ks))
+            return PrefixProbes(prefix_end=end, scores=scores).model_dump(mode="json")
+
+        n_done = sum(f"{sides.name} {part}" in self.parts for part in ("input", *ends))
+        self.progress.advanced(n_done * len(examples))
+        source, *source_top_k = map(Score.model_validate, self.parts.made(f"{sides.name} input", input_scores))
+        prefixes = [
+            PrefixProbes.model_validate(self.parts.made(f"{sides.name} {end}", partial(prefix_scores, end)))
+            for end in ends
+        ]
         return LabelSet(
             name=sides.name,
             unit=sides.unit,
@@ -218,8 +215,8 @@ class _Probing:
             majority_accuracy=float(
                 np.mean([max(e.is_class.mean(), 1 - e.is_class.mean()) for _, e in examples.values()])
             ),
-            source=_mean(None, dense[None]),
-            source_top_k=tuple(_mean(k, dense[k]) for k in settings.ks),
+            source=source,
+            source_top_k=tuple(source_top_k),
             prefixes=tuple(prefixes),
         )
 

@@ -20,8 +20,9 @@ from evaluate.probing.absorption_run import AbsorptionAnalysis, fit_places
 from evaluate.probing.absorption_screen import absorption_table
 from evaluate.probing.first_letter import is_test_word
 from evaluate.probing.letter_task import LetterTask
+from evaluate.probing.probing_file import ProbingResult
 from evaluate.probing.probing_screen import probing_table
-from evaluate.probing.sparse_probing import probe_runs
+from evaluate.probing.sparse_probing import ProbingAnalysis
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from matryoshka.tokens import TokenTexts
@@ -50,6 +51,12 @@ def measure_absorption(
     runs: list[Path], settings: EvaluateConfig, tokenizer: str | None = None
 ) -> list[Answer[AbsorptionResult]]:
     return answer(AbsorptionAnalysis(tokenizer), runs, settings)
+
+
+def probe_runs(
+    runs: list[Path], settings: EvaluateConfig, labels: Path | None = None, tokenizer: str | None = None
+) -> list[Answer[ProbingResult]]:
+    return answer(ProbingAnalysis(labels, tokenizer), runs, settings)
 
 
 def test_planted_absorption_is_found_where_it_is(run: Path, letters: ShardSet, planted: Any) -> None:
