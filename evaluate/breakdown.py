@@ -1,4 +1,4 @@
-"""Which part of the text each row belongs to: position, token frequency, document, context. And what each comes to."""
+"""Which part of the text each row belongs to: position, token frequency, document. And what each comes to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from matryoshka.shards import ShardSet
 
-from .bootstrap import bootstrap_intervals
+from .bootstrap import central
 from .report_file import DocumentSpread, L0Spread, Stratum
 from .result import finite
-from .rows import RowBatch
+from .rows import RowBatch, documents_of
 from .strata import StrataSums, row_columns
 
 FREQUENCY_DECADES = (-6, -5, -4, -3, -2)
@@ -64,17 +64,19 @@ def train_token_counts(shards: ShardSet) -> Tensor:
 
 
 class Breakdown:
-    """Sums by position, token frequency, document and context in one place."""
+    """Sums by position, token frequency and document in one place.
+
+    Memory is that of the documents that the rows are from: d_out * 8 bytes each.
+    """
 
     SUMS = ("_sums",)
 
-    def __init__(self, shards: ShardSet, n_prefixes: int, split: str = "val") -> None:
-        rows = shards.split(split)
+    def __init__(self, shards: ShardSet, n_prefixes: int, split: str = "val", limit: int | None = None) -> None:
+        """`limit` as in `row_batches`."""
         self._positions = position_partition(shards.ctx_len)
         self._frequencies = frequency_partition(train_token_counts(shards))
-        documents = [rows.doc_ids(shard).unique() for shard in range(rows.n_shards)]
-        self._documents = torch.cat(documents).unique()
-        sizes = (len(self._positions.names), len(self._frequencies.names), len(self._documents), rows.n_contexts)
+        self._documents = documents_of(shards.split(split), limit)
+        sizes = (len(self._positions.names), len(self._frequencies.names), len(self._documents))
         self._sums = [StrataSums(size, n_prefixes, shards.d_out) for size in sizes]
 
     def add(self, batch: RowBatch, y: Tensor, sq_err: Tensor, l0: Tensor) -> None:
@@ -82,12 +84,16 @@ class Breakdown:
         keys = (
             self._positions.part_of[batch.positions],
             self._frequencies.part_of[batch.tokens.long()],
-            torch.searchsorted(self._documents, batch.doc_ids),
-            batch.contexts,
+            torch.searchsorted(self._documents, batch.doc_ids.long()),
         )
         columns = row_columns(y, sq_err, l0)
         for sums, strata in zip(self._sums, keys, strict=True):
             sums.add_columns(strata, y, columns)
+
+    @property
+    def n_documents(self) -> int:
+        """Documents that the rows are from."""
+        return len(self._documents)
 
     def by_position(self) -> tuple[Stratum, ...]:
         """The parts of the context that have rows."""
@@ -112,13 +118,13 @@ class Breakdown:
         )
 
     def spread(self, l0_histogram: Tensor, n_draws: int, seed: int) -> L0Spread:
-        """Quantiles of single rows' L0, from `l0_histogram` [n_prefixes, values], and the bootstrap intervals."""
-        intervals = bootstrap_intervals(self._sums[3], n_draws, seed)
+        """Quantiles of single rows' L0, from `l0_histogram` [n_prefixes, values], and intervals over documents."""
+        drawn = self._sums[2].drawn(n_draws, seed)
         return L0Spread(
             quantile_levels=QUANTILE_LEVELS,
             l0_quantiles=tuple(histogram_quantiles(counts, QUANTILE_LEVELS) for counts in l0_histogram),
-            fvu_interval=None if intervals is None else intervals.fvu,
-            l0_interval=None if intervals is None else intervals.l0,
+            fvu_interval=None if drawn is None else central(drawn[0]),
+            l0_interval=None if drawn is None else central(drawn[1]),
         )
 
 

@@ -15,10 +15,10 @@ from matryoshka.runs import make_directory, publish_json
 from matryoshka.shards import ShardSet
 
 from .analysis import Progress, Silent
-from .bootstrap import central, resample
+from .bootstrap import DOCUMENTS, Interval, central
 from .config import EvaluateConfig
 from .contenders import load_contender
-from .matched import ContextCurve, fvu_at
+from .matched import DocumentCurve, fvu_at
 from .report_file import CurvePoint
 from .result import finite
 from .rows import count_rows, row_batches
@@ -32,7 +32,7 @@ class Matched(Config):
     l0: float
     fvu: float | None
     fvu_interval: tuple[float, float] | None
-    """95%, by drawing contexts with replacement; null too when some draw's curve does not reach that L0"""
+    """95%, by drawing documents with replacement; null too when some draw's curve does not reach that L0"""
     difference: float | None
     """FVU minus that of the first transcoder"""
     difference_interval: tuple[float, float] | None
@@ -63,6 +63,8 @@ class Comparison(Config):
     split: Literal["val", "train"] = "val"
     settings: dict[str, Any]
     n_rows: int
+    n_documents: int | None = None
+    """Documents that these rows are from, which the intervals draw; null where it was made when contexts were drawn."""
     entries: tuple[Entry, ...]
 
 
@@ -86,7 +88,7 @@ def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None 
     curves, device = [], resolve_device(config.device)
     for contender in contenders:
         progress.started(contender.name, count_rows(shards, config.split, config.tokens))
-        curve = ContextCurve.empty(contender.transcoder.to(device), scales, shards, config.split)
+        curve = DocumentCurve.empty(contender.transcoder.to(device), scales, shards, config.split, config.tokens)
         for batch in row_batches(shards.split(config.split), config.batch_rows, config.tokens):
             curve.add(batch, shards)
             progress.advanced(len(batch))
@@ -99,9 +101,10 @@ def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None 
     result = Comparison(
         shard_set=shards.name,
         shard_set_digest=shards.digest,
-        settings={**config.content(), "compare": config.compare.model_dump(mode="json")},
+        settings={**config.content(), **DOCUMENTS, "compare": config.compare.model_dump(mode="json")},
         split=config.split,
         n_rows=count_rows(shards, config.split, config.tokens),
+        n_documents=len(curves[0].documents),
         entries=tuple(
             _entry(contender.name, contender.digest(), curve, rows)
             for contender, curve, rows in zip(contenders, curves, matched, strict=True)
@@ -113,14 +116,12 @@ def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None 
     return result
 
 
-def match(curves: list[ContextCurve], targets: tuple[float, ...], config: EvaluateConfig) -> list[tuple[Matched, ...]]:
-    """Every curve at every L0 of `targets`. The draws of contexts are the same for all, so that differences pair."""
-    n_contexts = int((curves[0].sums.n_rows > 0).sum())
-    n_draws = config.bootstrap if n_contexts > 1 else 0
+def match(curves: list[DocumentCurve], targets: tuple[float, ...], config: EvaluateConfig) -> list[tuple[Matched, ...]]:
+    """Every curve at every L0 of `targets`. The draws of documents are the same for all, so that differences pair."""
     matched: list[list[Matched]] = [[] for _ in curves]
     for target in targets:
         values = [_whole(curve, target) for curve in curves]
-        draws = [_drawn(curve, n_draws, config.seed, target) for curve in curves]
+        draws = [_drawn(curve, config.bootstrap, config.seed, target) for curve in curves]
         for rows, value, drawn in zip(matched, values, draws, strict=True):
             rows.append(
                 Matched(
@@ -134,23 +135,22 @@ def match(curves: list[ContextCurve], targets: tuple[float, ...], config: Evalua
     return [tuple(rows) for rows in matched]
 
 
-def _whole(curve: ContextCurve, target: float) -> Tensor:
+def _whole(curve: DocumentCurve, target: float) -> Tensor:
     l0, fvu = curve.points()
     return fvu_at(l0[None], fvu[None], target)[0]
 
 
-def _drawn(curve: ContextCurve, n_draws: int, seed: int, target: float) -> Tensor:
-    if n_draws == 0:
-        return torch.zeros(0, dtype=torch.float64)
-    fvu, l0 = resample(curve.sums, n_draws, seed)
-    return fvu_at(l0, fvu, target)
+def _drawn(curve: DocumentCurve, n_draws: int, seed: int, target: float) -> Tensor:
+    """[n_draws] FVU at that L0; [0] where nothing can be drawn."""
+    drawn = curve.sums.drawn(n_draws, seed)
+    return torch.zeros(0, dtype=torch.float64) if drawn is None else fvu_at(drawn[1], drawn[0], target)
 
 
-def _interval(drawn: Tensor) -> tuple[float, float] | None:
+def _interval(drawn: Tensor) -> Interval | None:
     return None if len(drawn) == 0 or bool(drawn.isnan().any()) else central(drawn[:, None])[0]
 
 
-def _entry(name: str, digest: str, curve: ContextCurve, matched: tuple[Matched, ...]) -> Entry:
+def _entry(name: str, digest: str, curve: DocumentCurve, matched: tuple[Matched, ...]) -> Entry:
     l0, fvu = (points.tolist() for points in curve.points())
     own = curve.scales.index(1.0)
     return Entry(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matryoshka.tables import ResultTable
 
+from .bootstrap import over_documents
 from .compare import Comparison
 from .tables import number, with_interval
 
@@ -15,8 +16,8 @@ def comparison_table(comparison: Comparison) -> ResultTable:
     """One line a transcoder and L0; a dash where a curve does not reach that L0."""
     table = ResultTable(
         title=f"{comparison.n_rows:,} {ROWS_OF[comparison.split]} of {comparison.shard_set}",
-        caption="own: at its own threshold. at L0: interpolated on its L0-FVU curve, never beyond it. [95% interval], "
-        "or +- half of it",
+        caption="own: at its own threshold. at L0: interpolated on its L0-FVU curve, never beyond it. [95% interval "
+        f"{over_documents(comparison.n_documents)}], or +- half of it",
     )
     for name in ("transcoder", "reads", "latents", "own L0", "own FVU"):
         table.add_column(name, left=name in ("transcoder", "reads"), stack="above")

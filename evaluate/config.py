@@ -182,7 +182,7 @@ class EvaluateConfig(Config):
     """About how many rows the curve is drawn from, every n-th of all (low thresholds cost more than all the rest), n at
     most 16, so that a long pass draws it from more; 0 for no curve."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
-    """Draws of contexts behind the confidence intervals; 0 for none."""
+    """Draws of documents behind the confidence intervals (of words, in `evaluate absorption`); 0 for none."""
     seed: int = 0
     """Seed of those draws."""
     device: str = "auto"

@@ -17,24 +17,32 @@ from matryoshka.transcoder import Transcoder
 
 from .active import active_latents, base_output, group_counts, group_sums
 from .curve import scale_levels
-from .rows import RowBatch, input_and_target
+from .rows import RowBatch, documents_of, input_and_target
 from .strata import StrataSums
 
 
 @dataclass
-class ContextCurve:
-    """The full-width L0-FVU curve of one transcoder as sums over each context: one column a factor on the threshold."""
+class DocumentCurve:
+    """The full-width L0-FVU curve of one transcoder as sums over each document; a column a factor."""
 
     transcoder: Transcoder
     scales: tuple[float, ...]
+    documents: Tensor
+    """[documents] int64, ascending"""
     sums: StrataSums
 
     @classmethod
     def empty(
-        cls, transcoder: Transcoder, scales: tuple[float, ...], shards: ShardSet, split: str = "val"
-    ) -> ContextCurve:
-        """No rows yet; `scales` descend."""
-        return cls(transcoder, scales, StrataSums(shards.split(split).n_contexts, len(scales), shards.d_out))
+        cls,
+        transcoder: Transcoder,
+        scales: tuple[float, ...],
+        shards: ShardSet,
+        split: str = "val",
+        limit: int | None = None,
+    ) -> DocumentCurve:
+        """No rows yet; `scales` descend, `limit` as in `row_batches`."""
+        documents = documents_of(shards.split(split), limit)
+        return cls(transcoder, scales, documents, StrataSums(len(documents), len(scales), shards.d_out))
 
     def add(self, batch: RowBatch, shards: ShardSet) -> None:
         """Measure one batch with every factor; each activation is decoded once."""
@@ -51,7 +59,9 @@ class ContextCurve:
             l0 += counts.sum(1)
             sq_errs.append((y_hat - y).square().sum(1))
             l0s.append(l0.clone())
-        self.sums.add(batch.contexts, y, torch.stack(sq_errs), torch.stack(l0s))
+        self.sums.add(
+            torch.searchsorted(self.documents, batch.doc_ids.long()), y, torch.stack(sq_errs), torch.stack(l0s)
+        )
 
     def points(self) -> tuple[Float[Tensor, " scales"], Float[Tensor, " scales"]]:
         """(L0, FVU) at each factor, over all rows."""

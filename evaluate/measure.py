@@ -54,7 +54,7 @@ class Measurement:
         self.threshold = ReconstructionSums()
         self.batch_topk = ReconstructionSums() if with_topk else None
         self.curve = CurveSums(config.curve_scales)
-        self.breakdown = Breakdown(shards, n_prefixes, config.split)
+        self.breakdown = Breakdown(shards, n_prefixes, config.split, config.tokens)
         self.latents = LatentSums(transcoder.config.d_sae)
         self._smallest_choice: float | None = None
         self.l0_histogram = torch.zeros(n_prefixes, 0, dtype=torch.int64)

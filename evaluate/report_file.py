@@ -32,7 +32,7 @@ class L0Spread(Config):
     l0_quantiles: tuple[tuple[int, ...], ...]
     """active latents of a row, at each level"""
     fvu_interval: tuple[tuple[float, float], ...] | None
-    """95% bootstrap interval of FVU over contexts; null with a single context"""
+    """95% bootstrap interval of FVU over documents; null with a single document"""
     l0_interval: tuple[tuple[float, float], ...] | None
 
 
@@ -91,6 +91,8 @@ class Report(Result):
 
     n_rows: int
     """Rows evaluated: special positions left out; with settings.tokens the first ones, context after context."""
+    n_documents: int | None = None
+    """Documents that these rows are from, which the intervals draw; null where it was made when contexts were drawn."""
     threshold: tuple[PrefixNumbers, ...]
     """Each prefix with activations cut at the stored threshold, as the transcoder is used."""
     batch_topk: tuple[PrefixNumbers, ...] | None

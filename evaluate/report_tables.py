@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matryoshka.tables import ResultTable
 
+from .bootstrap import over_documents
 from .compare_screen import ROWS_OF
 from .report_file import Report
 from .tables import number, run_and_step
@@ -18,7 +19,8 @@ def runs_table(reports: Sequence[Report]) -> ResultTable:
     table = ResultTable(
         title=f"{len(reports)} runs, on {' and '.join(ROWS_OF[split] for split in sorted(splits))} of "
         f"{', '.join(sorted(sets))}",
-        caption="all groups together. +-: half the 95% interval of FVU. `evaluate run` of one run shows its prefixes",
+        caption=f"all groups together. +-: half the 95% interval of FVU, "
+        f"{over_documents(*(report.n_documents for report in reports))}. `evaluate run` of one run shows its prefixes",
     )
     table.add_column("run", left=True, stack="above")
     for name, drop in (("latents", 0), ("k", 0), ("FVU", 0), ("+-", 0), ("L0", 0)):
@@ -49,7 +51,8 @@ def prefix_table(report: Report) -> ResultTable:
     rows = f"{report.n_rows:,} {ROWS_OF[report.shard_set.split]}"
     table = ResultTable(
         title=f"{run_and_step(report.transcoder)}{alone}, on {rows} of {report.shard_set.name}",
-        caption="+-: half the 95% interval of FVU. top-k: FVU with BatchTopK as in training. dead, dense: of the group",
+        caption=f"+-: half the 95% interval of FVU, {over_documents(report.n_documents)}. top-k: FVU with BatchTopK as "
+        "in training. dead, dense: of the group",
     )
     total, prefixes, groups = report.total, report.threshold, report.groups
     columns = {

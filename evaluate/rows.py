@@ -47,6 +47,22 @@ def check_rows(shards: ShardSet, split: str) -> None:
         raise UserError(f"the {split} split of {shards.path} holds only special tokens; harvest more text")
 
 
+def documents_of(split: Split, limit: int | None = None) -> Tensor:
+    """Numbers of the documents that the rows of `row_batches` are from, int64 [documents], ascending.
+
+    A document may be in several contexts and shards; it is there once.
+    """
+    found, remaining = [torch.zeros(0, dtype=torch.int32)], limit
+    for shard in range(split.n_shards):
+        wanted = _first_rows(split.keep(shard), remaining)
+        found.append(split.doc_ids(shard).T[wanted].unique())
+        if remaining is not None:
+            remaining -= int(wanted.sum())
+            if remaining == 0:
+                break
+    return torch.cat(found).unique().long()
+
+
 def row_batches(split: Split, batch_rows: int, limit: int | None = None, start: int = 0) -> Iterator[RowBatch]:
     """Batches of exactly `batch_rows` rows (the last one may be smaller) in the order of the disk.
 

@@ -10,6 +10,7 @@ from matryoshka.tables import ResultTable
 from matryoshka.transcoder import Transcoder
 
 from .analysis import Analysis, Job, Progress
+from .bootstrap import DOCUMENTS
 from .config import EvaluateConfig
 from .latent_table import write_latents
 from .latents import LOG10_DENSITY_EDGES, group_latents, latent_range
@@ -29,7 +30,7 @@ class RunAnalysis(Analysis[Report]):
 
     def settings(self, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:  # noqa: ARG002
         """It has no section of its own: all that the others share."""
-        return config.content()
+        return config.content() | DOCUMENTS
 
     def check(self, transcoder: Transcoder, shards: ShardSet, config: EvaluateConfig) -> None:  # noqa: ARG002
         """There must be rows."""
@@ -77,6 +78,7 @@ def _report(transcoder: Transcoder, job: Job, sums: Measurement, neighbours: Nei
     return Report(
         **job.facts,
         n_rows=sums.n_rows,
+        n_documents=breakdown.n_documents,
         threshold=sums.threshold.value(transcoder),
         batch_topk=None if sums.batch_topk is None else sums.batch_topk.value(transcoder),
         spread=breakdown.spread(sums.l0_histogram, config.bootstrap, config.seed),

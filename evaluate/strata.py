@@ -1,9 +1,12 @@
-"""FVU of parts of the rows: by position, by token frequency, by document, by context.
+"""FVU of parts of the rows: by position, by token frequency, by document; and of drawn parts.
 
     FVU_s = sum_{rows in s} ||y - y_hat||^2 / sum_{rows in s} ||y - mean(y)||^2        mean(y) over ALL rows
 
 With the mean of all rows in every denominator the parts add up: the total FVU is their average, weighted by variance.
 The denominator is sum ||y||^2 - 2 mean . sum y + n ||mean||^2, so a sum of y is kept for each part.
+
+In a draw of parts the denominator is about the mean of ALL rows too: about the draw's own mean it would be smaller by
+the spread between the parts / n_parts, and every interval shifted upwards.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from .bootstrap import resampled
 
 
 @dataclass
@@ -68,6 +73,19 @@ class StrataSums:
     def mean_l0(self) -> Float[Tensor, "n_strata n_prefixes"]:
         """Mean L0 of each part and prefix; NaN where a part has no rows."""
         return self.l0 / self.n_rows[:, None]
+
+    def drawn(self, n_draws: int, seed: int) -> tuple[Tensor, Tensor] | None:
+        """(FVU, L0), float64 [n_draws, n_prefixes], when as many parts are drawn as have rows, with replacement.
+
+        The seed and the parts that have rows decide which are drawn, so that draws on the same rows pair. None with
+        fewer than two parts or no draws.
+        """
+        used, g = self.n_rows > 0, self.n_prefixes
+        sums = torch.cat([self.sq_err, self.l0, self.variance()[:, None], self.n_rows[:, None]], 1)[used]
+        drawn = resampled(sums, n_draws, torch.Generator().manual_seed(seed))
+        if drawn is None:
+            return None
+        return drawn[:, :g] / drawn[:, [2 * g]], drawn[:, g : 2 * g] / drawn[:, [2 * g + 1]]
 
 
 def row_columns(y: Float[Tensor, "rows d_out"], sq_err: Tensor, l0: Tensor) -> Tensor:

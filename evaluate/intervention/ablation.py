@@ -16,6 +16,7 @@ from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 from ..analysis import Progress, Silent, load_transcoder
+from ..bootstrap import DOCUMENTS
 from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
 from ..result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
@@ -24,8 +25,11 @@ from .ablation_file import ABLATIONS_FOLDER, Ablation, TokenChange, read_ablatio
 from .contexts import Contexts, context_batches
 from .firing import find_firing
 from .model import load_model, text_of_tokens, weight_dtype
-from .recovered import Estimates, increase, mean_of
-from .scores import per_context, score
+from .recovered import DocumentSums, Estimates, increase, mean_of
+from .scores import score
+
+_COLUMNS = ("n", "clean.ce", "changed.ce", "changed.kl", "changed.top1", "act", "later.n", "later.ce", "later.kl")
+"""What is summed of each document, at positions where the latent fires and at later ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +125,20 @@ class _Ablating:
         drawn = torch.randperm(len(firing), generator=torch.Generator().manual_seed(config.seed))
         numbers = firing[drawn[: config.ablate.contexts]].sort().values.tolist()
         self._progress.started(f"latent {latent}", len(numbers) * self._shards.ctx_len)
-        sums: list[dict[str, Tensor]] = []
+        sums = DocumentSums.empty(len(_COLUMNS))
         log_ratio = torch.zeros(0, dtype=torch.float64)
         split = self._shards.split(config.split)
         for contexts in context_batches(self._shards, split, numbers, config.lm.batch_tokens):
             part, ratio = self._sums(latent, contexts)
-            sums.append(part)
+            sums.add(contexts.documents(), part)
             log_ratio = log_ratio + ratio if len(log_ratio) else ratio
             self._progress.advanced(contexts.tokens.numel())
-        joined = {name: torch.cat([part[name] for part in sums]) for name in sums[0]} if sums else {}
-        return self._ablation(latent, len(firing), joined, log_ratio)
+        columns = dict(zip(_COLUMNS, sums.rows.T, strict=True))
+        return self._ablation(latent, len(firing), len(numbers), columns, log_ratio)
 
-    def _sums(self, latent: int, contexts: Contexts) -> tuple[dict[str, Tensor], Tensor]:
-        """Column -> float64 [contexts], and log q - log p of every token summed over the firing positions."""
+    def _sums(self, latent: int, contexts: Contexts) -> tuple[Tensor, Tensor]:
+        """_COLUMNS of each of `contexts.documents()`, float64 [documents, columns], and log q - log p of every token
+        summed over the firing positions."""
         transcoder, passed = self._transcoder, []
         replaced = contexts.replaced.to(self._model.device)
 
@@ -160,11 +165,14 @@ class _Ablating:
             "act": act[here],
         }
         of_later = {"later.n": torch.ones_like(after.kl), "later.ce": after.ce - after.ce_clean, "later.kl": after.kl}
-        sums = {name: per_context(values, here) for name, values in of_firing.items()}
-        return sums | {name: per_context(values, later) for name, values in of_later.items()}, on.log_ratio
+        sums = {name: contexts.per_document(values, here) for name, values in of_firing.items()}
+        sums |= {name: contexts.per_document(values, later) for name, values in of_later.items()}
+        return torch.stack([sums[name] for name in _COLUMNS], 1), on.log_ratio
 
-    def _ablation(self, latent: int, n_firing: int, sums: dict[str, Tensor], log_ratio: Tensor) -> Ablation:
-        n_positions = int(sums["n"].sum()) if sums else 0
+    def _ablation(
+        self, latent: int, n_firing: int, n_contexts: int, sums: dict[str, Tensor], log_ratio: Tensor
+    ) -> Ablation:
+        n_positions = int(sums["n"].sum())
         numbers: dict[str, Any] = dict.fromkeys(
             ("mean_act", "loss_change", "kl", "top1_changed", "loss_change_later", "kl_later", "loss_change_interval")
         )
@@ -191,7 +199,8 @@ class _Ablating:
             latent=latent,
             scale=self._scale,
             n_contexts_firing=n_firing,
-            n_contexts=len(sums["n"]) if sums else 0,
+            n_contexts=n_contexts,
+            n_documents=int((sums["n"] > 0).sum()),
             n_positions=n_positions,
             n_later=n_later,
             raised=sides[0],
@@ -217,6 +226,7 @@ def _settings(shards: ShardSet, config: EvaluateConfig, scale: float) -> dict[st
         "tokens": config.tokens,
         "split": config.split,
         "bootstrap": config.bootstrap,
+        **DOCUMENTS,
         "seed": config.seed,
         "dtype": weight_dtype(shards, config),
     }

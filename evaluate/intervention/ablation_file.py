@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from matryoshka.config import Config
 
+from ..bootstrap import Interval
 from ..result import ShardSetFacts, TranscoderFacts, identity_of
-from .faithfulness_file import Interval
 
 ABLATIONS_FOLDER = "ablations"
 
@@ -41,6 +41,8 @@ class Ablation(Config):
     """Contexts in which it fires, of the rows that were looked at."""
     n_contexts: int
     """Contexts it was ablated in."""
+    n_documents: int | None = None
+    """Documents that have such positions, which the interval draws; null where it was made when contexts were drawn."""
     n_positions: int
     """Scored positions in them at which it fires."""
     mean_act: float | None
@@ -57,7 +59,7 @@ class Ablation(Config):
     """mean change of the loss there, which attention carries"""
     kl_later: float | None
     loss_change_interval: Interval | None
-    """95% bootstrap interval of loss_change over contexts"""
+    """95% bootstrap interval of loss_change over documents"""
     raised: tuple[TokenChange, ...]
     """tokens that become more likely, the strongest first"""
     lowered: tuple[TokenChange, ...]

@@ -19,10 +19,25 @@ class Contexts:
     """Their numbers in the split."""
     tokens: Tensor
     """int64"""
+    doc_ids: Tensor
+    """int64: which document each token is from."""
     replaced: Tensor
     """bool: the token is not special. Only there is the target ever changed; no transcoder was trained on the rest."""
     scored: Tensor
     """bool: it is replaced, and the next token is there, not special, and of the same document."""
+
+    def documents(self) -> Tensor:
+        """int64 [documents]: those with scored positions, ascending."""
+        return self.doc_ids[self.scored].unique()
+
+    def per_document(self, values: Tensor, where: Tensor) -> Tensor:
+        """float64 [documents]: sums over the positions of each of `documents`.
+
+        `values` [positions] in the order of `where.nonzero()`; `where` [contexts, ctx_len] marks scored positions.
+        """
+        documents = self.documents()
+        sums = torch.zeros(len(documents), dtype=torch.float64)
+        return sums.index_add_(0, torch.searchsorted(documents, self.doc_ids[where]), values.double().cpu())
 
     def next_tokens(self, where: Tensor) -> Tensor:
         """int64 [positions]: what the model has to predict at the scored positions that `where` marks, in order."""
@@ -41,7 +56,7 @@ def context_batches(shards: ShardSet, split: Split, numbers: Sequence[int], batc
                 some = tuple(here[start : start + at_once])
                 rows = torch.tensor(some) - first
                 replaced, scored = scored_positions(tokens[rows], doc_ids[rows], shards.manifest.special_ids)
-                yield Contexts(some, tokens[rows].long(), replaced, scored)
+                yield Contexts(some, tokens[rows].long(), doc_ids[rows].long(), replaced, scored)
         first += n_here
 
 

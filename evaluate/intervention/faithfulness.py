@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from matryoshka.errors import UserError
@@ -24,23 +23,25 @@ from matryoshka.transcoder import Transcoder
 
 from ..active import active_latents, base_output, group_counts, group_sums, nested_reconstructions
 from ..analysis import Analysis, Job
+from ..bootstrap import DOCUMENTS
 from ..config import EvaluateConfig
 from ..result import finite
 from ..sampling import count_contexts
 from .contexts import Contexts, context_batches
 from .faithfulness_file import WITH_ERROR_FILE, Faithfulness, SplicedPrefix
 from .model import load_model, weight_dtype
-from .recovered import MEAN, ZERO, Estimates, columns, increase, mean_of, recovered
-from .scores import per_context, score
+from .recovered import MEAN, ZERO, DocumentSums, Estimates, columns, increase, mean_of, recovered
+from .scores import score
 from .screen import faithfulness_table
 
 
 @dataclass
-class ContextSums:
-    """The sums of the contexts that are done."""
+class PassSums:
+    """What the contexts that are done come to."""
 
-    rows: Float[Tensor, "contexts columns"]
-    """float64; the columns are `recovered.columns`"""
+    n_contexts: int
+    sums: DocumentSums
+    """The columns are `recovered.columns`."""
 
 
 class FaithfulnessAnalysis(Analysis[Faithfulness]):
@@ -64,40 +65,42 @@ class FaithfulnessAnalysis(Analysis[Faithfulness]):
 
     def asked(self, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:
         """How the model's weights are rounded, and whether it is the check."""
-        return {"dtype": weight_dtype(shards, config), "error_term": self._error_term}
+        return {"dtype": weight_dtype(shards, config), "error_term": self._error_term, **DOCUMENTS}
 
     def make(self, job: Job) -> Faithfulness:
         """Run the first contexts of the split through the model."""
         model = load_model(job.shards, job.config)
         splicing = _Splicing(job.transcoder.to(model.device), model, job.shards, error_term=self._error_term)
-        sums = _pass(splicing, job)
+        done = _pass(splicing, job)
+        sums = dict(zip(splicing.columns, done.sums.rows.T, strict=True))
         if float(sums["n"].sum()) == 0:
             raise UserError(
                 f"the contexts of {job.shards.path} have no two ordinary tokens in a row; harvest more text"
             )
         estimates = Estimates.of(sums, job.config.bootstrap, job.config.seed)
-        return _faithfulness(job.facts, job.transcoder.prefix_ends, estimates)
+        return _faithfulness(job.facts, job.transcoder.prefix_ends, done.n_contexts, estimates)
 
     def tables(self, results: Sequence[Faithfulness]) -> list[ResultTable]:
         """One of each run."""
         return [faithfulness_table(one) for one in results]
 
 
-def _pass(splicing: _Splicing, job: Job) -> dict[str, Tensor]:
-    """Column -> float64 [contexts], of the first contexts that hold `config.faithfulness.tokens` rows."""
+def _pass(splicing: _Splicing, job: Job) -> PassSums:
+    """The first contexts that hold `config.faithfulness.tokens` rows, run through the model."""
     config, split = job.config, job.shards.split(job.config.split)
     n_contexts, n_rows = count_contexts(split, config.faithfulness.tokens)
     job.progress.started(job.name, n_rows)
-    sums = ContextSums(torch.zeros(0, len(splicing.columns), dtype=torch.float64))
-    n_done = job.saved.load(sums)
+    done = PassSums(0, DocumentSums.empty(len(splicing.columns)))
+    n_done = job.saved.load(done)
     job.progress.advanced(n_done)
-    for contexts in context_batches(job.shards, split, range(len(sums.rows), n_contexts), config.lm.batch_tokens):
-        sums.rows = torch.cat([sums.rows, splicing.sums_of(contexts)])
+    for contexts in context_batches(job.shards, split, range(done.n_contexts, n_contexts), config.lm.batch_tokens):
+        done.sums.add(contexts.documents(), splicing.sums_of(contexts))
+        done.n_contexts += len(contexts.numbers)
         n_here = int(contexts.replaced.sum())
         n_done += n_here
-        job.saved.save_when_due(sums, n_done)
+        job.saved.save_when_due(done, n_done)
         job.progress.advanced(n_here)
-    return dict(zip(splicing.columns, sums.rows.T, strict=True))
+    return done
 
 
 class _Splicing:
@@ -115,8 +118,8 @@ class _Splicing:
         self.columns = columns(transcoder.prefix_ends)
         self._mean = shards.stats("target").mean.float().to(model.device)
 
-    def sums_of(self, contexts: Contexts) -> Float[Tensor, "contexts columns"]:
-        """Sums over the scored positions of each context, float64."""
+    def sums_of(self, contexts: Contexts) -> Tensor:
+        """Sums over the scored positions of each of `contexts.documents()`, float64 [documents, columns]."""
         passed: list[tuple[Tensor, Tensor]] = []
 
         def look(x: Tensor, target: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ class _Splicing:
             with edited(self._transcoder, self._model, look):
                 clean = self._model.logits(contexts.tokens)
             ((x, target),) = passed
-            sums = {"n": per_context(torch.ones(int(contexts.scored.sum())), contexts.scored)}
+            sums = {"n": contexts.per_document(torch.ones(int(contexts.scored.sum())), contexts.scored)}
             for name, replacement, l0 in self._variants(contexts, x, target):
                 sums |= self._compare(contexts, clean, target, name, replacement, l0)
         except torch.OutOfMemoryError as error:
@@ -145,13 +148,13 @@ class _Splicing:
         new = torch.where(replaced, replacement.to(target.dtype), target)
         changed = self._model.logits(contexts.tokens, {self._transcoder.config.target_hook: lambda _: new})
         scores = score(clean, changed, scored, contexts.next_tokens(scored))
-        found = {"clean.ce": per_context(scores.ce_clean, scored)} if name == ZERO else {}
+        found = {"clean.ce": contexts.per_document(scores.ce_clean, scored)} if name == ZERO else {}
         found |= {
-            f"{name}.ce": per_context(scores.ce, scored),
-            f"{name}.kl": per_context(scores.kl, scored),
-            f"{name}.top1": per_context(scores.same_top, scored),
+            f"{name}.ce": contexts.per_document(scores.ce, scored),
+            f"{name}.kl": contexts.per_document(scores.kl, scored),
+            f"{name}.top1": contexts.per_document(scores.same_top, scored),
         }
-        return found if l0 is None else {**found, f"{name}.l0": per_context(l0.cpu()[scored], scored)}
+        return found if l0 is None else {**found, f"{name}.l0": contexts.per_document(l0.cpu()[scored], scored)}
 
     def _variants(self, contexts: Contexts, x: Tensor, target: Tensor) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """(name, what the target becomes, active latents of each position) of each variant, in the order of columns."""
@@ -168,10 +171,13 @@ class _Splicing:
             yield str(end), y_hat, counts[:, :group].sum(1).view(contexts.tokens.shape)
 
 
-def _faithfulness(facts: Mapping[str, Any], prefix_ends: tuple[int, ...], estimates: Estimates) -> Faithfulness:
+def _faithfulness(
+    facts: Mapping[str, Any], prefix_ends: tuple[int, ...], n_contexts: int, estimates: Estimates
+) -> Faithfulness:
     return Faithfulness(
         **facts,
-        n_contexts=estimates.n_contexts,
+        n_contexts=n_contexts,
+        n_documents=estimates.n_documents,
         n_tokens=int(estimates.totals["n"]),
         ce_loss_clean=estimates.value(mean_of("clean.ce")),
         ce_loss_ablated_zero=estimates.value(mean_of(f"{ZERO}.ce")),

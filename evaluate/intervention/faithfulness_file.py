@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from matryoshka.config import Config
 
+from ..bootstrap import Interval
 from ..result import Result
 
 WITH_ERROR_FILE = "faithfulness-with-error.json"
-
-Interval = tuple[float, float]
 
 
 class SplicedPrefix(Config):
@@ -33,7 +32,7 @@ class SplicedPrefix(Config):
     top1_agreement: float
     """share of positions where both models hold the same token most likely"""
     ce_increase_interval: Interval | None
-    """95% bootstrap interval over contexts, as the following; null with a single context"""
+    """95% bootstrap interval over documents, as the following; null with a single document"""
     ce_recovered_zero_interval: Interval | None
     ce_recovered_mean_interval: Interval | None
     kl_interval: Interval | None
@@ -49,6 +48,8 @@ class Faithfulness(Result):
     FILE = "faithfulness.json"
 
     n_contexts: int
+    n_documents: int | None = None
+    """Documents with scored positions, which the intervals draw; null where it was made when contexts were drawn."""
     n_tokens: int
     """Scored positions."""
     ce_loss_clean: float

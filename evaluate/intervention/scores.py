@@ -68,9 +68,3 @@ def score(
         )
     ce_clean, ce, kl, same_top = numbers
     return Scores(ce_clean, ce, kl, same_top, log_ratio)
-
-
-def per_context(values: Float[Tensor, " positions"], where: Tensor) -> Float[Tensor, " contexts"]:
-    """Sums over the positions of each context; `values` in the order of `where.nonzero()`."""
-    sums = torch.zeros(len(where), dtype=torch.float64)
-    return sums.index_add_(0, where.cpu().nonzero()[:, 0], values.double().cpu())

@@ -10,6 +10,7 @@ from rich.text import Text
 from matryoshka.tables import ResultTable
 from matryoshka.terminal import note, show
 
+from ..bootstrap import FEW_DOCUMENTS, over_documents
 from ..show import visible
 from ..tables import number, with_interval
 from .ablation import Ablated
@@ -27,7 +28,7 @@ def faithfulness_table(numbers: Faithfulness) -> ResultTable:
         f"{numbers.n_tokens:,} tokens of {numbers.n_contexts:,} {numbers.shard_set.split} contexts",
         caption="nats a token; rec. zero, rec. mean: recovered, the share of what that ablation costs that y_hat "
         "gives back. "
-        "[95% interval over contexts], or +- half of it",
+        f"[95% interval {over_documents(numbers.n_documents)}], or +- half of it",
     )
     for name in ("target", "L0", "CE", "more", "rec. zero", "rec. mean", "KL", "top-1"):
         table.add_column(name, left=name == "target", drop={"L0": 1, "KL": 2, "rec. mean": 3}.get(name, 0))
@@ -58,16 +59,18 @@ def show_ablations(ablated: list[Ablated]) -> None:
     table = ResultTable(
         title=f"{first.transcoder.run}: activations times {first.scale:g} at {first.shard_set.target_hook}",
         caption="mean over the positions where the latent fires; loss: change of -log p(next token), nats; top-1: "
-        "share of them where another token becomes the most likely one",
+        "share of them where another token becomes the most likely one. [95% interval over documents], or +- half of "
+        "it",
     )
-    for name in ("latent", "positions", "act", "loss", "KL", "top-1"):
-        table.add_column(name)
+    for name in ("latent", "positions", "docs", "act", "loss", "KL", "top-1"):
+        table.add_column(name, drop={"docs": 1}.get(name, 0))
     for name in ("more likely", "less likely"):
         table.add_column(name, left=True, stack="below")
     for one in (item.ablation for item in ablated):
         table.add_row(
             str(one.latent),
             f"{one.n_positions:,}",
+            number(one.n_documents, ",d"),
             number(one.mean_act, ".2f"),
             with_interval(one.loss_change, one.loss_change_interval, "+.4f"),
             number(one.kl, ".4f"),
@@ -77,8 +80,11 @@ def show_ablations(ablated: list[Ablated]) -> None:
         )
     show(table)
     for item in ablated:
+        latent, n_documents = item.ablation.latent, item.ablation.n_documents
         if item.ablation.n_contexts_firing == 0:
-            note(f"latent {item.ablation.latent} fires in none of the contexts")
+            note(f"latent {latent} fires in none of the contexts")
+        elif n_documents is not None and n_documents < FEW_DOCUMENTS:
+            note(f"latent {latent}: few documents ({n_documents}), so its interval is only a hint")
         _state(item.path, item.replaced, is_new=item.is_new)
 
 

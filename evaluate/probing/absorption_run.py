@@ -18,6 +18,7 @@ from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 
 from ..analysis import Analysis, Job
+from ..bootstrap import mean_over_classes
 from ..config import EvaluateConfig
 from ..resume import Parts
 from ..rows import check_rows
@@ -31,7 +32,6 @@ from .letter_task import LetterProbes, LetterTask
 from .main_latents import find_main_latents
 from .probe import require_sklearn
 from .readback import Readback, fit_readback, norm_directions
-from .word_bootstrap import mean_over_classes
 
 _SHOWN = 5
 _TILE = 8192

@@ -51,6 +51,8 @@ class LayerEntry(Config):
     shard_set: str
     shard_set_digest: str
     n_rows: int
+    n_documents: int | None = None
+    """which the intervals draw; null where the report drew contexts"""
     prefixes: tuple[LayerPrefix, ...]
 
 
@@ -118,6 +120,7 @@ def _entry(report: Report, recovered: dict[int, float]) -> LayerEntry:
         shard_set=report.shard_set.name,
         shard_set_digest=report.shard_set.digest,
         n_rows=report.n_rows,
+        n_documents=report.n_documents,
         prefixes=tuple(prefixes),
     )
 

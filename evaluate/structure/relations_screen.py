@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matryoshka.tables import ResultTable
 
+from ..bootstrap import over_documents
 from ..compare_screen import ROWS_OF
 from ..tables import number
 from .layers import Layers
@@ -34,8 +35,9 @@ def matching_table(matching: Matching) -> ResultTable:
 def layers_table(layers: Layers) -> ResultTable:
     """One line a prefix of each run."""
     table = ResultTable(
-        caption="+-: half the 95% interval of FVU. dead: of the prefix. CE: cross-entropy recovered, target site "
-        "zeroed (from `evaluate faithfulness`)",
+        caption="+-: half the 95% interval of FVU, "
+        f"{over_documents(*(entry.n_documents for entry in layers.entries))}. dead: of the prefix. CE: cross-entropy "
+        "recovered, target site zeroed (from `evaluate faithfulness`)",
     )
     for name in ("run", "shard set", "layer", "k"):
         table.add_column(name, left=name in ("run", "shard set"), stack="above")

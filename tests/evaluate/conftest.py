@@ -51,8 +51,11 @@ def build_shards(
     d_out: int = D_OUT,
     ctx_len: int = CTX_LEN,
     seed: int = 0,
+    doc_len: int | None = None,
 ) -> ShardSet:
     """A finished set: BOS at position 0 and one more special token (id 0) here and there.
+
+    Documents end with a shard; with `doc_len` they are of that length and go on in the next shard of their split.
 
     `source` maps random [..., d_in] to the source, `target` maps the source to the target; both are rounded to bf16.
     """
@@ -79,11 +82,16 @@ def build_shards(
     writer = ShardSetWriter.open(path, manifest, norm)
     document = 0
     for split, plan in plans.items():
+        n_before, first_document = 0, document
         for shard, n in enumerate(plan.shard_contexts):
             tokens = torch.randint(3, 40, (n, ctx_len), generator=generator, dtype=torch.int32)
             tokens[:, 0] = BOS
             tokens[0, ctx_len // 2] = 0
             doc_ids = torch.arange(n * ctx_len, dtype=torch.int32).view(n, ctx_len) // (ctx_len + 3) + document
+            if doc_len is not None:
+                doc_ids = (torch.arange(n * ctx_len, dtype=torch.int32) + n_before).view(n, ctx_len) // doc_len
+                doc_ids += first_document
+            n_before += n * ctx_len
             document = int(doc_ids.max()) + 1
             x = torch.randn(ctx_len, n, d_in, generator=generator)
             x = (x if source is None else source(x)).bfloat16()

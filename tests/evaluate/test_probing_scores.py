@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from evaluate.bootstrap import mean_over_classes
 from evaluate.probing.absorption import absorption_fraction, score_rows
 from evaluate.probing.codes import Codes
 from evaluate.probing.k_probes import balanced, dense_top_k, k_sparse, mean_difference
 from evaluate.probing.main_latents import find_main_latents
 from evaluate.probing.probe import fit_probe, l1_weights, quality, require_sklearn
-from evaluate.probing.word_bootstrap import mean_over_classes
 from matryoshka.errors import UserError
 
 

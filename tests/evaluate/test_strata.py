@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from evaluate.bootstrap import _weights, bootstrap_intervals
 from evaluate.strata import StrataSums
 
 N, D, G, PARTS = 57, 10, 3, 6
@@ -60,33 +58,29 @@ def test_parts_average_to_the_total(rows: dict[str, torch.Tensor]) -> None:
     torch.testing.assert_close(share @ sums.fvu()[used], total, rtol=1e-5, atol=0)
 
 
-def test_bootstrap_against_a_loop_over_draws(rows: dict[str, torch.Tensor]) -> None:
-    sums = summed(rows)
-    intervals = bootstrap_intervals(sums, 70, seed=3)
-    assert intervals is not None
+def test_draws_of_parts_against_a_loop(rows: dict[str, torch.Tensor]) -> None:
+    drawn = summed(rows).drawn(70, seed=3)
+    assert drawn is not None
     present = [part for part in range(PARTS) if part != 4]
-    weights = _weights(70, len(present), torch.Generator().manual_seed(3))
-    assert torch.equal(weights.sum(1), torch.full((70,), float(len(present)), dtype=torch.float64))
+    generator = torch.Generator().manual_seed(3)
     mean = rows["y"].double().numpy().mean(0)
-    fvu, l0 = [], []
-    for draw in weights:
-        members = [
-            row
-            for part, times in zip(present, draw.tolist(), strict=True)
-            for row in (rows["strata"] == part).nonzero().flatten().tolist() * int(times)
-        ]
-        y = rows["y"][members].double().numpy()
-        variance = ((y - mean) ** 2).sum()
-        fvu.append([rows["sq_err"][prefix][members].double().numpy().sum() / variance for prefix in range(G)])
-        l0.append([rows["l0"][prefix][members].double().numpy().mean() for prefix in range(G)])
-    for got, draws in ((intervals.fvu, fvu), (intervals.l0, l0)):
-        assert np.array(got) == pytest.approx(np.quantile(np.array(draws), [0.025, 0.975], axis=0).T, rel=1e-4)
+    for fvu, l0 in zip(*drawn, strict=True):
+        parts = [present[unit] for unit in torch.randint(len(present), (len(present),), generator=generator).tolist()]
+        members = [row for part in parts for row in (rows["strata"] == part).nonzero().flatten().tolist()]
+        variance = ((rows["y"][members].double().numpy() - mean) ** 2).sum()
+        for prefix in range(G):
+            error = rows["sq_err"][prefix][members].double().numpy().sum()
+            assert float(fvu[prefix]) == pytest.approx(error / variance, rel=1e-5)
+            assert float(l0[prefix]) == pytest.approx(rows["l0"][prefix][members].double().numpy().mean())
 
 
-def test_the_seed_decides_and_one_context_has_no_interval(rows: dict[str, torch.Tensor]) -> None:
+def test_the_seed_decides_and_one_part_is_not_drawn(rows: dict[str, torch.Tensor]) -> None:
     sums = summed(rows)
-    assert bootstrap_intervals(sums, 30, seed=1) == bootstrap_intervals(sums, 30, seed=1)
-    assert bootstrap_intervals(sums, 30, seed=1) != bootstrap_intervals(sums, 30, seed=2)
-    assert bootstrap_intervals(sums, 0, seed=1) is None
-    single = summed({**rows, "strata": torch.full((N,), 2)})
-    assert bootstrap_intervals(single, 30, seed=1) is None
+    one, same, other = (sums.drawn(30, seed=seed) for seed in (1, 1, 2))
+    assert one is not None
+    assert same is not None
+    assert other is not None
+    assert torch.equal(one[0], same[0])
+    assert not torch.equal(one[0], other[0])
+    assert sums.drawn(0, seed=1) is None
+    assert summed({**rows, "strata": torch.full((N,), 2)}).drawn(30, seed=1) is None

@@ -4,11 +4,14 @@
 function faithfulnessOf(main, o) {
   const f = o.faithfulness;
   if (!f) return;
-  main.append(el("h2", {}, "In the model\u2019s place"), dataTable(["prefix", "L0", "CE recovered (zero)", "CE recovered (mean)", "CE spliced", "KL", "top-1 agreement"], f.prefixes.map((p) =>
-    [whole(p.prefix_end), number(p.l0, 1), share(p.ce_recovered_zero), share(p.ce_recovered_mean), number(p.ce_loss_spliced, 4), number(p.kl, 4), share(p.top1_agreement)]), { id: "faithfulness" }),
+  main.append(el("h2", {}, "In the model\u2019s place"), dataTable(["prefix", "L0", "CE recovered (zero)", "95% interval", "CE recovered (mean)", "95% interval", "CE spliced", "KL", "top-1 agreement"], f.prefixes.map((p) =>
+    [whole(p.prefix_end), number(p.l0, 1), share(p.ce_recovered_zero), sharesOf(p.ce_recovered_zero_interval), share(p.ce_recovered_mean), sharesOf(p.ce_recovered_mean_interval), number(p.ce_loss_spliced, 4), number(p.kl, 4), share(p.top1_agreement)]), { id: "faithfulness" }),
   el("p", { class: "note" }, `The reconstruction spliced in over ${whole(f.n_tokens)} held-out tokens. Cross-entropy: clean ${number(f.ce_loss_clean, 4)}, layer zeroed ${number(f.ce_loss_ablated_zero, 4)}, ` +
-    `set to its mean ${number(f.ce_loss_ablated_mean, 4)}. Recovered: 100% is as good as the layer itself, 0 no better than without it.`));
+    `set to its mean ${number(f.ce_loss_ablated_mean, 4)}. Recovered: 100% is as good as the layer itself, 0 no better than without it. Intervals are ${overDocuments(f.n_documents)}.`));
 }
+
+// What 95% intervals are over; results that drew contexts have no number of documents.
+const overDocuments = (n) => n === null || n === undefined ? "over contexts, so too narrow (made by an older version)" : `over ${whole(n)} documents${n < 20 ? " (few documents)" : ""}`;
 
 const latentLinks = (latents) => el("span", {}, ...latents.flatMap((latent, i) => [i ? " " : "", el("a", { href: `#/latent/${latent}` }, String(latent))]));
 
@@ -19,7 +22,7 @@ function absorptionOf(main, a) {
   const range = (value, interval) => value === null ? "-" : interval ? `${share(value)} (${share(interval[0])} \u2013 ${share(interval[1])})` : share(value);
   main.append(el("h2", {}, "Absorption"), dataTable(["prefix", "letters", "absorption fraction (95%)", "full absorption (95%)", "missed", "main latents a letter", "their F1"], a.prefixes.map((p) =>
     [whole(p.prefix_end), String(p.n_letters), range(p.absorption_fraction, p.absorption_fraction_interval), range(p.full_absorption, p.full_absorption_interval), share(p.missed), number(p.n_main_latents, 2), number(p.main_f1, 3)]), { id: "absorption" }),
-  el("p", { class: "note" }, "How often the latents of a first letter stay silent on a word of that letter because another latent speaks for it; after SAEBench. Lower is better; where the F1 of the main latents is low, there is little to be absorbed and the scores say little."));
+  el("p", { class: "note" }, "How often the latents of a first letter stay silent on a word of that letter because another latent speaks for it; after SAEBench. Lower is better; intervals are over words; where the F1 of the main latents is low, there is little to be absorbed and the scores say little."));
   const letters = a.prefixes.length ? a.prefixes[a.prefixes.length - 1].letters : [];
   if (letters.length) main.append(details("Letters, with all latents", dataTable(["letter", "words", "main latents", "absorption", "absorbed by"], letters.map((l) => [l.letter, whole(l.n_true_positives), latentLinks(l.main_latents), share(l.absorption_fraction),
     el("span", {}, ...l.absorbers.flatMap((absorber) => [el("a", { href: `#/latent/${absorber.latent}` }, String(absorber.latent)), ` ${absorber.words.join(", ")} \u00a0`]))]))));
@@ -52,6 +55,7 @@ function notMeasured(main, o) {
   if (notes.length) main.append(el("h2", {}, "Not here yet"), ...notes, el("p", { class: "note" }, "Then make these pages again."));
 }
 
+const sharesOf = (pair) => pair ? `${share(pair[0])} \u2013 ${share(pair[1])}` : "-";
 const share = (value) => value === null || value === undefined ? "-" : `${(value * 100).toFixed(1)}%`;
 
 function comparisonOf(main, o) {
@@ -60,5 +64,5 @@ function comparisonOf(main, o) {
   const entries = o.comparison.entries, interval = (pair) => pair ? `${number(pair[0], 4)} \u2013 ${number(pair[1], 4)}` : "-";
   const rows = entries.flatMap((e) => e.matched.map((m) => [e.name, whole(e.d_sae), number(e.l0, 1), number(e.fvu, 4), number(m.l0, 1), number(m.fvu, 4), interval(m.fvu_interval), number(m.difference, 4), interval(m.difference_interval)]));
   main.append(dataTable(["transcoder", "latents", "own L0", "own FVU", "at L0", "FVU", "95%", "difference", "95%"], rows, { id: "comparison" }),
-    el("p", { class: "note" }, `On ${whole(o.comparison.n_rows)} identical rows; differences are against the first, in the same draws of contexts.`));
+    el("p", { class: "note" }, `On ${whole(o.comparison.n_rows)} identical rows; differences are against the first, in the same draws. Intervals are ${overDocuments(o.comparison.n_documents)}.`));
 }

@@ -4,7 +4,7 @@ Report.pages.overview = async (main) => {
   const o = await load("overview"), r = o.report, sizes = o.group_sizes;
   const step = r.transcoder.step === null ? "" : `, step ${whole(r.transcoder.step)}`;
   main.append(el("h1", {}, r.transcoder.run), el("p", { class: "soft" },
-    `${r.shard_set.source_hook} \u2192 ${r.shard_set.target_hook} of ${r.shard_set.model}${step}; ${whole(r.n_rows)} held-out rows of ${r.shard_set.name}`));
+    `${r.shard_set.source_hook} \u2192 ${r.shard_set.target_hook} of ${r.shard_set.model}${step}; ${whole(r.n_rows)} held-out rows${r.n_documents ? ` from ${whole(r.n_documents)} documents` : ""} of ${r.shard_set.name}`));
   const full = r.threshold[r.threshold.length - 1];
   main.append(el("div", { class: "tiles" }, tile("FVU, all latents", number(full.fvu, 4)), tile("L0", number(full.l0, 1)),
     tile("latents", whole(r.total.n_latents)), tile("dead", percent(r.total.dead_share)), tile("nested groups", String(sizes.length))));
@@ -16,6 +16,7 @@ Report.pages.overview = async (main) => {
       r.batch_topk ? number(r.batch_topk[i].fvu, 4) : "-", number(p.l0, 1), number(p.cosine, 4), number(p.norm_ratio, 3),
       percent(r.groups[i].dead_share), percent(r.groups[i].dense_share), percent(r.groups[i].redundant_share ?? 0)].map((cell) => el("td", {}, cell))))))));
   main.append(el("p", { class: "note" }, "FVU: fraction of variance unexplained by all latents up to the prefix, at the stored threshold; top-k: with BatchTopK as in training. " +
+    `95% intervals are ${overDocuments(r.n_documents)}. ` +
     "dead: never fires on these rows; dense: fires on more than a tenth; redundant: another decoder row has a cosine above 0.9; all three of the group\u2019s own latents."));
   faithfulnessOf(main, o);
   const charts = el("div", { class: "charts" });

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,7 @@ class Twin:
         self.kl: dict[str, float] = {}
         self.top1: dict[str, float] = {}
         self.l0 = [0.0] * n_groups
+        self.by_document: dict[int, list[tuple[float, float]]] = {}
         transcoder = subject.transcoder
         mean = subject.shards.stats("target").mean.float()
         for tokens, docs in subject.contexts()[:n_contexts]:
@@ -71,6 +73,8 @@ class Twin:
                 log_p = log_q["clean"][p]
                 for g in range(n_groups):
                     self.l0[g] += float((acts[p, : ENDS[g]] > 0).sum())
+                lost = float(log_p[tokens[p + 1]] - log_q["1"][p][tokens[p + 1]])
+                self.by_document.setdefault(docs[p], []).append((1, lost))
                 for name, log in log_q.items():
                     self.ce[name] = self.ce.get(name, 0) - float(log[p, tokens[p + 1]])
                     kl = float((log_p.exp() * (log_p - log[p])).sum())
@@ -78,6 +82,7 @@ class Twin:
                     self.top1[name] = self.top1.get(name, 0) + float(int(log_p.argmax()) == int(log[p].argmax()))
 
     def check(self, found: Faithfulness, n_groups: int) -> None:
+        assert found.n_documents == len(self.by_document)
         clean, zero, mean = (self.ce[name] / self.n for name in ("clean", "zero", "mean"))
         assert found.n_tokens == self.n
         assert found.ce_loss_clean == pytest.approx(clean, rel=1e-4)
@@ -110,6 +115,22 @@ def test_against_plain_hooks(kind: str, subject: Callable[[str], Any], tmp_path:
     assert len({prefix.ce_loss_spliced for prefix in found.prefixes}) == 3
     assert found.kl_ablated_zero > 0.001
     assert 0 < found.prefixes[0].l0 < found.prefixes[2].l0 < 30
+
+
+def test_intervals_draw_documents(subject: Callable[[str], Any], tmp_path: Path) -> None:
+    one = subject("llama")
+    found = measure_faithfulness(one.run, one.config(tmp_path, bootstrap=90, seed=6)).result
+    twin = Twin(one, 8, 3)
+    documents = [torch.tensor(twin.by_document[document]).sum(0) for document in sorted(twin.by_document)]
+    assert found.n_documents == len(documents) == 13
+    generator, values = torch.Generator().manual_seed(6), []
+    for _ in range(90):
+        drawn = torch.randint(len(documents), (len(documents),), generator=generator).tolist()
+        n, lost = torch.stack([documents[unit] for unit in drawn]).sum(0).tolist()
+        values.append(lost / n)
+    interval = found.prefixes[0].ce_increase_interval
+    assert interval == pytest.approx(np.quantile(values, [0.025, 0.975]), rel=1e-3, abs=1e-4)
+    assert "over 13 documents (few documents)" in faithfulness_table(found).caption
 
 
 def test_tokens_are_whole_contexts_and_a_prefix_stands_alone(subject: Callable[[str], Any], tmp_path: Path) -> None:

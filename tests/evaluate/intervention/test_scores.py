@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from evaluate.intervention import scores as scores_module
-from evaluate.intervention.contexts import context_batches, scored_positions
-from evaluate.intervention.recovered import Estimates, columns, increase, mean_of, recovered
-from evaluate.intervention.scores import per_context, score
+from evaluate.intervention.contexts import Contexts, context_batches, scored_positions
+from evaluate.intervention.recovered import DocumentSums, Estimates, columns, increase, mean_of, recovered
+from evaluate.intervention.scores import score
 from matryoshka.errors import UserError
 
 LN2 = math.log(2)
@@ -81,9 +81,6 @@ def test_scores_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
         assert float(found.same_top[i]) == float(int(log_p.argmax()) == int(log_q.argmax()))
         ratio += torch.where(log_p > -math.inf, log_q - log_p, 0)
     torch.testing.assert_close(found.log_ratio, ratio, rtol=1e-5, atol=1e-5)
-    sums = per_context(found.kl, where)
-    contexts = where.nonzero()[:, 0]
-    assert sums.tolist() == pytest.approx([float(found.kl[contexts == c].sum()) for c in range(3)])
 
 
 def test_nothing_to_score_is_fine_and_nan_is_not() -> None:
@@ -106,7 +103,7 @@ def test_recovered_by_hand() -> None:
     assert estimates.value(increase("x")) == 0.5
     assert estimates.value(recovered("x", "zero")) == 0.75
     assert estimates.value(recovered("x", "mean")) == 0.5
-    assert estimates.n_contexts == 2
+    assert estimates.n_documents == 2
     assert estimates.interval(increase("x")) is None
 
 
@@ -119,9 +116,9 @@ def test_an_ablation_that_does_no_harm_leaves_nothing_to_recover(ablated: float)
     assert estimates.interval(increase("x")) == (0, 1)
 
 
-def test_intervals_are_of_drawn_contexts() -> None:
+def test_intervals_are_of_drawn_documents() -> None:
     generator = torch.Generator().manual_seed(5)
-    n = torch.tensor([3.0, 0, 5, 2, 4], dtype=torch.float64)  # the second context has no scored position
+    n = torch.tensor([3.0, 0, 5, 2, 4], dtype=torch.float64)  # the second document has no scored position
     ce = torch.rand(5, generator=generator, dtype=torch.float64) * n
     sums = {"n": n, "clean.ce": ce}
     found = Estimates.of(sums, 200, 9).interval(mean_of("clean.ce"))
@@ -140,3 +137,22 @@ def test_columns_are_those_of_all_variants() -> None:
     found = columns((5, 14))
     assert len(set(found)) == len(found) == 2 + 2 * 3 + 2 * 4
     assert {"zero.ce", "mean.kl", "5.l0", "14.top1"} <= set(found)
+
+
+def test_sums_of_documents_over_contexts_and_batches() -> None:
+    """A document may span contexts and batches: against a loop over positions."""
+    generator = torch.Generator().manual_seed(2)
+    doc_ids = torch.tensor([[5, 5, 5, 9, 9], [9, 9, 9, 9, 2], [2, 2, 7, 7, 7]])
+    scored = torch.rand(3, 5, generator=generator) < 0.7
+    scored[2, 2:] = False  # document 7 has no scored position
+    values = torch.rand(3, 5, generator=generator)
+    sums = DocumentSums.empty(2)
+    for rows in (slice(0, 1), slice(1, 3)):
+        batch = Contexts((0,), torch.zeros(3, 5)[rows], doc_ids[rows], scored[rows], scored[rows])
+        n = batch.per_document(torch.ones(int(scored[rows].sum())), scored[rows])
+        sums.add(batch.documents(), torch.stack([n, batch.per_document(values[rows][scored[rows]], scored[rows])], 1))
+    assert sums.documents.tolist() == [2, 5, 9]
+    for document, (n, total) in zip((2, 5, 9), sums.rows.tolist(), strict=True):
+        places = [(c, p) for c in range(3) for p in range(5) if scored[c, p] and doc_ids[c, p] == document]
+        assert n == len(places) > 0
+        assert total == pytest.approx(sum(float(values[place]) for place in places))
