@@ -13,7 +13,8 @@ set -euo pipefail
 LAYER=${LAYER:-17}
 DATA=${DATA:-data}
 
-# SIGTERM comes two minutes before the limit: the command in front writes a checkpoint and ends.
+# SIGTERM comes two minutes before the limit: the command in front saves where it is and ends. Until then its log has a
+# line a minute.
 forward() { kill -TERM "$child" 2>/dev/null || true; wait "$child"; }
 trap forward TERM
 start() { "$@" & child=$!; wait "$child"; }

@@ -6,7 +6,9 @@ import io
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,3 +176,20 @@ def test_a_command_that_a_cell_starts_speaks_in_lines(in_terminal: Callable[...,
     shown = in_terminal([sys.executable, "-c", SCRIPT], 80, JPY_PARENT_PID="1")
     assert shown.err.count("harvest: 12,340,065/15,000,000 tokens (82%)") == 1
     assert "\x1b[2K" not in shown.err
+
+
+def test_a_notebook_has_a_bar_and_a_cell_that_starts_a_command_is_not_blank(tmp_path: Path) -> None:
+    """In a real kernel, as test_tutorial.py starts one."""
+    import nbclient
+    import nbformat
+
+    book = nbformat.v4.new_notebook()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    book.cells = [nbformat.v4.new_code_cell(SCRIPT), nbformat.v4.new_code_cell(f"!{sys.executable} script.py")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zmq and of the event loop
+        nbclient.NotebookClient(book, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (bar,) = [output for output in book.cells[0].outputs if "text/html" in output.get("data", {})]
+    assert '<progress value="12340065" max="15000000">' in bar["data"]["text/html"]
+    said = "".join(output["text"] for output in book.cells[1].outputs)
+    assert "harvest: 12,340,065/15,000,000 tokens (82%)" in said
