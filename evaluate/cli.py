@@ -58,8 +58,8 @@ def compare(
         list[str],
         typer.Argument(
             metavar="A B",
-            help="Two or more of: RUN, RUN@PREFIX (its first PREFIX latents), or a folder that Transcoder.from_pretrained "
-            "opens: Gemma Scope (1, 2), SAELens, circuit-tracer, ours.",
+            help="Two or more of: RUN, RUN@PREFIX (its first PREFIX latents), or a folder that "
+            "Transcoder.from_pretrained opens: Gemma Scope (1, 2), SAELens, circuit-tracer, ours.",
         ),
     ],
     shards: Shards = None,
