@@ -38,6 +38,7 @@ def describe(path: Path | str) -> list[tuple[str, str]]:
         ("text", " @ ".join(str(part) for part in (dataset.get("name"), _commit(dataset)) if part)),
         ("source", _site(shards, "source")),
         ("target", _site(shards, "target")),
+        *((f"block {layer}", str(note)) for layer, note in model.get("adds_more", {}).items()),
         ("norm behind the source", _norm(shards)),
         ("tokens", f"{n_tokens:,} in {n_contexts:,} contexts of {shards.ctx_len}"),
         ("train", _split(shards, "train")),

@@ -111,8 +111,10 @@ class Target:
         norm = self.norm(lm)
         facts = None if norm is None else NormFacts(kind=norm.kind, eps=norm.eps, has_bias=norm.bias is not None)
         bos_id = bos_of(config, lm)
+        layers = sorted({self.pair.source.layer, self.pair.target.layer})
+        more = {str(layer): note for layer in layers if (note := lm.adds_more(layer)) is not None}
         return Manifest(
-            model=lm.describe(),
+            model=lm.describe() | ({"adds_more": more} if more else {}),
             dataset=dataset,
             source=_site_facts(self.pair.source, lm),
             target=_site_facts(self.pair.target, lm),

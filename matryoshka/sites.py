@@ -114,19 +114,43 @@ class Norm:
 def fit_norm(module: nn.Module, reads: Tensor, gives: Tensor, *, tolerance: float) -> Norm | None:
     """The `Norm` that a norm module computes, from its weights and one pair of its input and output [..., d].
 
-    The output alone tells which formula it is, and whether the weight is the gain or its offset from 1 (Gemma); eps is
-    the module's own. None when no formula comes within `tolerance` (relative L2 difference).
+    The output alone tells which formula it is, and whether the weight is the gain or its offset from 1 (Gemma,
+    Nemotron); a module without a weight has the gain 1 (OLMo, NanoChat). eps is the module's own, or what its answer
+    to small inputs shows. None when no formula comes within `tolerance` (relative L2 difference).
     """
-    eps = next((float(getattr(module, name)) for name in ("eps", "variance_epsilon") if hasattr(module, name)), None)
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if eps is None or not isinstance(weight, Tensor):
-        return None
-    w = weight.detach().float().cpu()
+    eps = next((float(getattr(module, name)) for name in ("eps", "variance_epsilon") if hasattr(module, name)), None)
+    if isinstance(weight, Tensor):
+        w = weight.detach().float().cpu()
+        gains = (w, 1 + w)
+    elif any(True for _ in module.parameters()):
+        return None  # its weights have names of their own
+    else:
+        gains = (torch.ones(reads.shape[-1]),)
     b = bias.detach().float().cpu() if isinstance(bias, Tensor) else None
-    forms = (Norm("rms", eps, w), Norm("rms", eps, 1 + w), Norm("layer", eps, w, b))
+    forms = []
+    for gain in gains:
+        for kind, shift in (("rms", None), ("layer", b)):
+            known = _eps_of(module, reads, kind) if eps is None and not isinstance(weight, Tensor) else eps
+            if known is not None:
+                forms.append(Norm(kind, known, gain, shift))
+    if not forms:
+        return None
     differences = [float((form.with_gain(reads) - gives.float()).norm() / gives.float().norm()) for form in forms]
     best = min(range(len(forms)), key=differences.__getitem__)
     return forms[best] if differences[best] <= tolerance else None
+
+
+def _eps_of(module: nn.Module, reads: Tensor, kind: Literal["rms", "layer"]) -> float | None:
+    """eps of a norm without weights, to one digit: mean(n^2) = v / (v + eps) for an input of variance v near eps."""
+    small = reads.float() * (1e-5 / reads.float().pow(2).mean(-1, keepdim=True)).sqrt()
+    with torch.inference_mode():
+        n = module(small.to(reads.dtype)).float()
+    if kind == "layer":
+        small = small - small.mean(-1, keepdim=True)
+    v = small.pow(2).mean(-1)
+    eps = float((v * (1 / n.pow(2).mean(-1) - 1)).mean())
+    return float(f"{eps:.0e}") if eps > 0 else None
 
 
 def _input_conventions() -> dict[str, tuple[str, ...]]:

@@ -20,7 +20,8 @@ from matryoshka.lm.hooks import ModuleHook
 from matryoshka.sites import SITES, hook_point
 
 _NORMS = {"resid_mid": "ln2", "resid_pre": "ln1"}
-_SUBLAYERS = {"resid_mid": "mlp", "resid_pre": "attn"}
+_SUBLAYERS = {"resid_mid": ("mlp",), "resid_pre": ("attn", "linear_attn", "mamba", "mixer", "ssm")}
+"""What may follow each site: a layer of a hybrid model has one or another of them."""
 
 
 class HookPoints:
@@ -101,10 +102,12 @@ class HookPoints:
 
     def sublayer_input(self, site: str, layer: int) -> ModuleHook | None:
         """What the sublayer after this site reads."""
-        sublayer = _SUBLAYERS[site]
-        # Where the MLP is no module of its own (OPT), its first matrix reads for it.
-        module = self._find(layer, (sublayer,)) or self._find(layer, (sublayer, "in"))
-        return None if module is None else ModuleHook(module, "in")
+        for name in _SUBLAYERS[site]:
+            # Where the MLP is no module of its own (OPT), its first matrix reads for it.
+            for path in ((name,), (name, "in")):
+                if (module := self._find(layer, path)) is not None:
+                    return ModuleHook(module, "in")
+        return None
 
     def _find(self, layer: int, path: tuple[str, ...]) -> nn.Module | None:
         """The module of the block that a path of TransformerLens's components leads to; the block for no path."""

@@ -52,7 +52,7 @@ def quiet() -> Iterator[None]:
 
 def load_model(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     """The Hugging Face model, on the CPU, and its tokenizer, both of one commit."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     part = "configuration"
@@ -64,6 +64,12 @@ def load_model(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any
         part = "weights"
         text_config = config.get_text_config()
         if text_config is not config:
+            if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+                raise ValueError(
+                    f"it is a multi-modal {config.model_type}, and transformers cannot read its text model by itself."
+                )
+            # Whether the head is the embedding is what the whole model's configuration says.
+            text_config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
             config, where["key_mapping"] = text_config, _TEXT_MODEL_KEYS
         # The default is sdpa where it is exact. It has no soft cap, and not every version of transformers knows that.
         capped = getattr(config, "attn_logit_softcapping", None) is not None

@@ -30,7 +30,7 @@ from matryoshka.sites import SITES, Norm, fit_norm, hook_point
 
 _PROBE_TOKENS = 8
 # Relative L2 difference up to which logits are those of the same tokens: two rows of a batch may take other kernels.
-_SAME_LOGITS = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_SAME_LOGITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 # Relative L2 difference up to which our formula of a norm is the model's.
 _SAME_NORM = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -120,6 +120,15 @@ class LanguageModel:
         if name not in self._norms:
             self._norms[name] = self._find_norm(site, layer)
         return self._norms[name]
+
+    def sites_of(self, layer: int) -> list[str]:
+        """The sites of this layer that can be read."""
+        refused = self._checked_sites.refused
+        return [site for site in self._points.sites_of(layer) if hook_point(site, layer) not in refused]
+
+    def adds_more(self, layer: int) -> str | None:
+        """What mlp_out of this layer is, where its block adds more to the stream than attn_out and mlp_out."""
+        return self._checked_sites.notes.get(layer)
 
     def logits(self, tokens: Tensor, replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
         """Logits [B, T, n_tokens] of a full forward in which each hook point of `replace` is replaced.

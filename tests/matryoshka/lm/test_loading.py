@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 
+pytestmark = pytest.mark.usefixtures("no_process")
+
 
 def broken(folder, tmp_path, remove=(), config=None):
     copy = shutil.copytree(folder, tmp_path / "broken")
