@@ -1,16 +1,13 @@
-"""The inference threshold: set after training so that the mean L0 over val rows is k."""
+"""The inference threshold: set after training so that the mean L0 is k on rows that were set aside (set_aside.py)."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from matryoshka.shards import ShardSet
-
 from .conditioning import Conditioning
 from .ranks import Rank
+from .set_aside import SetAside
 from .step import StepState
 
 _MAX_ROWS = 2048
@@ -21,24 +18,22 @@ _ELEMENTS = 1 << 23
 def calibrate_threshold(
     state: StepState,
     conditioning: Conditioning,
-    shards: ShardSet,
+    aside: SetAside,
     *,
     k: int,
-    max_rows: int,
     team: Rank | None = None,
 ) -> float:
-    """The k * n-th largest pre-activation among the first n <= max_rows val rows, in the units of the training step.
+    """The k * n-th largest pre-activation among the n rows of `aside`, in the units of the training step.
 
     `acts = relu(pre) where pre > threshold` then keeps k latents a row on average. Never below 0: when fewer than
     k * n pre-activations are positive, all of them are kept. `team`: the ranks over which the latents are spread; all
     of them call this together.
     """
-    n_rows = min(max_rows, sum(int(shards.val.keep(shard).sum()) for shard in range(shards.val.n_shards)))
-    n_wanted = k * n_rows
+    n_wanted = k * aside.n_rows
     # One more than is kept: the threshold itself is not (pre > threshold is strict).
     pool = torch.zeros(0)
     bound = 0.0
-    for source in _val_rows(shards, n_rows, at_once=rows_at_once(len(state.b_enc))):
+    for source in aside.source_rows(rows_at_once(len(state.b_enc))):
         pre_acts = torch.addmm(state.b_enc, conditioning.input(source.to(state.W_enc.device)), state.W_enc.T)
         pool = torch.cat([pool, pre_acts[pre_acts > bound].cpu()])
         if len(pool) > 2 * n_wanted + 1:
@@ -65,14 +60,3 @@ def _of_all(own: Tensor, n: int, team: Rank) -> Tensor:
     everyone = torch.empty(team.world, n)
     dist.all_gather(list(everyone.unbind(0)), padded)
     return everyone[everyone > 0]
-
-
-def _val_rows(shards: ShardSet, n_rows: int, *, at_once: int) -> Iterator[Tensor]:
-    """The first `n_rows` source rows of val in the order of the disk, `at_once` at a time."""
-    left = n_rows
-    for block in shards.val.blocks():
-        source, _ = block.rows()
-        yield from source[:left].split(at_once)
-        left -= min(left, len(source))
-        if left == 0:
-            return

@@ -18,7 +18,7 @@ from matryoshka.runs import default_run_path
 
 from .config import TrainConfig
 
-STREAM_SETTINGS = ("shards", "order_seed", "batch_tokens", "buffer_tokens", "max_norm")
+STREAM_SETTINGS = ("shards", "order_seed", "batch_tokens", "buffer_tokens", "max_norm", "calibration_tokens")
 """What decides the batches. All members of a fleet are trained on the same ones."""
 _COMMAND_SETTINGS = ("out", "fleet", "grid", "parallel", "readers", "device")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")

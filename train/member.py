@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 from .calibrate import calibrate_threshold
@@ -29,6 +28,7 @@ from .ranks import Rank
 from .record import publish_parked
 from .rows import Rows
 from .saving import BackgroundWriter
+from .set_aside import SetAside
 from .sinks import JsonlSink, MetricSink, WandbSink
 from .slices import LatentSlice, is_by_latent
 from .step import NonFiniteLoss, StepReport, StepSettings, StepState, TrainStep
@@ -71,7 +71,7 @@ class Member:
     def __init__(
         self,
         entry: Entry,
-        shards: ShardSet,
+        aside: SetAside,
         conditioning: Conditioning,
         device: torch.device,
         writer: BackgroundWriter,
@@ -80,7 +80,9 @@ class Member:
         group: str | None,
         team: Rank | None = None,
     ) -> None:
-        """`group` is the name under which W&B shows the runs of a fleet together.
+        """`aside` has the shard set, and the rows of it that no step sees, for the threshold.
+
+        `group` is the name under which W&B shows the runs of a fleet together.
 
         `team`: this rank of several that share every batch, or every dictionary. The first writes what they learn.
         """
@@ -88,7 +90,7 @@ class Member:
         self.outcome: Outcome = "training"
         self._config = entry.settings.config
         self._plan = entry.plan
-        self._shards = shards
+        self._aside = aside
         self._conditioning = conditioning
         self._writer = writer
         last = max(list_checkpoints(entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
@@ -179,9 +181,8 @@ class Member:
         threshold = calibrate_threshold(
             self._take_step.state,
             self._conditioning,
-            self._shards,
+            self._aside,
             k=self._config.k,
-            max_rows=self._config.calibration_tokens,
             team=None if self._held is None else self._held.rank,
         )
         self._save(threshold)
@@ -263,11 +264,12 @@ class Member:
         )
 
     def _transcoder(self) -> Transcoder:
-        manifest = self._shards.manifest
+        shards = self._aside.shards
+        manifest = shards.manifest
         return Transcoder(
             TranscoderConfig(
-                d_in=self._shards.d_in,
-                d_out=self._shards.d_out,
+                d_in=shards.d_in,
+                d_out=shards.d_out,
                 group_sizes=self._plan.group_sizes,
                 k=self._config.k,
                 skip=self._config.skip,

@@ -34,6 +34,7 @@ from .record import parked_reason, publish_fleet, refuse_other_fleet, refuse_oth
 from .result import FleetResult, TrainResult
 from .rows import Rows
 from .saving import BackgroundWriter
+from .set_aside import SetAside
 from .stream import Stream
 
 _INIT_SEED = 0x1A17
@@ -73,7 +74,8 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
         )
     # With the latents spread over ranks every rank sees every row.
     part = (0, 1) if team is None or config.parallel == "features" else (team.index, team.world)
-    stream = _stream(config, shards, config.order_seed, part=part, pin_memory=device.type == "cuda")
+    aside = SetAside.draw(shards, config.calibration_tokens, config.order_seed)
+    stream = _stream(config, aside, config.order_seed, part=part, pin_memory=device.type == "cuda")
     every = [_entry(member, shards, stream.n_rows) for member in members(config)]
     group: str | None = None
     if is_fleet(config):
@@ -102,7 +104,7 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
             held.enter_context(exclusive(entry.folder))
             if not (entry.folder / RUN_FILE).exists():
                 publish_json(entry.folder / RUN_FILE, entry.record)
-        fleet = _Fleet(config, shards, stream, device, team)
+        fleet = _Fleet(config, aside, stream, device, team)
         if progress is None:
             progress = held.enter_context(usual_progress() if rank.index == 0 else Silent())
         taken = fleet.go(left, progress, group)
@@ -113,10 +115,11 @@ class _Fleet:
     """The runs that are left, and what they share."""
 
     def __init__(
-        self, config: TrainConfig, shards: ShardSet, stream: Stream, device: torch.device, team: Rank | None
+        self, config: TrainConfig, aside: SetAside, stream: Stream, device: torch.device, team: Rank | None
     ) -> None:
         self._config = config
-        self._shards = shards
+        self._shards = aside.shards
+        self._aside = aside
         self._stream = stream
         self._device = device
         self._team = team
@@ -132,11 +135,11 @@ class _Fleet:
             closing = open_runs.enter_context(ExitStack())
             writer = open_runs.enter_context(BackgroundWriter())
             conditionings = self._conditionings(entries)
-            first_rows = _FirstRows(self._config, self._shards)
+            first_rows = _FirstRows(self._config, self._aside)
             for entry in entries:
                 conditioning = conditionings[entry.plan.input, entry.settings.config.condition]
                 run = Member(
-                    entry, self._shards, conditioning, self._device, writer, first_rows, group=group, team=self._team
+                    entry, self._aside, conditioning, self._device, writer, first_rows, group=group, team=self._team
                 )
                 runs.append(run)
                 closing.callback(run.close)
@@ -191,14 +194,14 @@ class _Fleet:
 class _FirstRows:
     """Random train rows for latents to start from: read once for each seed, however many runs start from them."""
 
-    def __init__(self, config: TrainConfig, shards: ShardSet) -> None:
+    def __init__(self, config: TrainConfig, aside: SetAside) -> None:
         self._config = config
-        self._shards = shards
+        self._aside = aside
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, seed: int, n_rows: int) -> tuple[Tensor, Tensor]:
         """Up to `n_rows` rows; those of a smaller `n_rows` are the first of a larger one."""
-        stream = _stream(self._config, self._shards, seed ^ _INIT_SEED)
+        stream = _stream(self._config, self._aside, seed ^ _INIT_SEED)
         n_batches = max(1, min(-(-n_rows // stream.batch_rows), stream.n_rows // stream.batch_rows))
         held = self._read.get(seed)
         if held is None or len(held[0]) < n_batches * stream.batch_rows:
@@ -214,10 +217,10 @@ class _FirstRows:
 
 
 def _stream(
-    config: TrainConfig, shards: ShardSet, seed: int, *, part: tuple[int, int] = (0, 1), pin_memory: bool = False
+    config: TrainConfig, aside: SetAside, seed: int, *, part: tuple[int, int] = (0, 1), pin_memory: bool = False
 ) -> Stream:
     return Stream(
-        shards,
+        aside.shards,
         batch_rows=config.batch_tokens,
         buffer_rows=config.buffer_tokens,
         seed=seed,
@@ -225,6 +228,7 @@ def _stream(
         n_readers=config.readers,
         part=part,
         pin_memory=pin_memory,
+        aside=aside,
     )
 
 

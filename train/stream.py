@@ -26,9 +26,11 @@ from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from matryoshka.threads import keep_own_number, use_one_core
 
-ORDER = 2
+from .set_aside import SetAside
+
+ORDER = 3
 """Raised when the same seed comes to mean other batches: a run must not go on with them. 2: blocks stay within the
-buffer."""
+buffer. 3: rows are set aside for the threshold."""
 MAX_STREAMS = 8
 _READ_AHEAD_BATCHES = 4
 
@@ -75,8 +77,9 @@ class Stream:
         n_readers: int = 1,
         part: tuple[int, int] = (0, 1),
         pin_memory: bool = False,
+        aside: SetAside | None = None,
     ) -> None:
-        """`max_norm` leaves out rows whose source norm exceeds that multiple of the median.
+        """`max_norm` leaves out rows whose source norm exceeds that multiple of the median, `aside` its contexts.
 
         `n_readers` threads read and decode blocks ahead; the batches do not depend on it. `part` (i, n) gives the i-th
         of n equal parts of every batch, and reads only what that needs: the parts one after another are the batch.
@@ -85,6 +88,7 @@ class Stream:
         self._split = shards.train
         self._seed = seed
         self._pin = pin_memory
+        self._aside = aside
         self._n_readers = n_readers
         self.batch_rows = batch_rows
         self.n_streams = next(n for n in range(min(MAX_STREAMS, batch_rows), 0, -1) if batch_rows % n == 0)
@@ -224,6 +228,8 @@ class Stream:
     def _kept(self, shard: int) -> Tensor:
         """Rows of a shard that are trained on, bool [ctx_len, n_contexts]."""
         keep = self._split.keep(shard)
+        if self._aside is not None:
+            keep = keep & ~self._aside.mask(shard)
         if self._norm_bound is not None:
             keep &= self._shards.row_norms("source", shard) <= self._norm_bound
         return keep

@@ -8,6 +8,7 @@ import torch
 from matryoshka.shards import ShardSet
 from train.calibrate import calibrate_threshold
 from train.conditioning import Conditioning
+from train.set_aside import SetAside
 from train.step import StepState
 
 
@@ -21,13 +22,15 @@ def make_state(b_enc: float = 0.0) -> StepState:
     )
 
 
-@pytest.mark.parametrize("max_rows", [100, 333, 10_000])
+@pytest.mark.parametrize("n_rows", [1, 100, 10_000])
 @pytest.mark.parametrize("k", [1, 5])
-def test_mean_l0_is_k(random_shards: ShardSet, k: int, max_rows: int) -> None:
+def test_mean_l0_is_k_on_the_rows_that_are_set_aside(random_shards: ShardSet, k: int, n_rows: int) -> None:
     conditioning = Conditioning.from_shards(random_shards, "normalized", "centre", torch.device("cpu"))
     state = make_state()
-    threshold = calibrate_threshold(state, conditioning, random_shards, k=k, max_rows=max_rows)
-    rows = torch.cat([block.rows()[0] for block in random_shards.val.blocks()])[:max_rows]
+    aside = SetAside.draw(random_shards, n_rows, seed=4)
+    threshold = calibrate_threshold(state, conditioning, aside, k=k)
+    rows = torch.cat(list(aside.source_rows(7)))
+    assert len(rows) == aside.n_rows
     pre_acts = conditioning.input(rows) @ state.W_enc.T + state.b_enc
     naive = pre_acts.flatten().sort(descending=True).values[k * len(rows)]
     assert threshold == pytest.approx(float(naive), abs=1e-6)
@@ -36,4 +39,5 @@ def test_mean_l0_is_k(random_shards: ShardSet, k: int, max_rows: int) -> None:
 
 def test_never_below_zero(random_shards: ShardSet) -> None:
     conditioning = Conditioning.from_shards(random_shards, "normalized", "centre", torch.device("cpu"))
-    assert calibrate_threshold(make_state(b_enc=-50.0), conditioning, random_shards, k=3, max_rows=200) == 0.0
+    aside = SetAside.draw(random_shards, 200, seed=0)
+    assert calibrate_threshold(make_state(b_enc=-50.0), conditioning, aside, k=3) == 0.0
