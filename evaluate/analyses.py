@@ -30,6 +30,7 @@ ANALYSES = (
     Entry("faithfulness", ".intervention.faithfulness", "FaithfulnessAnalysis"),
     Entry("hierarchy", ".structure.hierarchy", "HierarchyAnalysis"),
     Entry("logits", ".intervention.logits", "LogitsAnalysis"),
+    Entry("ablate", ".intervention.ablation", "AblateAnalysis"),
     Entry("absorption", ".probing.absorption_run", "AbsorptionAnalysis"),
     Entry("probing", ".probing.sparse_probing", "ProbingAnalysis"),
     Entry("samples", ".samples", "SamplesAnalysis"),

@@ -2,139 +2,166 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from matryoshka.errors import UserError
 from matryoshka.lm.splice import edited
-from matryoshka.runs import make_directory, publish_json
 from matryoshka.shards import ShardSet
+from matryoshka.tables import ResultTable
 from matryoshka.transcoder import Transcoder
 
-from ..analysis import Progress, Silent, load_transcoder
-from ..bootstrap import DOCUMENTS
-from ..checkpoint import find_checkpoint
+from ..analysis import Analysis, Job
+from ..bootstrap import DOCUMENTS, FEW_DOCUMENTS
 from ..config import EvaluateConfig
-from ..result import ShardSetFacts, TranscoderFacts, already_answered, identity_of, result_folder
+from ..rows import check_rows
 from ..sampling import count_contexts
-from .ablation_file import ABLATIONS_FOLDER, Ablation, TokenChange, read_ablation
+from .ablation_file import ABLATIONS_FOLDER, Ablation, TokenChange
 from .contexts import Contexts, context_batches
-from .firing import find_firing
+from .firing import check_latents, find_firing
 from .model import load_model, text_of_tokens, weight_dtype
 from .recovered import DocumentSums, Estimates, increase, mean_of
 from .scores import score
+from .screen import ablation_table
 
 _COLUMNS = ("n", "clean.ce", "changed.ce", "changed.kl", "changed.top1", "act", "later.n", "later.ce", "later.kl")
 """What is summed of each document, at positions where the latent fires and at later ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ablated:
-    """One ablations/<latent>.json and how it came about."""
+class AblateAnalysis(Analysis[Ablation]):
+    """What changes when the activation of each of `latents`, one at a time, is multiplied with `scale`.
 
-    path: Path
-    ablation: Ablation
-    is_new: bool
-    replaced: tuple[str, ...] = ()
-
-
-def ablate(
-    run: Path, latents: list[int], config: EvaluateConfig, progress: Progress | None = None, *, scale: float = 0.0
-) -> list[Ablated]:
-    """Multiply the activation of each of `latents`, one at a time, with `scale`, and publish what that changes.
-
-    The contexts are drawn (seeded) among those of the first `config.tokens` rows where the latent fires. Records that
-    already answer are only read. Raises UserError for what the user can mend.
+    The contexts are drawn (seeded) among those of the first `config.tokens` rows where the latent fires. Each latent
+    has a file of its own.
     """
-    if config.shards is None:
-        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
-    shards, checkpoint = ShardSet.open(config.shards), find_checkpoint(run)
+
+    name = "ablate"
+    result = Ablation
+    shared = ("tokens", "split", "bootstrap", "seed")
     # A latent is the same in every prefix that holds it.
-    config = config.model_copy(update={"prefix": None})
-    transcoder = load_transcoder(checkpoint, shards, config)
-    latents = list(dict.fromkeys(latents))
-    check_latents(transcoder, latents, run)
-    folder = result_folder(checkpoint, shards, config) / ABLATIONS_FOLDER
-    facts = {
-        "transcoder": TranscoderFacts.of(checkpoint, transcoder),
-        "shard_set": ShardSetFacts.of(shards, config.split),
-        "settings": _settings(shards, config, scale),
-    }
-    done: dict[int, Ablated] = {}
-    changed: dict[int, tuple[str, ...]] = {}
-    for latent in latents:
-        path = folder / f"{latent}.json"
-        existing, changes = already_answered(read_ablation(path), identity_of(**facts))
-        if existing is not None:
-            done[latent] = Ablated(path, existing, is_new=False)
-        else:
-            changed[latent] = changes
-    if changed:
-        make_directory(folder)
-        ablating = _Ablating(transcoder, shards, config, scale, facts, progress or Silent())
-        for latent, firing in ablating.firing(list(changed), checkpoint.name).items():
-            ablation = ablating.of(latent, firing)
-            path = folder / f"{latent}.json"
-            publish_json(path, ablation.model_dump(mode="json"))
-            done[latent] = Ablated(path, ablation, is_new=True, replaced=changed[latent])
-    return [done[latent] for latent in latents]
+    apart = ("split",)
+    unit = "contexts"
+
+    def __init__(self, latents: Sequence[int], scale: float = 0.0) -> None:
+        self.latents, self.scale = tuple(dict.fromkeys(latents)), scale
+        self._ablating: _Ablating | None = None
+
+    def parts(self) -> list[Analysis[Ablation]]:
+        """One a latent."""
+        return [_OfLatent(self, latent) for latent in self.latents]
+
+    def check(self, transcoder: Transcoder, shards: ShardSet, config: EvaluateConfig) -> None:
+        """The latents must be there, and rows."""
+        check_latents(transcoder, self.latents)
+        check_rows(shards, config.split)
+
+    def tables(self, results: Sequence[Ablation]) -> list[ResultTable]:
+        """One of each run."""
+        runs = dict.fromkeys(one.transcoder.sha256 for one in results)
+        return [ablation_table([one for one in results if one.transcoder.sha256 == run]) for run in runs]
+
+    def notes(self, result: Ablation) -> list[str]:
+        """Where there was nothing to take out, or little."""
+        n_documents = result.n_documents
+        if result.n_contexts_firing == 0:
+            return [f"latent {result.latent} fires in none of the contexts"]
+        if n_documents is not None and n_documents < FEW_DOCUMENTS:
+            return [f"latent {result.latent}: few documents ({n_documents}), so its interval is only a hint"]
+        return []
+
+    def ablating(self, job: Job) -> _Ablating:
+        """The model, and where the latents of one run fire; made once for all of them."""
+        if self._ablating is None or not self._ablating.is_of(job):
+            self._ablating = _Ablating(job, self.latents, self.scale)
+        return self._ablating
 
 
-def check_latents(transcoder: Transcoder, latents: list[int], run: Path) -> None:
-    """Raise UserError unless there is one and the transcoder has them all."""
-    d_sae = transcoder.config.d_sae
-    if not latents:
-        raise UserError("no latent was named; give one or more numbers, for example 17")
-    if wrong := [latent for latent in latents if not 0 <= latent < d_sae]:
-        raise UserError(f"{run} has the latents 0 to {d_sae - 1}, and no latent {wrong[0]}")
+class _OfLatent(AblateAnalysis):
+    """One latent of those that are asked for together."""
+
+    def __init__(self, together: AblateAnalysis, latent: int) -> None:
+        super().__init__((latent,), together.scale)
+        self._together, self._latent = together, latent
+
+    @property
+    def file(self) -> str:
+        """ablations/<latent>.json"""
+        return f"{ABLATIONS_FOLDER}/{self._latent}.json"
+
+    def asked(self, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:
+        """The factor, and how the model's weights are rounded."""
+        return {"scale": self.scale, "dtype": weight_dtype(shards, config), **DOCUMENTS}
+
+    def make(self, job: Job) -> Ablation:
+        """Run the drawn contexts through the model."""
+        return self._together.ablating(job).of(self._latent, job)
+
+
+@dataclass
+class _Drawn:
+    """The contexts of one latent, and the sums over those that are done."""
+
+    n_firing: int | None = None
+    """Contexts in which it fires; None before that is known."""
+    numbers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """int64 [contexts]: those that were drawn."""
+    n_done: int = 0
+    """The first so many of them are in the sums."""
+    sums: DocumentSums = field(default_factory=lambda: DocumentSums.empty(len(_COLUMNS)))
+    log_ratio: Float[Tensor, " tokens"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """log q - log p of every token, summed over the firing positions; empty before the first context."""
 
 
 class _Ablating:
     """Runs contexts through the model with a latent scaled."""
 
-    def __init__(
-        self,
-        transcoder: Transcoder,
-        shards: ShardSet,
-        config: EvaluateConfig,
-        scale: float,
-        facts: dict[str, Any],
-        progress: Progress,
-    ) -> None:
-        self._model = load_model(shards, config)
+    def __init__(self, job: Job, latents: Sequence[int], scale: float) -> None:
+        self._model = load_model(job.shards, job.config)
         self._text_of = text_of_tokens(self._model)
-        self._transcoder = transcoder.to(self._model.device)
-        self._shards, self._config, self._scale, self._facts = shards, config, scale, facts
-        self._progress = progress
+        self._transcoder = job.transcoder.to(self._model.device)
+        self._shards, self._config, self._sha256 = job.shards, job.config, job.checkpoint.sha256
+        self._latents, self._scale = list(latents), scale
+        self._firing: dict[int, Tensor] = {}
 
-    def firing(self, latents: list[int], name: str) -> dict[int, Tensor]:
+    def is_of(self, job: Job) -> bool:
+        """Whether it was made for this run and shard set."""
+        return self._shards is job.shards and self._sha256 == job.checkpoint.sha256
+
+    def firing(self, job: Job) -> dict[int, Tensor]:
         """Latent -> numbers of the contexts in which it fires."""
-        split = self._shards.split(self._config.split)
-        n_contexts, n_rows = count_contexts(split, self._config.tokens)
-        self._progress.started(f"{name}: where they fire", n_rows)
-        found = find_firing(self._transcoder, self._shards, split, latents, n_contexts, self._progress)
-        return {latent: counts.nonzero()[:, 0] for latent, counts in zip(latents, found.counts, strict=True)}
+        if not self._firing:
+            split = self._shards.split(self._config.split)
+            n_contexts, n_rows = count_contexts(split, self._config.tokens)
+            job.progress.started(f"{job.name}: where they fire", n_rows)
+            found = find_firing(self._transcoder, self._shards, split, self._latents, n_contexts, job.progress)
+            numbers = [counts.nonzero()[:, 0] for counts in found.counts]
+            self._firing = dict(zip(self._latents, numbers, strict=True))
+        return self._firing
 
-    def of(self, latent: int, firing: Tensor) -> Ablation:
-        """Ablate one latent in contexts drawn from `firing`."""
-        config = self._config
-        drawn = torch.randperm(len(firing), generator=torch.Generator().manual_seed(config.seed))
-        numbers = firing[drawn[: config.ablate.contexts]].sort().values.tolist()
-        self._progress.started(f"latent {latent}", len(numbers) * self._shards.ctx_len)
-        sums = DocumentSums.empty(len(_COLUMNS))
-        log_ratio = torch.zeros(0, dtype=torch.float64)
+    def of(self, latent: int, job: Job) -> Ablation:
+        """Ablate one latent in contexts drawn from those where it fires."""
+        config, done = self._config, _Drawn()
+        job.saved.load(done)
+        if done.n_firing is None:
+            firing = self.firing(job)[latent]
+            order = torch.randperm(len(firing), generator=torch.Generator().manual_seed(config.seed))
+            done.n_firing, done.numbers = len(firing), firing[order[: config.ablate.contexts]].sort().values
+        numbers = done.numbers.tolist()
+        job.progress.started(f"latent {latent}", len(numbers) * self._shards.ctx_len)
+        job.progress.advanced(done.n_done * self._shards.ctx_len)
         split = self._shards.split(config.split)
-        for contexts in context_batches(self._shards, split, numbers, config.lm.batch_tokens):
+        for contexts in context_batches(self._shards, split, numbers[done.n_done :], config.lm.batch_tokens):
             part, ratio = self._sums(latent, contexts)
-            sums.add(contexts.documents(), part)
-            log_ratio = log_ratio + ratio if len(log_ratio) else ratio
-            self._progress.advanced(contexts.tokens.numel())
-        columns = dict(zip(_COLUMNS, sums.rows.T, strict=True))
-        return self._ablation(latent, len(firing), len(numbers), columns, log_ratio)
+            done.sums.add(contexts.documents(), part)
+            done.log_ratio = done.log_ratio + ratio if len(done.log_ratio) else ratio
+            done.n_done += len(contexts.numbers)
+            job.saved.save_when_due(done, done.n_done)
+            job.progress.advanced(contexts.tokens.numel())
+        return self._ablation(latent, done, job.facts)
 
     def _sums(self, latent: int, contexts: Contexts) -> tuple[Tensor, Tensor]:
         """_COLUMNS of each of `contexts.documents()`, float64 [documents, columns], and log q - log p of every token
@@ -169,9 +196,8 @@ class _Ablating:
         sums |= {name: contexts.per_document(values, later) for name, values in of_later.items()}
         return torch.stack([sums[name] for name in _COLUMNS], 1), on.log_ratio
 
-    def _ablation(
-        self, latent: int, n_firing: int, n_contexts: int, sums: dict[str, Tensor], log_ratio: Tensor
-    ) -> Ablation:
+    def _ablation(self, latent: int, done: _Drawn, facts: Mapping[str, Any]) -> Ablation:
+        sums = dict(zip(_COLUMNS, done.sums.rows.T, strict=True))
         n_positions = int(sums["n"].sum())
         numbers: dict[str, Any] = dict.fromkeys(
             ("mean_act", "loss_change", "kl", "top1_changed", "loss_change_later", "kl_later", "loss_change_interval")
@@ -191,15 +217,15 @@ class _Ablating:
             if n_later:
                 numbers["loss_change_later"] = float(estimates.totals["later.ce"]) / n_later
                 numbers["kl_later"] = float(estimates.totals["later.kl"]) / n_later
-            effect = log_ratio[: len(self._model.tokenizer)] / n_positions
+            effect = done.log_ratio[: len(self._model.tokenizer)] / n_positions
             sides = [self._strongest(effect, sign) for sign in (1, -1)]
         return Ablation(
-            **self._facts,
+            **facts,
             **numbers,
             latent=latent,
             scale=self._scale,
-            n_contexts_firing=n_firing,
-            n_contexts=n_contexts,
+            n_contexts_firing=done.n_firing or 0,
+            n_contexts=done.n_done,
             n_documents=int((sums["n"] > 0).sum()),
             n_positions=n_positions,
             n_later=n_later,
@@ -217,16 +243,3 @@ def latent_acts(transcoder: Transcoder, latent: int, x: Tensor) -> Tensor:
     """Activations [...] of one latent for inputs x [..., d_in] in the transcoder's convention; float32."""
     pre_acts = x @ transcoder.W_enc[:, latent] + transcoder.b_enc[latent]
     return torch.where(pre_acts > transcoder.threshold[latent].clamp_min(0), pre_acts, 0.0)
-
-
-def _settings(shards: ShardSet, config: EvaluateConfig, scale: float) -> dict[str, Any]:
-    return {
-        **config.ablate.model_dump(mode="json"),
-        "scale": scale,
-        "tokens": config.tokens,
-        "split": config.split,
-        "bootstrap": config.bootstrap,
-        **DOCUMENTS,
-        "seed": config.seed,
-        "dtype": weight_dtype(shards, config),
-    }

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import ValidationError
-
 from matryoshka.config import Config
 
 from ..bootstrap import Interval
-from ..result import ShardSetFacts, TranscoderFacts, identity_of
+from ..result import Result
 
 ABLATIONS_FOLDER = "ablations"
 
@@ -23,17 +18,13 @@ class TokenChange(Config):
     effect: float
 
 
-class Ablation(Config):
+class Ablation(Result):
     """The content of the file; numbers are null where the latent fires at no scored position.
 
     The target is changed at all positions of a context at once where the latent fires; the error of the transcoder
     stays: target + (scale - 1) * act * W_dec[latent]. Scored positions are those of faithfulness.json.
     """
 
-    format_version: Literal[1] = 1
-    transcoder: TranscoderFacts
-    shard_set: ShardSetFacts
-    settings: dict[str, Any]
     latent: int
     scale: float
     """What its activation is multiplied with."""
@@ -63,15 +54,3 @@ class Ablation(Config):
     raised: tuple[TokenChange, ...]
     """tokens that become more likely, the strongest first"""
     lowered: tuple[TokenChange, ...]
-
-    def identity(self) -> dict[str, Any]:
-        """What decides every number here."""
-        return identity_of(self.transcoder, self.shard_set, self.settings)
-
-
-def read_ablation(path: Path) -> Ablation | None:
-    """The record at `path`; None when there is none that this version can read."""
-    try:
-        return Ablation.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError):
-        return None

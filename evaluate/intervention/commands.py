@@ -76,17 +76,18 @@ def ablate(
     set_: Overrides = None,
 ) -> None:
     """What the language model predicts differently without single latents, where they fire."""
+    from ..analysis import answer
     from ..next_step import then_steer
     from ..screen import Screen
-    from .ablation import ablate
-    from .screen import show_ablations
+    from .ablation import AblateAnalysis
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "device": device}
     overrides = [*(set_ or ()), *_lm(model)]
     settings = read_settings(config, overrides, flags)
+    analysis = AblateAnalysis(latents, scale)
     with Screen("ablate") as screen:
-        ablated = ablate(run, latents, settings, screen, scale=scale)
-    show_ablations(ablated)
+        answers = answer(analysis, [run], settings, screen)
+    screen.say(analysis, answers)
     then_steer(run, latents[0], shards)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet, Split
 from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
@@ -23,6 +25,15 @@ class Firing:
     """Rows on which each one fires, int64."""
     largest: Float[Tensor, " latents"]
     """Largest activation; 0 where it never fires."""
+
+
+def check_latents(transcoder: Transcoder, latents: Sequence[int]) -> None:
+    """Raise UserError unless there is one and the transcoder has them all."""
+    d_sae = transcoder.config.d_sae
+    if not latents:
+        raise UserError("no latent was named; give one or more numbers, for example 17")
+    if wrong := [latent for latent in latents if not 0 <= latent < d_sae]:
+        raise UserError(f"the transcoder has the latents 0 to {d_sae - 1}, and no latent {wrong[0]}")
 
 
 @torch.inference_mode()

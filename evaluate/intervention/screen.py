@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
 from matryoshka.tables import ResultTable
-from matryoshka.terminal import note, show
 
-from ..bootstrap import FEW_DOCUMENTS, over_documents
+from ..bootstrap import over_documents
 from ..show import visible
 from ..tables import number, with_interval
-from .ablation import Ablated
-from .ablation_file import TokenChange
+from .ablation_file import Ablation, TokenChange
 from .faithfulness_file import Faithfulness
 from .steering import Steered
 
@@ -53,9 +51,9 @@ def faithfulness_table(numbers: Faithfulness) -> ResultTable:
     return table
 
 
-def show_ablations(ablated: list[Ablated]) -> None:
-    """One line a latent: what its absence does, and to which tokens."""
-    first = ablated[0].ablation
+def ablation_table(ablations: Sequence[Ablation]) -> ResultTable:
+    """One line a latent of one run: what its absence does, and to which tokens."""
+    first = ablations[0]
     table = ResultTable(
         title=f"{first.transcoder.run}: activations times {first.scale:g} at {first.shard_set.target_hook}",
         caption="mean over the positions where the latent fires; loss: change of -log p(next token), nats; top-1: "
@@ -66,7 +64,7 @@ def show_ablations(ablated: list[Ablated]) -> None:
         table.add_column(name, drop={"docs": 1}.get(name, 0))
     for name in ("more likely", "less likely"):
         table.add_column(name, left=True, stack="below")
-    for one in (item.ablation for item in ablated):
+    for one in ablations:
         table.add_row(
             str(one.latent),
             f"{one.n_positions:,}",
@@ -78,14 +76,7 @@ def show_ablations(ablated: list[Ablated]) -> None:
             _words(one.raised),
             _words(one.lowered),
         )
-    show(table)
-    for item in ablated:
-        latent, n_documents = item.ablation.latent, item.ablation.n_documents
-        if item.ablation.n_contexts_firing == 0:
-            note(f"latent {latent} fires in none of the contexts")
-        elif n_documents is not None and n_documents < FEW_DOCUMENTS:
-            note(f"latent {latent}: few documents ({n_documents}), so its interval is only a hint")
-        _state(item.path, item.replaced, is_new=item.is_new)
+    return table
 
 
 def show_steered(steered: Steered) -> None:
@@ -100,9 +91,3 @@ def show_steered(steered: Steered) -> None:
 
 def _words(changes: tuple[TokenChange, ...]) -> str:
     return " ".join(f"{visible(change.text)!r}" for change in changes[:_TOKENS_SHOWN])
-
-
-def _state(path: Path, replaced: tuple[str, ...], *, is_new: bool) -> None:
-    if replaced:
-        note(f"replaced an older one ({'; '.join(replaced)})")
-    note(f"{path}: {'written' if is_new else 'nothing left to do, it was there already'}")

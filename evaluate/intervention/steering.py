@@ -20,8 +20,7 @@ from ..analysis import load_transcoder
 from ..checkpoint import Checkpoint, find_checkpoint
 from ..config import EvaluateConfig
 from ..sampling import count_contexts
-from .ablation import check_latents
-from .firing import find_firing
+from .firing import check_latents, find_firing
 from .live import TextProbe
 from .model import load_model
 
@@ -65,7 +64,7 @@ def steer(
     shards, checkpoint = ShardSet.open(config.shards), find_checkpoint(run)
     config = config.model_copy(update={"prefix": None})
     transcoder = load_transcoder(checkpoint, shards, config)
-    check_latents(transcoder, [latent], run)
+    check_latents(transcoder, [latent])
     max_act = largest_activation(checkpoint, transcoder, shards, config, latent)
     model = load_model(shards, config)
     probe = TextProbe(model, transcoder, shards)

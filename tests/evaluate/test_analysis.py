@@ -77,6 +77,9 @@ def case(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPa
         return Case(words.shards, words.transcoder, settings, other={"seed": 2}, change=change)
     if name == "faithfulness":
         return of_model(other={"seed": 4}, change="settings.seed: 0 -> 4")
+    if name == "ablate":
+        # Latent 30 never fires.
+        return of_model(other={"seed": 4}, change="settings.seed: 0 -> 4", arguments={"latents": [7, 0, 30]}, n_parts=3)
     assert name == "logits"
     return of_model(other={"logits": {"top": 3}}, change="settings.top: 10 -> 3")
 
@@ -213,9 +216,10 @@ def test_killed_after_any_batch_it_goes_on_to_the_same_bytes(bench: Bench) -> No
         answers = bench.answer([run], again)
         n_resumed.append(max(one.n_resumed for one in answers))
         assert files(run / "eval") == expected
-    # The later it was killed, the more was done.
-    assert n_resumed[-1] > 0
-    assert n_resumed == sorted(n_resumed) or bench.case.n_parts > 1
+    assert max(n_resumed) > 0
+    if bench.case.n_parts == 1:
+        # The later it was killed, the more was done.
+        assert n_resumed == sorted(n_resumed)
 
 
 @pytest.mark.parametrize("name", EVERY)

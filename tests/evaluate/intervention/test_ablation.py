@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from evaluate.analysis import Answer, answer
+from evaluate.config import EvaluateConfig
 from evaluate.intervention import ablation as module
-from evaluate.intervention.ablation import ablate
+from evaluate.intervention.ablation import AblateAnalysis
+from evaluate.intervention.ablation_file import Ablation
 from evaluate.intervention.firing import find_firing
-from evaluate.intervention.screen import show_ablations
 from evaluate.report.ablation import ablation_facts
+from evaluate.screen import Screen
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from matryoshka.sites import apply_convention
@@ -22,6 +25,10 @@ from matryoshka.sites import apply_convention
 MODELS = ("gemma2", "llama", "gpt2")
 LATENTS = (0, 7, 20)
 NEVER = 30
+
+
+def ablate(run: Path, latents: list[int], config: EvaluateConfig, *, scale: float = 0.0) -> list[Answer[Ablation]]:
+    return answer(AblateAnalysis(latents, scale), [run], config)
 
 
 def twin(subject: Any, latent: int, scale: float) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def test_against_plain_hooks(kind: str, scale: float, subject: Callable[[str], A
     one = subject(kind)
     config = one.config(tmp_path, ablate={"top": 3}, lm={"batch_tokens": 30})
     for latent, made in zip(LATENTS, ablate(one.run, list(LATENTS), config, scale=scale), strict=True):
-        found, expected = made.ablation, twin(one, latent, scale)
+        found, expected = made.result, twin(one, latent, scale)
         n = expected["n"]
         assert n > 0
         assert made.path == tmp_path / "ablations" / f"{latent}.json"
@@ -103,9 +110,9 @@ def test_against_plain_hooks(kind: str, scale: float, subject: Callable[[str], A
 def test_a_factor_of_one_changes_nothing(subject: Callable[[str], Any], tmp_path: Path) -> None:
     one = subject("llama")
     (made,) = ablate(one.run, [7], one.config(tmp_path), scale=1.0)
-    assert made.ablation.kl == pytest.approx(0, abs=1e-9)
-    assert made.ablation.loss_change == pytest.approx(0, abs=1e-7)
-    assert made.ablation.top1_changed == 0
+    assert made.result.kl == pytest.approx(0, abs=1e-9)
+    assert made.result.loss_change == pytest.approx(0, abs=1e-7)
+    assert made.result.top1_changed == 0
 
 
 def test_a_latent_that_never_fires(
@@ -113,10 +120,10 @@ def test_a_latent_that_never_fires(
 ) -> None:
     one = subject("gemma2")
     made = ablate(one.run, [NEVER], one.config(tmp_path))
-    assert made[0].ablation.n_contexts_firing == made[0].ablation.n_positions == 0
-    assert made[0].ablation.kl is None
-    assert made[0].ablation.raised == ()
-    show_ablations(made)
+    assert made[0].result.n_contexts_firing == made[0].result.n_positions == 0
+    assert made[0].result.kl is None
+    assert made[0].result.raised == ()
+    Screen().say(AblateAnalysis([0]), made)
     assert f"latent {NEVER} fires in none of the contexts" in capsys.readouterr().err
 
 
@@ -126,13 +133,13 @@ def test_contexts_are_drawn_among_those_where_it_fires(subject: Callable[[str], 
     counts = find_firing(one.transcoder, one.shards, split, [7], split.n_contexts).counts[0]
     assert int((counts > 0).sum()) > 3
     few = [
-        ablate(one.run, [7], one.config(tmp_path / str(seed), seed=seed, ablate={"contexts": 2}))[0].ablation
+        ablate(one.run, [7], one.config(tmp_path / str(seed), seed=seed, ablate={"contexts": 2}))[0].result
         for seed in (0, 0, 1, 2, 3)
     ]
     assert {found.n_contexts for found in few} == {2}
     assert few[0] == few[1]
     assert len({found.kl for found in few}) > 1
-    some = ablate(one.run, [7], one.config(tmp_path, tokens=30))[0].ablation  # the first three contexts
+    some = ablate(one.run, [7], one.config(tmp_path, tokens=30))[0].result  # the first three contexts
     assert some.n_contexts_firing == int((counts[:3] > 0).sum())
 
 
@@ -145,15 +152,15 @@ def test_it_is_made_once(
     one = subject("llama")
     config = one.config(tmp_path)
     first = ablate(one.run, [0, 7, 0], config)
-    assert [made.ablation.latent for made in first] == [0, 7]
+    assert [made.result.latent for made in first] == [0, 7]
     before = first[0].path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_model", lambda *_: pytest.fail("the model was loaded for nothing"))
         again = ablate(one.run, [7, 0], config)
-    assert [(made.ablation.latent, made.is_new) for made in again] == [(7, False), (0, False)]
-    assert again[1].ablation == first[0].ablation
-    show_ablations(again)
-    assert "nothing left to do" in capsys.readouterr().err
+    assert [(made.result.latent, made.is_new) for made in again] == [(7, False), (0, False)]
+    assert again[1].result == first[0].result
+    Screen().say(AblateAnalysis([0]), again)
+    assert "0 results written, 2 were there already" in capsys.readouterr().err
     mixed = ablate(one.run, [0, 20], config)
     assert [made.is_new for made in mixed] == [False, True]
     other = ablate(one.run, [0], config, scale=0.5)
@@ -166,8 +173,8 @@ def test_the_pages_can_read_it(subject: Callable[[str], Any], tmp_path: Path) ->
     one = subject("llama")
     (made,) = ablate(one.run, [7], one.config(tmp_path))
     facts = ablation_facts(json.loads(made.path.read_text()), str)
-    assert facts["raised"][0][0] == str(made.ablation.raised[0].token)
-    assert facts["numbers"]["kl"] == pytest.approx(made.ablation.kl, rel=1e-3)
+    assert facts["raised"][0][0] == str(made.result.raised[0].token)
+    assert facts["numbers"]["kl"] == pytest.approx(made.result.kl, rel=1e-3)
 
 
 @pytest.mark.parametrize(
