@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from matryoshka.errors import UserError
+from matryoshka.locations import local_path
 from matryoshka.runs import CHECKPOINTS, FLEET_FILE, RUN_FILE, read_json
 from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE
 
@@ -64,6 +65,7 @@ def find_checkpoint(run: Path) -> Checkpoint:
     A folder with weights is taken as it is. Of a run it is the checkpoint with the highest step; a folder that is
     still being written ends in .partial and is passed over. Raises UserError when there is neither.
     """
+    run = local_path(run)
     if not run.is_dir():
         raise UserError(f"{run} is not a folder; give a run such as data/runs/l17-k96, or a checkpoint of one")
     if (run / WEIGHTS_FILE).is_file() and (run / CONFIG_FILE).is_file():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from matryoshka.config import Config, Count, parse_count
-from matryoshka.locations import Location
+from matryoshka.config import Config, Count, CountOrZero, Positive, PositiveOrZero, Seed, Share
+from matryoshka.locations import LocalPath, Location, Name
 
 
 def _in_order(scales: tuple[float, ...]) -> tuple[float, ...]:
@@ -20,7 +19,10 @@ def _in_order(scales: tuple[float, ...]) -> tuple[float, ...]:
 _OPERATIONAL = frozenset({"shards", "device", "out", "wandb", "wandb_project", "save_minutes"})
 
 
-Scales = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1), AfterValidator(_in_order)]
+Number = Annotated[Count, Field(le=1_000_000)]
+"""Of windows, neighbours, words and other things that are kept together in memory."""
+
+Scales = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_in_order)]
 
 
 class CompareConfig(Config):
@@ -28,7 +30,7 @@ class CompareConfig(Config):
 
     scales: Scales = (4.0, 3.0, 2.0, 1.5, 1.25, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
     """Factors on the thresholds; the curve of each transcoder must reach the L0 that is compared at. Must hold 1."""
-    l0: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    l0: tuple[Positive, ...] | None = None
     """L0 values to compare at; by default the L0 of the first transcoder at its own threshold."""
 
     @field_validator("scales")
@@ -44,11 +46,11 @@ class SamplesConfig(Config):
 
     split: Literal["val", "train"] = "val"
     """Which rows to choose from; train only to look at what a transcoder learned by heart."""
-    top: Count = 20
+    top: Number = 20
     """Windows around the largest activations, at most one of a context."""
-    per_decile: Count = 2
+    per_decile: Number = 2
     """Windows of each tenth of the activations."""
-    random: Count = 5
+    random: Number = 5
     """Windows in which the latent does not fire."""
     before: Annotated[int, Field(ge=0, le=500)] = 24
     """Tokens shown before the one that the window is about."""
@@ -59,28 +61,28 @@ class SamplesConfig(Config):
 class HierarchyConfig(Config):
     """Settings of `evaluate hierarchy` alone."""
 
-    parents: Count = 5
+    parents: Number = 5
     """Edges kept of each child: its parents in earlier groups of the largest P(parent fires | child fires)."""
-    min_lift: Annotated[float, Field(ge=0)] = 1.0
+    min_lift: PositiveOrZero = 1.0
     """Edges have a lift above this: how much oftener the two fire together than if they were independent."""
-    partners: Count = 5
+    partners: Number = 5
     """Latents listed beside each latent, of any group, by the phi coefficient of firing together."""
-    min_rows: Count = 10
+    min_rows: Number = 10
     """Pairs that fire together on fewer rows are in no table: their shares would be noise."""
-    top_tokens: Count = 20
+    top_tokens: Number = 20
     """Tokens listed of each group: those where it explains most."""
     clusters: bool = True
     """Whether decoder directions are laid out and clustered; needs the extra `structure`."""
-    neighbours: Annotated[int, Field(ge=2)] = 15
+    neighbours: Annotated[Number, Field(ge=2)] = 15
     """Nearest decoder directions of each that the layout keeps together (UMAP's n_neighbors)."""
-    min_cluster_size: Annotated[int, Field(ge=2)] = 10
+    min_cluster_size: Annotated[Number, Field(ge=2)] = 10
     """Smaller groups of directions are no cluster (HDBSCAN's min_cluster_size)."""
 
 
 class LmConfig(Config):
     """The language model, for the commands that run it: faithfulness, logits, ablate and steer."""
 
-    model: str | None = None
+    model: Name | None = None
     """Folder or hub name, where it is another place than at the harvest; by default what the shard set names."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of its weights; by default that of the harvest."""
@@ -98,41 +100,41 @@ class FaithfulnessConfig(Config):
 class LogitsConfig(Config):
     """Settings of `evaluate logits` alone."""
 
-    top: Count = 10
+    top: Number = 10
     """Tokens kept of each latent, on either side."""
 
 
 class AblateConfig(Config):
     """Settings of `evaluate ablate` alone."""
 
-    contexts: Count = 64
+    contexts: Number = 64
     """Contexts that each latent is ablated in, drawn among those where it fires."""
-    top: Count = 10
+    top: Number = 10
     """Tokens kept, on either side."""
 
 
 class AbsorptionConfig(Config):
     """Settings of `evaluate absorption` alone. The defaults that SAEBench has too are SAEBench's."""
 
-    per_word: Count = 4
+    per_word: Number = 4
     """Occurrences used of each word, the first ones."""
-    max_words: Count = 10_000
+    max_words: Number = 10_000
     """Words used at most on either side, chosen by a hash."""
-    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test_share: Share = 0.2
     """Share of the words that no probe is trained on; their rows are what is scored."""
     train_tokens: Count = 500_000
     """Positions of the train split, the first ones, in which the words of the probes are looked for."""
     readback_tokens: Count = 65_536
     """Rows of those that say what each latent stands for at the encoder's own site."""
-    probe_c: Annotated[float, Field(gt=0)] = 0.01
+    probe_c: Positive = 0.01
     """Inverse strength of the probes' L2 penalty, on standardised inputs."""
-    min_words: Annotated[int, Field(ge=2)] = 10
+    min_words: Annotated[Number, Field(ge=2)] = 10
     """A letter needs this many train words and this many test words."""
     min_probe_f1: Annotated[float, Field(ge=0, lt=1)] = 0.6
     """A letter takes part when its probe's test F1 is above this."""
     min_letters: Annotated[int, Field(ge=1, le=26)] = 20
     """Nothing is reported when fewer letters take part."""
-    f1_jump: Annotated[float, Field(ge=0)] = 0.03
+    f1_jump: PositiveOrZero = 0.03
     """A letter is split over k latents where the F1 of k is above the best before by more than this."""
 
 
@@ -145,21 +147,21 @@ class ProbingConfig(Config):
         "document_start",
     )
     """Label sets that every shard set yields."""
-    ks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 5, 10, 20)
+    ks: Annotated[tuple[Number, ...], Field(min_length=1)] = (1, 2, 5, 10, 20)
     """Latents in a probe."""
-    train_examples: Count = 2000
+    train_examples: Number = 2000
     """Rows of a class used to fit, and at most as many of the others."""
-    test_examples: Count = 500
+    test_examples: Number = 500
     """Rows of a class used to score, and as many of the others."""
-    min_examples: Annotated[int, Field(ge=2)] = 20
+    min_examples: Annotated[Number, Field(ge=2)] = 20
     """A class with fewer rows on either side is left out."""
-    per_token: Count = 50
+    per_token: Number = 50
     """Rows used at most of one token's text."""
-    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test_share: Share = 0.2
     """Share of the tokens' texts that are only in the test."""
     train_tokens: Count = 500_000
     """Positions of the train split, the first ones, from which the rows to fit on are drawn."""
-    dense_c: Annotated[float, Field(gt=0)] = 0.01
+    dense_c: Positive = 0.01
     """Inverse strength of the L2 penalty of the probe on the whole input, standardised."""
 
 
@@ -170,7 +172,7 @@ class EvaluateConfig(Config):
     """Folder of the shard set; its val split is what is evaluated."""
     split: Literal["val", "train"] = "val"
     """Which rows; train rows, which the transcoder has seen, only to compare with val, and never by default."""
-    prefix: Annotated[int, Field(ge=1)] | None = None
+    prefix: Count | None = None
     """Measure the first so many nested groups alone, as a transcoder of its own; all by default."""
     tokens: Count | None = None
     """Val rows to use, the first ones in reading order, context after context; all by default."""
@@ -178,18 +180,18 @@ class EvaluateConfig(Config):
     """Rows measured at once; BatchTopK chooses among them."""
     curve_scales: Scales = (2.0, 1.5, 1.25, 1.0, 0.85, 0.7)
     """Factors on the thresholds for the L0-FVU curve."""
-    curve_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=0)] = 4096
+    curve_tokens: CountOrZero = 4096
     """About how many rows the curve is drawn from, every n-th of all (low thresholds cost more than all the rest), n at
     most 16, so that a long pass draws it from more; 0 for no curve."""
-    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    bootstrap: Annotated[CountOrZero, Field(le=1_000_000)] = 1000
     """Draws of documents behind the confidence intervals (of words, in `evaluate absorption`); 0 for none."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of those draws."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-    out: Path | None = None
+    out: LocalPath | None = None
     """Folder of the report; by default eval/<shard set>-<digest> in the run."""
-    save_minutes: Annotated[float, Field(ge=0)] = 5.0
+    save_minutes: PositiveOrZero = 5.0
     """A long pass saves its sums as often as this, to go on from there when it is killed."""
     wandb: Literal["off", "online", "offline"] = "off"
     """Whether `evaluate report` also logs its pages to Weights & Biases, as an artifact of a run of its own."""
@@ -214,11 +216,6 @@ class EvaluateConfig(Config):
     """Settings of `evaluate absorption`."""
     probing: ProbingConfig = ProbingConfig()
     """Settings of `evaluate probing`."""
-
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, mode: Any) -> Any:
-        return "off" if mode is False else mode  # YAML reads a bare off as false
 
     def content(self) -> dict[str, Any]:
         """The settings that decide the numbers; the others only where and how fast."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matryoshka.errors import UserError
 from matryoshka.interop.pretrained import from_pretrained, locate
+from matryoshka.locations import local_path
 from matryoshka.runs import RUN_FILE
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
@@ -44,7 +45,7 @@ def load_contender(text: str, shards: ShardSet) -> Contender:
     """
     match = _PREFIX.fullmatch(text)
     path, end = (match[1], int(match[2])) if match is not None else (text, None)
-    folder = Path(path.removeprefix(GEMMA_SCOPE))
+    folder = local_path(path.removeprefix(GEMMA_SCOPE))
     form = "ours"
     if folder.exists() and not (folder / RUN_FILE).is_file():
         folder, form = locate(folder)

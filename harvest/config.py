@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from matryoshka.config import Config, Count
+from matryoshka.config import Config, Count, Layer, Seed, Share
 from matryoshka.errors import UserError
-from matryoshka.locations import Location, inside, location
+from matryoshka.locations import Location, Name, inside, location
 from matryoshka.shards.manifest import FIRST_VAL_UNIT
 from matryoshka.sites import HookPair, Site
 
@@ -29,11 +29,11 @@ def _listed(value: object) -> object:
 class HarvestConfig(Config):
     """What to read, with which model, and what to keep of it."""
 
-    model: str = "google/gemma-2-2b"
+    model: Name = "google/gemma-2-2b"
     """Language model: a Hugging Face hub name or a local folder in the Hugging Face layout."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub; the commit it resolves to is recorded."""
-    dataset: str = "monology/pile-uncopyrighted"
+    dataset: Name = "monology/pile-uncopyrighted"
     """Text: a Hugging Face dataset name, or a local .txt, .jsonl or .parquet file, a folder of them, or a glob."""
     dataset_config: str | None = None
     """Configuration of a hub dataset, such as sample-10BT."""
@@ -43,11 +43,9 @@ class HarvestConfig(Config):
     """Branch, tag or commit of a hub dataset; pin it to be able to repeat a harvest."""
     text_column: str = "text"
     """Column (jsonl, parquet, hub) that holds the text."""
-    layer: Annotated[int, Field(ge=0)] | None = None
+    layer: Layer | None = None
     """Block of the language model, counted from 0."""
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)] | None = (
-        None
-    )
+    layers: Annotated[tuple[Layer, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
     """Several blocks at once, in place of `layer`: one forward pass, one set for each."""
     source_site: str = "resid_mid"
     """What the transcoder will read."""
@@ -59,14 +57,14 @@ class HarvestConfig(Config):
     """One site for each `source`, such as 9:mlp_out."""
     tokens: Count = 15_000_000
     """Tokens to run through the model, train and val together; 15M is read too."""
-    ctx_len: Annotated[Count, Field(ge=2)] = 1024
+    ctx_len: Annotated[Count, Field(ge=2, le=2**20)] = 1024
     """Tokens in one model input, the BOS token included."""
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    val_fraction: Share = 0.05
     """Share of the text held out for evaluation, by a hash of each document."""
     val_unit: Literal["document", "block"] = "document"
     """What is held out: whole documents, or, for a text of a few long ones, blocks of 16 contexts of any document. Then
     val has text of documents that train has too, and whatever is measured on it says so."""
-    bos: Literal["auto", "none"] | Annotated[int, Field(ge=0)] = "auto"
+    bos: Literal["auto", "none"] | Annotated[int, Field(ge=0, lt=2**31)] = "auto"
     """First token of every context: auto is the tokenizer's own if it has one; none; or a token id."""
     pack: bool = True
     """Lay documents end to end. Without, each context is of one document, padded with a special token."""
@@ -74,13 +72,13 @@ class HarvestConfig(Config):
     """Tokens of a document beyond these are left out."""
     dedup: bool = False
     """Leave out documents whose text has come before; takes about 60 bytes of memory a document."""
-    batch_size: Count | Literal["auto"] = 8
+    batch_size: Annotated[Count, Field(le=2**20)] | Literal["auto"] = 8
     """Contexts in one forward pass; does not change the result beyond rounding. auto tries what is fastest."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Weights and arithmetic of the model; auto is bf16 where the device has it."""
     codec: Literal["compact", "raw", "int8"] = "compact"
     """compact: lossless, about 0.70 of raw bfloat16. raw: fastest to read. int8: about half, loses about 1%."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     """Seed of the train/val split."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""

@@ -13,17 +13,21 @@ import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from matryoshka.errors import UserError
+from matryoshka.locations import local_path
 
 SECTIONS = ("harvest", "train", "evaluate", "layers")
 DEFAULT_FILE = Path("pipeline.yaml")
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)")
+_VALIDATOR = re.compile(r"[\[(]|^(int|float|str|bool|none|constrained-\w+)$")
+"""In a place of an error: names of validators and types, no settings."""
 _MULTIPLIER = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
@@ -38,10 +42,52 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-class Config(BaseModel):
-    """Base of every settings model: frozen, keyword-only, unknown keys refused."""
+_NOTHING = ("off", "none", "no", "null")
+"""What people write for a setting that is not used."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+class Config(BaseModel):
+    """Base of every settings model: frozen, keyword-only, unknown keys refused.
+
+    No number takes infinity, NaN or a boolean. YAML reads a bare `off` or `no` as false: where a setting has a word for
+    "not used", or may be left out, that is what they mean.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _off_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name is not None
+        if isinstance(value, list | tuple) and any(isinstance(item, bool) for item in value):
+            raise ValueError("takes no list with a boolean in it (YAML reads on, off, yes and no as booleans)")
+        kinds, words = _choices(cls.model_fields[info.field_name].annotation)
+        if bool in kinds or Any in kinds or not (value is False or value is True or isinstance(value, str)):
+            return value
+        if value is False or (isinstance(value, str) and value.lower() in _NOTHING):
+            for word in ("off", "none"):
+                if word in words:
+                    return word
+            if type(None) in kinds and (value is False or str not in kinds):
+                return None
+        if isinstance(value, bool):
+            written = "on, yes or true" if value else "off, no or false"
+            raise ValueError(f"takes no {written}")
+        return value
+
+
+def _choices(annotation: Any) -> tuple[set[Any], set[Any]]:
+    """The types that an annotation names, and the values of its literals; what lists and mappings hold is left out."""
+    if get_origin(annotation) is Literal:
+        return set(), set(get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _choices(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        parts = [_choices(part) for part in get_args(annotation)]
+        return set().union(*(kinds for kinds, _ in parts)), set().union(*(words for _, words in parts))
+    return {get_origin(annotation) or annotation}, set()
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -71,15 +117,39 @@ def parse_sizes(value: object) -> object:
     return value
 
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+LARGEST_COUNT = 10**13
+"""Of tokens, rows, latents or steps: more than all text there is, and a tenth of what int64 sums hold at any width."""
+LARGEST = 1e9
+"""Of rates, weights and factors."""
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=LARGEST_COUNT)]
 """A positive whole number; "15M" and "200k" are read too."""
+
+CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0, le=LARGEST_COUNT)]
+"""The same, or 0."""
 
 Sizes = Annotated[tuple[Count, ...], BeforeValidator(parse_sizes), Field(min_length=1)]
 """Several counts; "1152,2304" is read too."""
 
+Layer = Annotated[int, Field(ge=0, lt=10_000)]
+"""Number of a block, from 0."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""Of a random number generator."""
+
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+"""A rate, weight or factor."""
+
+PositiveOrZero = Annotated[float, Field(ge=0, le=LARGEST)]
+"""The same, or 0, which turns it off."""
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+"""A part of something that is neither nothing nor all."""
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a configuration file, checked for their names only."""
+    path = local_path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -157,15 +227,24 @@ def load_config(
 
 def explain(error: ValidationError, model: type[BaseModel] | None = None) -> str:
     """A pydantic error as one line a person can act on."""
-    parts = []
+    messages: dict[str, list[str]] = {}
     for item in error.errors():
-        name = ".".join(str(place) for place in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
+        message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
         if item["type"] == "extra_forbidden":
             place = _model_at(model, item["loc"][:-1])
             message = "unknown key" + ("" if place is None else f"; known keys: {', '.join(place.model_fields)}")
+        messages.setdefault(_name_at(item["loc"]), []).append(message)
+    parts = []
+    for name, found in messages.items():
+        # One for each way in which the setting can be given.
+        message = ", or ".join(dict.fromkeys(found))
         parts.append(f"{name}: {message}" if name else message)
     return "; ".join(parts)
+
+
+def _name_at(path: Sequence[int | str]) -> str:
+    """The setting at `path`, without what pydantic calls the ways in which it may be given."""
+    return ".".join(str(part) for part in path if not (isinstance(part, str) and _VALIDATOR.search(part)))
 
 
 def _model_at(model: type[BaseModel] | None, path: Sequence[int | str]) -> type[BaseModel] | None:

@@ -9,9 +9,36 @@ from urllib.parse import unquote, urlparse
 
 from pydantic import BeforeValidator
 
+from matryoshka.errors import UserError
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _FOLDED = re.compile(r"(s3a?|gs|gcs|az|adl|abfss?|azure):/(?=[^/])")
 """What `Path` makes of s3://bucket. Nobody has a folder s3: with a bucket in it."""
+
+
+def expand(text: str) -> str:
+    """Text that names a file, with `~` and `~user` at its start as the home folder.
+
+    Shells do this only where the text is a word of its own, and nothing does it in a settings file. Raises UserError
+    for a variable, which would otherwise become a folder of that name.
+    """
+    if (variable := _VARIABLE.search(text)) is not None:
+        raise UserError(
+            f"{text} has the variable {variable[0]}, which is not expanded here. Write the folder out, or use ~ for "
+            "the home folder"
+        )
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"{text} names the home folder of a user that this machine does not know") from error
+
+
+def local_path(value: str | Path) -> Path:
+    """The file or folder that a user named. Raises UserError as `expand`."""
+    return Path(expand(str(value)))
 
 
 def parse_location(value: object) -> object:
@@ -22,10 +49,20 @@ def parse_location(value: object) -> object:
     if (folded := _FOLDED.match(text)) is not None:
         text = f"{folded[1]}://{text[folded.end() :]}"
     if _URL.match(text) is None:
-        return Path(text)
-    parts = urlparse(text)
-    return Path(unquote(parts.path)) if parts.scheme == "file" else text.rstrip("/")
+        return local_path(text)
+    if text.startswith("file://"):
+        # Not a web address: # and ? are parts of names.
+        return Path(unquote(urlparse(text.replace("#", "%23").replace("?", "%3F")).path))
+    return text.rstrip("/")
 
+
+LocalPath = Annotated[
+    Path, BeforeValidator(lambda value: local_path(value) if isinstance(value, str | Path) else value)
+]
+"""In settings: a file or folder of this machine."""
+
+Name = Annotated[str, BeforeValidator(lambda value: expand(value) if isinstance(value, str) else value)]
+"""In settings: a file or folder, or a name on the hub."""
 
 Location = Annotated[Path | str, BeforeValidator(parse_location)]
 """In settings: a folder as Path, or a URL as str."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.errors import UserError
+from matryoshka.locations import expand
 
 TOKENIZER_FILE = "tokenizer.json"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -33,7 +34,7 @@ class TokenTexts:
         """
         from tokenizers import Tokenizer
 
-        file = _find(name, revision, near)
+        file = _find(expand(name), revision, near)
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from matryoshka.config import Config, Count, explain
 from matryoshka.errors import UserError
+from matryoshka.locations import local_path
 from matryoshka.runs import fsync_path, publish_json, read_json
 
 WEIGHTS_FILE = "transcoder.safetensors"
@@ -173,7 +174,7 @@ class Transcoder(nn.Module):
 
         Raises UserError when a file is missing, malformed, or its tensors do not have the shapes of config.json.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         content = read_json(folder / CONFIG_FILE, what="transcoder")
         try:
             config = TranscoderConfig.model_validate(content)

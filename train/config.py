@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from matryoshka.config import Config, Count, Sizes
-from matryoshka.locations import Location
+from matryoshka.config import Config, Count, CountOrZero, Positive, PositiveOrZero, Seed, Sizes
+from matryoshka.locations import LocalPath, Location
 
 _OPERATIONAL = frozenset(
     {
@@ -40,7 +39,7 @@ class TrainConfig(Config):
 
     shards: Location | None = None
     """Folder of the shard set."""
-    out: Path | None = None
+    out: LocalPath | None = None
     """Folder of the run, data/runs/<shard set>-k<k> by default; of a fleet, data/runs/<shard set>-fleet by default."""
     fleet: tuple[dict[str, Any], ...] | None = None
     """Several runs from one stream: for each the settings in which it differs from the rest, and maybe a name."""
@@ -53,7 +52,7 @@ class TrainConfig(Config):
     """Latents of each nested group (not cumulative); by default 8 x d_in latents in 4 groups: 1/16, 1/8, 1/4, rest."""
     d_sae: Count | None = None
     """Total number of latents; only checked against the sum of group_sizes."""
-    group_weights: tuple[float, ...] | None = None
+    group_weights: tuple[Positive, ...] | None = None
     """Weight of each prefix in the loss; 1/G each by default."""
     sampled_prefixes: Count | None = None
     """Prefixes in the loss drawn anew for each step, the full width among them, in place of those of group_sizes, which
@@ -62,7 +61,7 @@ class TrainConfig(Config):
     """Mean number of active latents in a row (BatchTopK keeps k x batch_tokens in a batch)."""
     k_start: Count | None = None
     """k of the first step, from which it goes to k in equal steps over k_steps; k itself by default."""
-    k_steps: Annotated[int, Field(ge=0)] | None = None
+    k_steps: CountOrZero | None = None
     """Steps over which k goes from k_start to k; a fifth of the run by default."""
     steps: Count | None = None
     """Optimizer steps; give this or tokens."""
@@ -72,14 +71,14 @@ class TrainConfig(Config):
     """Rows in one optimizer step."""
     buffer_tokens: Count = 131_072
     """Rows held in memory to be shuffled; more mixes documents better."""
-    readers: Count = 1
+    readers: Annotated[Count, Field(le=1024)] = 1
     """Threads that read ahead; the batches do not depend on it."""
-    lr: Annotated[float, Field(gt=0)] = 4e-4
+    lr: Positive = 4e-4
     """Peak learning rate of Adam."""
     lr_d_sae: Count | None = None
     """lr is meant for this many latents, and a run with d_sae of them takes lr x sqrt(lr_d_sae / d_sae); off by
     default."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: CountOrZero | None = None
     """Steps from 0 to lr, linear; by default 1000, but at most a twentieth of the run."""
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Last share of the run in which lr falls."""
@@ -94,19 +93,19 @@ class TrainConfig(Config):
     """Fixed affine map of the input, folded into the weights on save."""
     init: Literal["pairs", "tied"] = "pairs"
     """pairs: latent i starts from a random training pair. tied: random unit decoder rows, encoder their transpose."""
-    init_scale: Annotated[float, Field(gt=0)] = 1.0
+    init_scale: Positive = 1.0
     """Factor on the encoder's initial norm."""
     skip: bool = False
     """Add an affine path from input to output (skip transcoder)."""
-    auxk_coef: Annotated[float, Field(ge=0)] = 1 / 8
+    auxk_coef: PositiveOrZero = 1 / 8
     """Weight of the loss that revives dead latents; 0 turns it off."""
     k_aux: Count | None = None
     """Dead latents that rebuild the residual of a row; 2 k by default."""
     dead_after_tokens: Count | None = None
     """Rows without firing after which a latent is dead; 10M, but at most a twentieth of the run, by default."""
-    max_norm: Annotated[float, Field(gt=0)] | None = None
+    max_norm: Positive | None = None
     """Leave out rows whose source norm is more than this many times the median (attention sinks); off by default."""
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_norm: Positive = 1.0
     """Largest norm of the gradient."""
     threshold_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the moving average of the smallest kept activation."""
@@ -125,9 +124,9 @@ class TrainConfig(Config):
     """Checkpoints whose step is a multiple of this stay for good; none by default."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights."""
-    order_seed: int = 0
+    order_seed: Seed = 0
     """Seed of the order of the rows, which all runs of a fleet share."""
     wandb: Literal["off", "online", "offline"] = "off"
     """Weights & Biases as a second place for the metrics."""
@@ -135,12 +134,6 @@ class TrainConfig(Config):
     """W&B project."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _yaml_off(cls, value: object) -> object:
-        # YAML 1.1 reads an unquoted off as false.
-        return "off" if value is False else value
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

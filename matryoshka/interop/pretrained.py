@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from matryoshka.errors import UserError
 from matryoshka.interop import circuit_tracer, gemma_scope, gemma_scope_2, hub, saelens
+from matryoshka.locations import local_path
 from matryoshka.runs import CHECKPOINTS, RUN_FILE
 from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE, Transcoder
 
@@ -50,11 +51,11 @@ def from_pretrained(
     Raises:
         UserError: nothing of the kind is there, several are, or it needs what we cannot express.
     """
-    path = Path(path_or_repo)
+    path = local_path(path_or_repo)
     if path.exists():
         folder, form = locate(path)
         return _read(folder, form, layer=layer, norm_kind=norm_kind)
-    repo, inside = hub.split_repo(str(path_or_repo))
+    repo, inside = hub.split_repo(str(path))
     files = hub.list_files(repo, revision=revision)
     below = [file for file in files if not inside or file.startswith(inside + "/")]
     found = _one(find(below), str(path_or_repo))

@@ -26,6 +26,7 @@ from matryoshka.lm.hooks import ModuleHook, Recorder
 from matryoshka.lm.identities import Checked, check_sites
 from matryoshka.lm.loading import load_model, quiet
 from matryoshka.lm.unembedding import Unembedding
+from matryoshka.locations import expand
 from matryoshka.sites import SITES, Norm, fit_norm, hook_point
 
 _PROBE_TOKENS = 8
@@ -86,7 +87,7 @@ class LanguageModel:
                 architecture that TransformerLens does not know; a forward that fails, or is not finite.
         """
         on = resolve_device(device)
-        name = str(name_or_path)
+        name = expand(str(name_or_path))
         with quiet():
             model, tokenizer = load_model(name, revision, resolve_dtype(dtype, on))
             model = model.to(on).eval().requires_grad_(False)

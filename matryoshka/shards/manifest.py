@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from matryoshka.config import Config, digest
+from matryoshka.errors import UserError
 
 FORMAT = "matryoshka-shard-set"
 SPLITS = ("train", "val")
@@ -23,6 +24,8 @@ CHUNK_BYTES = 4 * 2**20
 """A chunk is at most this large, uncompressed; 2 to 4 MB is where reads stop being bound by overhead."""
 MIN_SHARDS = 8
 """Shards a train split is cut into even when it is small, so that work can be resumed and spread."""
+MAX_SHARDS = 1_000_000
+"""In a split: 300 TB a side. More is a mistake, and planning them would fill memory before the disk is looked at."""
 BYTES_PER_VALUE = 2
 
 
@@ -193,6 +196,11 @@ def _plan_split(n_contexts: int, ctx_len: int, width: int, min_shards: int) -> S
     even = math.ceil(n_contexts / math.ceil(n_contexts / room))
     # Rounded down, because rounding up would make 5 shards of 9 contexts, not the 8 that were asked for.
     contexts = min(even, max(1, n_contexts // min_shards))
+    if n_contexts > MAX_SHARDS * contexts:
+        raise UserError(
+            f"{n_contexts * ctx_len:,} tokens would make more than {MAX_SHARDS:,} shards of {contexts} contexts, about "
+            f"{n_contexts * context_bytes / 1e12:,.0f} TB a side; ask for fewer tokens"
+        )
     sizes = [min(contexts, n_contexts - start) for start in range(0, n_contexts, contexts)]
     return SplitPlan(
         contexts=contexts,
