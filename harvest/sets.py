@@ -18,6 +18,7 @@ from matryoshka.shards.writer import check_place
 from matryoshka.sites import HookPair, Norm, Site
 
 from .config import HarvestConfig
+from .same_model import model_facts, same_spelling
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Target:
         if not has_manifest(self.place):
             return None
         saved = read_manifest(self.place)
-        wanted = {**self.config.content(), "val_unit": self.config.val_unit}
+        wanted = {**same_spelling(saved, self.config.content()), "val_unit": self.config.val_unit}
         if isinstance(had := saved.settings.get("tokens"), int) and had < self.config.tokens:
             wanted["tokens"] = had
         changes = changed_fields({**saved.settings, "val_unit": saved.val_unit}, wanted)
@@ -111,10 +112,9 @@ class Target:
         norm = self.norm(lm)
         facts = None if norm is None else NormFacts(kind=norm.kind, eps=norm.eps, has_bias=norm.bias is not None)
         bos_id = bos_of(config, lm)
-        layers = sorted({self.pair.source.layer, self.pair.target.layer})
-        more = {str(layer): note for layer in layers if (note := lm.adds_more(layer)) is not None}
+        saved = self.begun()
         return Manifest(
-            model=lm.describe() | ({"adds_more": more} if more else {}),
+            model=model_facts(saved, lm, {self.pair.source.layer, self.pair.target.layer}, self.folder),
             dataset=dataset,
             source=_site_facts(self.pair.source, lm),
             target=_site_facts(self.pair.target, lm),
@@ -124,7 +124,7 @@ class Target:
             norm=facts,
             codec=config.codec,
             splits=self._plan(lm.d_model),
-            settings=config.content(),
+            settings=config.content() if saved is None else same_spelling(saved, config.content()),
             versions=provenance(),
         )
 

@@ -49,6 +49,8 @@ class TranscoderConfig(Config):
     model: str = ""
     """Language model whose activations it was trained on."""
     model_revision: str | None = None
+    model_digest: str | None = None
+    """Digest of the model's weight files, where the shard set knew it."""
 
     @model_validator(mode="after")
     def _check(self) -> TranscoderConfig:

@@ -279,6 +279,7 @@ class Member:
                 target_hook=manifest.target.hook_point,
                 model=str(manifest.model.get("model", "")),
                 model_revision=manifest.model.get("revision"),
+                model_digest=manifest.model.get("weights_digest"),
             )
         )
 

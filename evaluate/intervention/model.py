@@ -39,6 +39,13 @@ def load_model(shards: ShardSet, config: EvaluateConfig) -> LanguageModel:
         raise UserError(
             f"the language model of {shards.path} is needed. {error} If it lies elsewhere now, name it with --model"
         ) from error
+    known = facts.get("weights_digest")  # sets of earlier versions have none
+    if known is not None and known != model.weights_digest:
+        raise UserError(
+            f"the weights of {model.name} are not those with which {shards.path} was harvested ({facts.get('model')}; "
+            f"digest {known[:8]}, now {model.weights_digest[:8]}): they have changed since, or it is another model. "
+            "Name the right one with --model"
+        )
     check_same_model(model, shards)
     return model
 

@@ -26,6 +26,7 @@ from matryoshka.lm.hooks import ModuleHook, Recorder
 from matryoshka.lm.identities import Checked, check_sites
 from matryoshka.lm.loading import load_model, quiet
 from matryoshka.lm.unembedding import Unembedding
+from matryoshka.lm.weights_digest import weights_digest
 from matryoshka.locations import expand
 from matryoshka.sites import SITES, Norm, fit_norm, hook_point
 
@@ -176,6 +177,11 @@ class LanguageModel:
         probe = self.capture(self._probe_tokens(), [hook_point("resid_post", self.n_layers - 1)]).popitem()[1]
         logits = self.logits(self._probe_tokens())
         return Unembedding.fit(self._points.final_norm, self._model.get_output_embeddings(), probe, logits, self.name)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """The identity of the weight files; see `matryoshka.lm.weights_digest`."""
+        return weights_digest(self.name, self.revision)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able facts for a manifest."""

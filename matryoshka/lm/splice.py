@@ -146,8 +146,14 @@ def check_model(transcoder: Transcoder, model: LanguageModel) -> Norm | None:
             f"{config.model or 'another model'}"
         )
     own, theirs = config.model.rpartition("/")[2].lower(), model.name.rpartition("/")[2].lower()
+    if config.model_digest is not None:
+        if config.model_digest != model.weights_digest:
+            raise UserError(
+                f"the transcoder was trained on other weights than those of {model.name} ({config.model}, digest "
+                f"{config.model_digest[:8]} against {model.weights_digest[:8]})"
+            )
     # A folder may be called anything, a name of the hub may not.
-    if "/" in config.model and config.model.count("/") == model.name.count("/") == 1 and own != theirs:
+    elif "/" in config.model and config.model.count("/") == model.name.count("/") == 1 and own != theirs:
         raise UserError(f"the transcoder was trained on {config.model}, and this model is {model.name}")
     if config.input == config.source_site:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -31,6 +32,19 @@ def test_differences_are_refused(val_set: ShardSet, made: Any, changes: dict[str
 
 def test_an_unknown_revision_is_no_difference(val_set: ShardSet, made: Any) -> None:
     check_fits(made.transcoder(model_revision=None), val_set, "l1-k9")
+
+
+def test_weights_decide_where_both_sides_know_them(val_set: ShardSet, made: Any) -> None:
+    """`../m/llama` and `/abs/m/llama` may be one model; A/model and B/model may be two."""
+    model = val_set.manifest.model | {"model": "/abs/m/llama", "weights_digest": "aa11"}
+    manifest = val_set.manifest.model_copy(update={"model": model})
+    known = copy.copy(val_set)
+    known.manifest = manifest
+    check_fits(made.transcoder(model="../m/llama", model_revision=None, model_digest="aa11"), known, "l1-k9")
+    with pytest.raises(UserError, match="weights of the language model 'bb22' against 'aa11'"):
+        check_fits(made.transcoder(model="/other/llama", model_revision=None, model_digest="bb22"), known, "l1-k9")
+    # one that knows no digest is judged by its name, as before there were any
+    check_fits(made.transcoder(model="/other/llama", model_revision=None), known, "l1-k9")
 
 
 def test_nan_weights_are_refused(val_set: ShardSet, made: Any) -> None:

@@ -205,6 +205,13 @@ def test_names_of_the_hub_are_compared(
         check_model(make(24, "normalized", model="google/gemma-2-2b"), model)
 
 
+def test_weights_decide_before_names(make: Make, load: Callable[[str], LanguageModel]) -> None:
+    model = load("tiny_llama")
+    check_model(make(24, "normalized", model="nobody/else", model_digest=model.weights_digest), model)
+    with pytest.raises(UserError, match="was trained on other weights than those of"):
+        check_model(make(24, "normalized", model=model.name, model_digest="0" * 64), model)
+
+
 def test_a_model_without_the_norm_is_refused(make: Make, tiny_olmo2: Path) -> None:
     model = LanguageModel.load(str(tiny_olmo2), dtype="float32", device="cpu")
     with pytest.raises(UserError, match="has no norm there"), make(24, "normalized").spliced_into(model):
