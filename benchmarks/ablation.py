@@ -145,16 +145,12 @@ class StepTimes:
 
 def train_all(options: argparse.Namespace, shards: ShardSet, path: Path) -> list[TrainResult]:
     """The fleet on one set."""
-    steps = options.steps
-    if steps is None:
-        n_rows = sum(int(shards.train.keep(shard).sum()) for shard in range(shards.train.n_shards))
-        steps = n_rows // options.batch_tokens
     settings = {
         "shards": path,
         "out": options.out / f"{options.fleet}-{shards.name}",
         "group_sizes": options.group_sizes,
         "k": options.k,
-        "steps": steps,
+        "steps": options.steps,
         "batch_tokens": options.batch_tokens,
         "fleet": fleet(options.fleet, k=options.k, d_in=shards.d_in),
     }
@@ -212,7 +208,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 15, 24])
     parser.add_argument("--tokens", default="1M")
     parser.add_argument("--out", type=Path, default=Path("data/ablation"))
-    parser.add_argument("--steps", type=int, help="by default every train row once")
+    parser.add_argument("--steps", type=int, help="by default one epoch")
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--group-sizes", default="144,288,576,1296")
     parser.add_argument("--k", type=int, default=32)

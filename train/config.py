@@ -110,8 +110,9 @@ class TrainConfig(Config):
     threshold_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the moving average of the smallest kept activation."""
     calibration_tokens: Count = 65_536
-    """Train rows that a draw by order_seed sets aside, in whole contexts and at most a twentieth of all: no step sees
-    them, and on them the threshold is set after training, so that mean L0 is k there."""
+    """Train rows that a draw by order_seed sets aside, in whole contexts and at most a twentieth of all, but always
+    one context: no step sees them, and on them the threshold is set after training, so that mean L0 is k there. Of a
+    tiny set it is that one context, and L0 on val strays the further from k."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the encoder product; the weights are always fp32."""
     backend: Literal["auto", "sparse", "dense"] = "auto"

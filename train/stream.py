@@ -106,9 +106,10 @@ class Stream:
         self._chunks = self._count_chunks()
         self.n_rows = sum(piece.stop for piece in self._chunks)
         if self.n_rows < batch_rows:
+            beside = "" if aside is None else f" (beside the {aside.n_rows} that are set aside for the threshold)"
             raise UserError(
-                f"{shards.path} has {self.n_rows} training rows, fewer than one batch of {batch_rows}; use a smaller "
-                "--batch-tokens or harvest more"
+                f"{shards.path} has {self.n_rows} training rows{beside}, fewer than one batch of {batch_rows}; use a "
+                "smaller --batch-tokens or harvest more"
             )
         self._lane = lru_cache(maxsize=4 * self.n_streams)(self._make_lane)
         self._order = lru_cache(maxsize=2)(self._epoch_order)

@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
     """source [rows, d_in], target [rows, d_out] -> a finished set whose non-BOS positions hold these rows in order."""
 
-    def make(source: Tensor, target: Tensor, *, norm: Norm | None = None, val_fraction: float = 0.2) -> ShardSet:
+    def make(
+        source: Tensor, target: Tensor, *, norm: Norm | None = None, val_fraction: float = 0.2, codec: str = "compact"
+    ) -> ShardSet:
         path = tmp_path_factory.mktemp("shards") / "l3"
         per_context = CTX_LEN - 1
         n_contexts = len(source) // per_context
@@ -45,7 +47,7 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
             bos_id=BOS,
             special_ids=(0, 1, BOS),
             norm=facts,
-            codec="compact",
+            codec=codec,
             splits=splits,
             settings={},
             versions={},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
+from train.set_aside import SetAside
 from train.stream import Stream
 
 
@@ -162,8 +163,11 @@ def test_reading_leaves_the_cores_to_the_step(random_shards: ShardSet, monkeypat
 
 
 def test_a_batch_larger_than_the_set_is_refused(random_shards: ShardSet) -> None:
-    with pytest.raises(UserError, match="fewer than one batch"):
+    with pytest.raises(UserError, match="training rows, fewer than one batch"):
         stream_of(random_shards, batch_rows=100_000)
+    aside = SetAside.draw(random_shards, 1, seed=0)
+    with pytest.raises(UserError, match=r"training rows \(beside the 15 that are set aside .*fewer than one batch"):
+        stream_of(random_shards, batch_rows=100_000, aside=aside)
 
 
 class Documents:
@@ -197,8 +201,9 @@ def test_few_rows_of_a_batch_share_a_document() -> None:
 
 @pytest.mark.parametrize("n_readers", [2, 4])
 def test_reader_threads_change_nothing(random_shards: ShardSet, n_readers: int) -> None:
-    one = list(stream_of(random_shards).batches(0, 60))
-    many = list(stream_of(random_shards, n_readers=n_readers).batches(0, 60))
+    aside = SetAside.draw(random_shards, 100, seed=3)
+    one = list(stream_of(random_shards, aside=aside).batches(0, 60))
+    many = list(stream_of(random_shards, aside=aside, n_readers=n_readers).batches(0, 60))
     assert all(
         torch.equal(a.source, b.source) and torch.equal(a.target, b.target) for a, b in zip(one, many, strict=True)
     )
@@ -225,8 +230,9 @@ def test_a_batch_of_a_written_set_is_nearly_a_random_draw(random_shards: ShardSe
 
 @pytest.mark.parametrize("n_parts", [2, 4])
 def test_the_parts_of_the_ranks_are_the_batch(random_shards: ShardSet, n_parts: int) -> None:
-    whole = list(stream_of(random_shards).batches(3, 50))
-    parts = [list(stream_of(random_shards, part=(i, n_parts)).batches(3, 50)) for i in range(n_parts)]
+    aside = SetAside.draw(random_shards, 100, seed=3)
+    whole = list(stream_of(random_shards, aside=aside).batches(3, 50))
+    parts = [list(stream_of(random_shards, aside=aside, part=(i, n_parts)).batches(3, 50)) for i in range(n_parts)]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[step].source for part in parts]), batch.source)
         assert torch.equal(torch.cat([part[step].target for part in parts]), batch.target)
