@@ -18,6 +18,7 @@ from .analysis import Progress, Silent
 from .bootstrap import DOCUMENTS, Interval, central
 from .config import EvaluateConfig
 from .contenders import load_contender
+from .held_out import ValUnit
 from .matched import DocumentCurve, fvu_at
 from .report_file import CurvePoint
 from .result import finite
@@ -61,6 +62,7 @@ class Comparison(Config):
     shard_set: str
     shard_set_digest: str
     split: Literal["val", "train"] = "val"
+    val_unit: ValUnit = "block"
     settings: dict[str, Any]
     n_rows: int
     n_documents: int | None = None
@@ -103,6 +105,7 @@ def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None 
         shard_set_digest=shards.digest,
         settings={**config.content(), **DOCUMENTS, "compare": config.compare.model_dump(mode="json")},
         split=config.split,
+        val_unit=shards.val_unit,
         n_rows=count_rows(shards, config.split, config.tokens),
         n_documents=len(curves[0].documents),
         entries=tuple(

@@ -6,16 +6,14 @@ from matryoshka.tables import ResultTable
 
 from .bootstrap import over_documents
 from .compare import Comparison
+from .held_out import rows_of
 from .tables import number, with_interval
-
-ROWS_OF = {"val": "held-out rows", "train": "TRAIN rows (seen in training)"}
-"""What a table calls the rows of a split."""
 
 
 def comparison_table(comparison: Comparison) -> ResultTable:
     """One line a transcoder and L0; a dash where a curve does not reach that L0."""
     table = ResultTable(
-        title=f"{comparison.n_rows:,} {ROWS_OF[comparison.split]} of {comparison.shard_set}",
+        title=f"{comparison.n_rows:,} {rows_of(comparison.split, comparison.val_unit)} of {comparison.shard_set}",
         caption="own: at its own threshold. at L0: interpolated on its L0-FVU curve, never beyond it. [95% interval "
         f"{over_documents(comparison.n_documents)}], or +- half of it",
     )

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from matryoshka.tables import ResultTable
 
 from .bootstrap import over_documents
-from .compare_screen import ROWS_OF
 from .report_file import Report
 from .tables import number, run_and_step
 
 
 def runs_table(reports: Sequence[Report]) -> ResultTable:
     """One line a run, with all of its latents."""
-    splits = {report.shard_set.split for report in reports}
+    rows = {report.shard_set.rows for report in reports}
     sets = {report.shard_set.name for report in reports}
     table = ResultTable(
-        title=f"{len(reports)} runs, on {' and '.join(ROWS_OF[split] for split in sorted(splits))} of "
-        f"{', '.join(sorted(sets))}",
+        title=f"{len(reports)} runs, on {' and '.join(sorted(rows))} of {', '.join(sorted(sets))}",
         caption=f"all groups together. +-: half the 95% interval of FVU, "
         f"{over_documents(*(report.n_documents for report in reports))}. `evaluate run` of one run shows its prefixes",
     )
@@ -48,7 +46,7 @@ def prefix_table(report: Report) -> ResultTable:
     """One line a nested prefix, then the latents of all groups together."""
     n_groups = report.settings.get("prefix")
     alone = "" if n_groups is None else f", its first {n_groups} groups alone"
-    rows = f"{report.n_rows:,} {ROWS_OF[report.shard_set.split]}"
+    rows = f"{report.n_rows:,} {report.shard_set.rows}"
     table = ResultTable(
         title=f"{run_and_step(report.transcoder)}{alone}, on {rows} of {report.shard_set.name}",
         caption=f"+-: half the 95% interval of FVU, {over_documents(report.n_documents)}. top-k: FVU with BatchTopK as "

@@ -24,6 +24,7 @@ from matryoshka.transcoder import Transcoder
 from .checkpoint import Checkpoint
 from .config import EvaluateConfig
 from .fits import portable_name
+from .held_out import ValUnit, rows_of
 
 
 class TranscoderFacts(Config):
@@ -54,6 +55,9 @@ class ShardSetFacts(Config):
     target_hook: str
     split: Literal["val", "train"] = "val"
     """train rows, which the transcoder has seen, are used only when they are asked for"""
+    val_unit: ValUnit = "block"
+    """what val is made of: whole documents, or blocks of documents that train has parts of too, as in results that
+    do not say it"""
 
     @classmethod
     def of(cls, shards: ShardSet, split: Literal["val", "train"] = "val") -> Self:
@@ -67,7 +71,13 @@ class ShardSetFacts(Config):
             source_hook=manifest.source.hook_point,
             target_hook=manifest.target.hook_point,
             split=split,
+            val_unit=shards.val_unit,
         )
+
+    @property
+    def rows(self) -> str:
+        """What a table calls them."""
+        return rows_of(self.split, self.val_unit)
 
 
 class Result(Config):

@@ -24,6 +24,8 @@ def close(results: Sequence[HarvestResult], config: Path | None = None) -> None:
     for one in results:
         if one.n_tokens < one.n_tokens_planned:
             note(f"{one.path}: the text ended early: {one.n_tokens:,} of {one.n_tokens_planned:,} tokens", warning=True)
+        if one.val_unit == "block":
+            note(f"{one.path}: val is made of held-out blocks; train has other parts of the same documents")
     file = () if config is None else ("--config", config)
     if len(results) > 1:
         note(f"each of the {len(results)} sets is trained on by itself, for example the first:")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
@@ -31,6 +31,8 @@ class HarvestResult:
     n_tokens: int
     n_tokens_planned: int
     bytes_on_disk: int
+    val_unit: Literal["document", "block"]
+    """As in the manifest: what val is made of."""
     measured: dict[str, float]
     """As in the manifest: compression ratio, and errors of a lossy codec."""
 
@@ -138,6 +140,7 @@ class Target:
             n_tokens=n_contexts * shards.ctx_len,
             n_tokens_planned=-(-self.config.tokens // self.config.ctx_len) * self.config.ctx_len,
             bytes_on_disk=shards.bytes_on_disk(),
+            val_unit=shards.val_unit,
             measured=shards.manifest.measured,
         )
 

@@ -23,7 +23,8 @@ def faithfulness_table(numbers: Faithfulness) -> ResultTable:
     """One line for the model itself, one for each ablation of the target and each nested prefix."""
     table = ResultTable(
         title=f"{numbers.transcoder.run}: the model with y_hat in place of {numbers.shard_set.target_hook}, "
-        f"{numbers.n_tokens:,} tokens of {numbers.n_contexts:,} {numbers.shard_set.split} contexts",
+        f"{numbers.n_tokens:,} tokens of {numbers.n_contexts:,} {numbers.shard_set.split} contexts: "
+        f"{numbers.shard_set.rows}",
         caption="nats a token; rec. zero, rec. mean: recovered, the share of what that ablation costs that y_hat "
         "gives back. "
         f"[95% interval {over_documents(numbers.n_documents)}], or +- half of it",

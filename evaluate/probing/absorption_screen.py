@@ -19,7 +19,7 @@ def absorption_table(result: AbsorptionResult) -> ResultTable:
     n_passed = sum(probe.passed for probe in result.probes)
     table = ResultTable(
         title=f"{run_and_step(result.transcoder)}: first-letter absorption, {n_passed} letters, "
-        f"{result.n_test_rows:,} rows of {result.shard_set.name} ({result.shard_set.split})",
+        f"{result.n_test_rows:,} {result.shard_set.rows} of {result.shard_set.name}",
         caption=_CAPTION + _doubt(result.prefixes[-1]),
     )
     for name in ("prefix", "fraction", "+-", "full", "+-", "missed", "main", "F1", "probe F1", "rows"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from matryoshka.tables import ResultTable
 
-from ..compare_screen import ROWS_OF
 from ..tables import number, run_and_step
 from .hierarchy_file import IMPLIED, GroupGain, Hierarchy
 
@@ -12,7 +11,7 @@ from .hierarchy_file import IMPLIED, GroupGain, Hierarchy
 def group_table(hierarchy: Hierarchy) -> ResultTable:
     """One line a group: what it adds to those before it, and how it hangs on them."""
     without = number(hierarchy.fvu_without_latents, ".4f")
-    rows = f"{hierarchy.n_rows:,} {ROWS_OF[hierarchy.shard_set.split]}"
+    rows = f"{hierarchy.n_rows:,} {hierarchy.shard_set.rows}"
     table = ResultTable(
         title=f"{run_and_step(hierarchy.transcoder)}, on {rows} of {hierarchy.shard_set.name}",
         caption=f"FVU without any latent {without}. adds: share of the variance. "

@@ -120,6 +120,7 @@ def match(
         shard_sets=tuple(shards.name for shards in sets),
         shard_set_digests=tuple(shards.digest for shards in sets),
         split=config.split,
+        val_unit="block" if any(shards.val_unit == "block" for shards in sets) else "document",
         tokens=config.tokens,
         n_rows=moments[0].n_rows,
         close=CLOSE,

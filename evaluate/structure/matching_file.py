@@ -12,6 +12,8 @@ import torch
 from matryoshka.config import Config
 from matryoshka.runs import publish_bytes, publish_json
 
+from ..held_out import ValUnit
+
 if TYPE_CHECKING:
     from .matching import Best
 
@@ -55,6 +57,8 @@ class Matching(Config):
     """of each side"""
     shard_set_digests: tuple[str, ...]
     split: Literal["val", "train"]
+    val_unit: ValUnit = "block"
+    """block where one of the sets holds out blocks"""
     tokens: int | None
     n_rows: int
     close: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matryoshka.tables import ResultTable
 
 from ..bootstrap import over_documents
-from ..compare_screen import ROWS_OF
+from ..held_out import rows_of
 from ..tables import number
 from .layers import Layers
 from .matching_file import GroupMatch, Matching
@@ -15,8 +15,8 @@ def matching_table(matching: Matching) -> ResultTable:
     """One line a group of each side, then all of its latents."""
     sets = " and ".join(dict.fromkeys(matching.shard_sets))
     table = ResultTable(
-        title=f"{' and '.join(side.name for side in matching.sides)}, on {matching.n_rows:,} {ROWS_OF[matching.split]} "
-        f"of {sets}",
+        title=f"{' and '.join(side.name for side in matching.sides)}, on {matching.n_rows:,} "
+        f"{rows_of(matching.split, matching.val_unit)} of {sets}",
         caption=f"of the latents that fired: mean of the largest cosine of decoder rows and of the largest correlation "
         f"of activations with the other side, and the share that reaches {matching.close}. mutual: each the other's "
         "most correlated",

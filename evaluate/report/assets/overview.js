@@ -4,7 +4,7 @@ Report.pages.overview = async (main) => {
   const o = await load("overview"), r = o.report, sizes = o.group_sizes;
   const step = r.transcoder.step === null ? "" : `, step ${whole(r.transcoder.step)}`;
   main.append(el("h1", {}, r.transcoder.run), el("p", { class: "soft" },
-    `${r.shard_set.source_hook} \u2192 ${r.shard_set.target_hook} of ${r.shard_set.model}${step}; ${whole(r.n_rows)} held-out rows${r.n_documents ? ` from ${whole(r.n_documents)} documents` : ""} of ${r.shard_set.name}`));
+    `${r.shard_set.source_hook} \u2192 ${r.shard_set.target_hook} of ${r.shard_set.model}${step}; ${whole(r.n_rows)} held-out rows${r.n_documents ? ` from ${whole(r.n_documents)} documents` : ""} of ${r.shard_set.name}${heldOutBlocks(r.shard_set)}`));
   const full = r.threshold[r.threshold.length - 1];
   main.append(el("div", { class: "tiles" }, tile("FVU, all latents", number(full.fvu, 4)), tile("L0", number(full.l0, 1)),
     tile("latents", whole(r.total.n_latents)), tile("dead", percent(r.total.dead_share)), tile("nested groups", String(sizes.length))));

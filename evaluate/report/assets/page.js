@@ -40,6 +40,8 @@ function forget(prefix, keep) {
 }
 
 const number = (value, digits = 3) => value === null || value === undefined || Number.isNaN(value) ? "-" : value.toFixed(digits);
+// A number of val says less where val is not made of whole documents; results of before there was a choice do not say it.
+const heldOutBlocks = (set) => set.val_unit === "document" ? "" : " (held-out blocks: train has other parts of the same documents)";
 const whole = (value) => value.toLocaleString("en-US");
 const percent = (share) => share === 0 ? "0" : share < 0.0001 ? `${(share * 100).toExponential(1)}%` : `${(share * 100).toPrecision(3)}%`;
 
