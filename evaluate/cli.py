@@ -135,7 +135,8 @@ def show(
 def report(
     runs: Runs,
     shards: Annotated[
-        Path | None, typer.Option(help="Shard set; numbers and samples are made from it where they are missing.")
+        Path | None,
+        typer.Option(help="Shard set; numbers and samples that are missing are made from it. (that of the run)"),
     ] = None,
     tokenizer: Tokenizer = None,
     device: Device = None,
@@ -280,7 +281,8 @@ def match(
     other: Annotated[str, typer.Argument(metavar="B", help="The same, of the same layer or another one.")],
     shards: Shards = None,
     other_shards: Annotated[
-        Path | None, typer.Option(help="Shard set of B, of the same text, when it is of another layer. (that of A)")
+        Path | None,
+        typer.Option(help="Shard set of B, of the same text, when it is of another layer. (that of A or of B's run)"),
     ] = None,
     tokens: Tokens = None,
     split: Split = None,

@@ -12,12 +12,11 @@ from matryoshka.config import Config
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
 from matryoshka.runs import make_directory, publish_json
-from matryoshka.shards import ShardSet
 
 from .analysis import Progress, Silent
 from .bootstrap import DOCUMENTS, Interval, central
 from .config import EvaluateConfig
-from .contenders import load_contender
+from .contenders import load_contender, shards_of_all
 from .held_out import ValUnit
 from .matched import DocumentCurve, fvu_at
 from .report_file import CurvePoint
@@ -76,13 +75,11 @@ def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None 
     With `config.out` the result is published there too. Raises UserError for whatever the user can mend.
     """
     progress = progress or Silent()
-    if config.shards is None:
-        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
     if config.prefix is not None:
         raise UserError("a prefix in a comparison is named with its run, RUN@LATENTS such as data/runs/l17-k96@2304")
     if len(texts) < 2:
         raise UserError("a comparison needs two transcoders or more; for one there is `evaluate run`")
-    shards, scales = ShardSet.open(config.shards), config.compare.scales
+    shards, scales = shards_of_all(texts, config.shards, progress.noted), config.compare.scales
     contenders = [load_contender(text, shards) for text in texts]
     names = [contender.name for contender in contenders]
     if len(set(names)) < len(names):

@@ -169,7 +169,7 @@ class EvaluateConfig(Config):
     """Which rows to measure on, and how."""
 
     shards: Location | None = None
-    """Folder of the shard set; its val split is what is evaluated."""
+    """Folder of the shard set; by default the one that each run was trained on."""
     split: Literal["val", "train"] = "val"
     """Which rows; train rows, which the transcoder has seen, only to compare with val, and never by default."""
     prefix: Count | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from matryoshka.transcoder import Transcoder
 
 from .checkpoint import find_checkpoint
 from .fits import check_fits
+from .shard_set import names_shards, open_shards
 
 GEMMA_SCOPE = "gemma-scope:"
 _PREFIX = re.compile(r"(.+)@(\d+)")
@@ -62,6 +64,40 @@ def load_contender(text: str, shards: ShardSet) -> Contender:
     if end is not None:
         name, transcoder = f"{name}@{end}", cut_prefix(transcoder, end, text)
     return Contender(name, transcoder)
+
+
+def shards_of_all(texts: Sequence[str], named: Path | str | None, note: Callable[[str], None]) -> ShardSet:
+    """The shard set to measure all of `texts` on: at `named`, else the one that the runs among them were trained on.
+
+    Raises UserError when that is none, or more than one.
+    """
+    if named is not None:
+        return ShardSet.open(named)
+    own = [own_shards(text, note) for text in texts]
+    found = {shards.digest: shards for shards in own if shards is not None}
+    if not found:
+        raise no_shards(texts)
+    if len(found) > 1:
+        raise UserError(
+            f"the runs were trained on several shard sets ({', '.join(str(one.path) for one in found.values())}); name "
+            "the one to measure all of them on with --shards"
+        )
+    return next(iter(found.values()))
+
+
+def no_shards(texts: Sequence[str]) -> UserError:
+    """Nothing says what to measure on."""
+    return UserError(
+        f"no shard set was named, and none of {', '.join(texts)} is a run that names one; pass --shards, for example "
+        "--shards data/l17"
+    )
+
+
+def own_shards(text: str, note: Callable[[str], None]) -> ShardSet | None:
+    """The shard set that the run `text` was trained on; None where `text` is no run, or one that does not say."""
+    match = _PREFIX.fullmatch(text)
+    folder = Path(text if match is None else match[1])
+    return open_shards(find_checkpoint(folder), None, note) if names_shards(folder) else None
 
 
 def _foreign(folder: Path, form: str, shards: ShardSet) -> Transcoder:

@@ -16,7 +16,7 @@ Runs = Annotated[
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run such as data/runs/l17-k96, or a checkpoint folder.")]
 Shards = Annotated[
-    Path | None, typer.Option("--shards", help="Shard set whose val split is used. Required here or in the file.")
+    Path | None, typer.Option("--shards", help="Shard set to measure on. (the one that the run was trained on)")
 ]
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Val rows to use, such as 200k. (all of them)")]
 Split = Annotated[

@@ -50,6 +50,11 @@ def open_shards(checkpoint: Checkpoint, named: Path | str | None, note: Callable
     return shards
 
 
+def names_shards(folder: Path) -> bool:
+    """Whether the weights in `folder`, or the run that it is, say what they were trained on."""
+    return _text(_record(folder), "config", "shards") is not None
+
+
 def tokenizer_name(shards: ShardSet) -> str:
     """The tokenizer that made the set's tokens: a folder, or a repository of the hub."""
     tokenizer = shards.manifest.model.get("tokenizer")

@@ -28,7 +28,17 @@ from .recovered import DocumentSums, Estimates, increase, mean_of
 from .scores import score
 from .screen import ablation_table
 
-_COLUMNS = ("n", "clean.ce", "changed.ce", "changed.kl", "changed.top1", "act", "later.n", "later.ce", "later.kl")
+_COLUMNS: tuple[str, ...] = (
+    "n",
+    "clean.ce",
+    "changed.ce",
+    "changed.kl",
+    "changed.top1",
+    "act",
+    "later.n",
+    "later.ce",
+    "later.kl",
+)
 """What is summed of each document, at positions where the latent fires and at later ones."""
 
 

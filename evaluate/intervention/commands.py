@@ -107,6 +107,7 @@ def steer(
 ) -> None:
     """Let the language model go on with a text, as it is and with a latent's direction added to every token."""
     from ..next_step import then_show
+    from ..screen import Screen
     from .screen import show_steered
     from .steering import Writing, steer
 
@@ -114,7 +115,9 @@ def steer(
     overrides = [*(set_ or ()), *_lm(model)]
     settings = read_settings(config, overrides, flags)
     writing = Writing(n_tokens=tokens, temperature=temperature, seed=seed)
-    show_steered(steer(run, latent, text, settings, scale=scale, writing=writing))
+    with Screen("steer") as screen:
+        steered = steer(run, latent, text, settings, screen, scale=scale, writing=writing)
+    show_steered(steered)
     then_show(run, latent)
 
 

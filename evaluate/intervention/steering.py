@@ -16,10 +16,11 @@ from matryoshka.lm.splice import edited
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
-from ..analysis import load_transcoder
+from ..analysis import Progress, Silent, load_transcoder
 from ..checkpoint import Checkpoint, find_checkpoint
 from ..config import EvaluateConfig
 from ..sampling import count_contexts
+from ..shard_set import open_shards
 from .firing import check_latents, find_firing
 from .live import TextProbe
 from .model import load_model
@@ -50,18 +51,24 @@ class Writing:
 
 
 def steer(
-    run: Path, latent: int, text: str, config: EvaluateConfig, *, scale: float = 1.0, writing: Writing | None = None
+    run: Path,
+    latent: int,
+    text: str,
+    config: EvaluateConfig,
+    progress: Progress | None = None,
+    *,
+    scale: float = 1.0,
+    writing: Writing | None = None,
 ) -> Steered:
     """Continue `text` twice; nothing is written to the disk. Raises UserError for what the user can mend."""
-    if config.shards is None:
-        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
     writing = writing or Writing()
     if writing.temperature < 0 or writing.n_tokens < 1:
         raise UserError(
             f"a temperature of {writing.temperature} and {writing.n_tokens} tokens make no text; give a temperature "
             "from 0 on and at least one token"
         )
-    shards, checkpoint = ShardSet.open(config.shards), find_checkpoint(run)
+    progress, checkpoint = progress or Silent(), find_checkpoint(run)
+    shards = open_shards(checkpoint, config.shards, progress.noted)
     config = config.model_copy(update={"prefix": None})
     transcoder = load_transcoder(checkpoint, shards, config)
     check_latents(transcoder, [latent])

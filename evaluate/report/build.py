@@ -24,13 +24,14 @@ from matryoshka.runs import publish_json
 from matryoshka.transcoder import Transcoder
 
 from ..analysis import Progress, Silent, answer
-from ..checkpoint import find_checkpoint
+from ..checkpoint import Checkpoint, find_checkpoint
 from ..config import EvaluateConfig
 from ..report_file import LATENTS_FILE, Report
 from ..result import ShardSetFacts, TranscoderFacts
 from ..run import RunAnalysis
 from ..samples import SamplesAnalysis, find_samples
 from ..samples_file import SAMPLES_FOLDER, SamplesMark, all_windows, read_histograms
+from ..shard_set import open_shards
 from ..show import token_text, visible
 from .chunks import ChunkWriter
 from .data_file import write_data
@@ -67,19 +68,22 @@ def make_report(
 ) -> Pages:
     """Write RUN/eval/<set>-<digest>/report/, anew each time; equal inputs give equal bytes.
 
-    With `config.shards` the evaluation and the samples are made first where they are missing; without, they must be
-    there. What other commands measured (see `COMMANDS`) is taken where it lies. Raises UserError for whatever the user
-    can mend.
+    The evaluation and the samples are made first where they are missing, on `config.shards` or the set that the run was
+    trained on; where they are there and no set is named, none is needed. What other commands measured (see `COMMANDS`)
+    is taken where it lies. Raises UserError for invalid input.
     """
     progress = progress or Silent()
     # The numbers are always of held-out rows; which rows the windows are of is a setting of the samples.
     config = config.model_copy(update={"split": "val"})
+    checkpoint = find_checkpoint(run)
+    if config.shards is None and not _is_measured(checkpoint, config):
+        config = config.model_copy(update={"shards": open_shards(checkpoint, None, progress.noted).path})
     if config.shards is not None:
         answer(RunAnalysis(), [run], config, progress)
         samples = answer(SamplesAnalysis(), [run], config, progress)[0].path.parent
     else:
         samples = samples_folder(run, config)
-    checkpoint, mark, report = find_checkpoint(run), SamplesMark.read(samples.parent), Report.read(samples.parent)
+    mark, report = SamplesMark.read(samples.parent), Report.read(samples.parent)
     assert mark is not None
     if report is None:
         raise UserError(f"{samples.parent} has no {Report.FILE} yet; run: evaluate run {run}")
@@ -107,12 +111,21 @@ def make_report(
     return Pages(folder / INDEX_FILE, tuple(notes))
 
 
+def _is_measured(checkpoint: Checkpoint, config: EvaluateConfig) -> bool:
+    """Whether the numbers and the samples of these weights are there, of some shard set or several."""
+    for folder in [config.out] if config.out is not None else (checkpoint.run / "eval").glob("*"):
+        found = Report.read(folder), SamplesMark.read(folder)
+        if all(one is not None and one.transcoder.sha256 == checkpoint.sha256 for one in found):
+            return True
+    return False
+
+
 def samples_folder(run: Path, config: EvaluateConfig) -> Path:
     """The samples that the pages of `run` are made from. Raises UserError when there are none."""
     if config.out is None:
         return find_samples(run, None if config.shards is None else str(config.shards))
     if SamplesMark.read(config.out) is None:
-        raise UserError(f"{config.out} has no samples yet; make them with: evaluate samples {run} --shards DIR")
+        raise UserError(f"{config.out} has no samples yet; make them with: evaluate samples {run}")
     return config.out / SAMPLES_FOLDER
 
 

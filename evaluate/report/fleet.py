@@ -34,15 +34,15 @@ def is_fleet(runs: list[Path]) -> bool:
 def make_fleet_report(runs: list[Path], config: EvaluateConfig, *, progress: Progress | None = None) -> Pages:
     """Write FLEET/eval/<set>-<digest>/report/ (or `config.out`/report/), anew each time; equal inputs, equal bytes.
 
-    With `config.shards` members without a report.json are evaluated first; without, each must have one, all of one
-    shard set. Raises UserError for whatever the user can mend.
+    Members without a report.json are evaluated first, on `config.shards` or the set that they were trained on; all must
+    be of one shard set. Raises UserError for whatever the user can mend.
     """
     if len(runs) > 1 and config.out is None:
         raise UserError(
             "several runs have no folder in common; pass --set evaluate.out=DIR for the page that shows them together"
         )
     checkpoints = [find_checkpoint(run) for run in expand_fleets(runs)]
-    if config.shards is not None:
+    if config.shards is not None or not all(_folders(checkpoint) for checkpoint in checkpoints):
         own = config.model_copy(update={"out": None, "split": "val", "prefix": None})
         folders = [one.path.parent for one in answer(RunAnalysis(), runs, own, progress)]
     else:
@@ -121,11 +121,15 @@ def _member(checkpoint: Checkpoint, report: Report, own: Path, page: Path) -> di
 
 def _evaluated(checkpoint: Checkpoint) -> Path:
     """The one evaluation folder of a run."""
-    found = sorted(path.parent for path in (checkpoint.run / "eval").glob("*/report.json"))
+    found = _folders(checkpoint)
     if len(found) != 1:
-        what = "no report.json yet" if not found else "evaluations on several shard sets"
-        raise UserError(f"{checkpoint.run} has {what}; name the shard set with --shards")
+        raise UserError(f"{checkpoint.run} has evaluations on several shard sets; name one with --shards")
     return found[0]
+
+
+def _folders(checkpoint: Checkpoint) -> list[Path]:
+    """Its evaluation folders, one a shard set."""
+    return sorted(path.parent for path in (checkpoint.run / "eval").glob(f"*/{Report.FILE}"))
 
 
 def _report(folder: Path, checkpoint: Checkpoint) -> Report:

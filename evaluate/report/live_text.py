@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matryoshka.errors import UserError
-from matryoshka.locations import location
-from matryoshka.runs import RUN_FILE
-from matryoshka.shards import ShardSet
 
 from ..analysis import load_transcoder
 from ..checkpoint import Checkpoint
 from ..config import EvaluateConfig
 from ..result import TranscoderFacts
+from ..shard_set import open_shards
 from ..show import visible
-from .overview import run_facts
 
 if TYPE_CHECKING:
     from ..intervention.live import TextProbe
@@ -61,25 +57,9 @@ class LiveText:
         from ..intervention.live import TextProbe
         from ..intervention.model import load_model
 
-        shards = ShardSet.open(self._shards())
+        shards = open_shards(self._checkpoint, self._config.shards, lambda _: None)
         if self._checkpoint.sha256 != self._facts.sha256:
             raise UserError("the run was trained on since these pages were made; make them again")
         n_groups = len(self._facts.config["group_sizes"])
         config = self._config.model_copy(update={"prefix": n_groups})
         return TextProbe(load_model(shards, config), load_transcoder(self._checkpoint, shards, config), shards)
-
-    def _shards(self) -> Path | str:
-        """The shard set that was named, else the one that the run was trained on."""
-        if self._config.shards is not None:
-            return self._config.shards
-        trained = ((run_facts(self._checkpoint.run / RUN_FILE) or {}).get("config") or {}).get("shards")
-        place = location(trained) if isinstance(trained, str) else None
-        if isinstance(place, Path):
-            starts = [Path(), *self._checkpoint.run.resolve().parents]
-            place = next((start / place for start in starts if (start / place).is_dir()), None)
-        if place is None:
-            raise UserError(
-                "the shard set, which names the language model, is not where the run was trained; start the server "
-                "again with --shards DIR"
-            )
-        return place

@@ -15,13 +15,13 @@ from ..contenders import Contender
 from .relations import CLUSTERS_FILE
 
 COMMANDS = {
-    "hierarchy": "evaluate hierarchy RUN --shards DIR",
-    "logits": "evaluate logits RUN --shards DIR",
-    "faithfulness": "evaluate faithfulness RUN --shards DIR",
-    "absorption": "evaluate absorption RUN --shards DIR",
-    "probing": "evaluate probing RUN --shards DIR",
-    "ablations": "evaluate ablate RUN LATENT --shards DIR",
-    "comparison": "evaluate compare RUN OTHER --shards DIR --out RUN/eval/SET",
+    "hierarchy": "evaluate hierarchy RUN",
+    "logits": "evaluate logits RUN",
+    "faithfulness": "evaluate faithfulness RUN",
+    "absorption": "evaluate absorption RUN",
+    "probing": "evaluate probing RUN",
+    "ablations": "evaluate ablate RUN LATENT",
+    "comparison": "evaluate compare RUN OTHER --out RUN/eval/SET",
 }
 """Part -> the command that makes it, as a page shows it."""
 _RECORDS = {

@@ -86,9 +86,7 @@ def _entries(checkpoint: Checkpoint) -> list[LayerEntry]:
     current = [(folder, report) for folder, report in found if report.transcoder.sha256 == checkpoint.sha256]
     if not current:
         what = "of its newest checkpoint" if found else "yet"
-        raise UserError(
-            f"{checkpoint.run} has no report {what}; make one with: evaluate run {checkpoint.run} --shards DIR"
-        )
+        raise UserError(f"{checkpoint.run} has no report {what}; make one with: evaluate run {checkpoint.run}")
     return [_entry(report, _recovered(folder, checkpoint.sha256)) for folder, report in current]
 
 

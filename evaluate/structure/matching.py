@@ -26,7 +26,7 @@ from matryoshka.shards import ShardSet
 from ..active import Active, active_latents
 from ..analysis import Progress, Silent
 from ..config import EvaluateConfig
-from ..contenders import Contender, load_contender
+from ..contenders import Contender, load_contender, no_shards, own_shards, shards_of_all
 from ..result import finite
 from ..rows import RowBatch, count_rows, input_and_target, row_batches
 from .fires import FireLog
@@ -88,15 +88,14 @@ def match(
 ) -> Matching:
     """Match the transcoders that `one` and `other` name (see `load_contender`).
 
-    `other` is run on `other_shards` where that is given, else on `config.shards` too. With `config.out` the result and
+    Both are run on `config.shards`, else on what `one` was trained on; `other` on `other_shards` where that is given,
+    or on its own set where that is of another layer and no set was named. With `config.out` the result and
     a table of all latents are published there. Raises UserError for whatever the user can mend.
     """
     progress = progress or Silent()
-    if config.shards is None:
-        raise UserError("no shard set was named; pass --shards, for example --shards data/l17")
     if config.prefix is not None:
         raise UserError("a prefix is named with its run here, RUN@LATENTS such as data/runs/l17-k96@2304")
-    sets = [ShardSet.open(path) for path in (config.shards, other_shards or config.shards)]
+    sets = _shard_sets(one, other, config, other_shards, progress)
     contenders = [load_contender(text, shards) for text, shards in zip((one, other), sets, strict=True)]
     if config.out is not None:
         make_directory(config.out)
@@ -134,6 +133,25 @@ def match(
     if config.out is not None:
         write_matching(config.out, result, cosine, correlation)
     return result
+
+
+def _shard_sets(
+    one: str, other: str, config: EvaluateConfig, other_shards: Path | None, progress: Progress
+) -> list[ShardSet]:
+    if config.shards is not None or other_shards is not None:
+        first = shards_of_all([one], config.shards, progress.noted)
+        return [first, first if other_shards is None else ShardSet.open(other_shards)]
+    own = [own_shards(text, progress.noted) for text in (one, other)]
+    first, second = own[0] or own[1], own[1]
+    if first is None:
+        raise no_shards([one, other])
+    if second is None or _sites(first) == _sites(second):
+        return [first, first]
+    return [first, second]
+
+
+def _sites(shards: ShardSet) -> tuple[str, str]:
+    return shards.manifest.source.hook_point, shards.manifest.target.hook_point
 
 
 def _batches(sets: list[ShardSet], config: EvaluateConfig) -> Iterator[tuple[RowBatch, RowBatch]]:

@@ -110,7 +110,7 @@ def _write(transcoders: Sequence[Transcoder], form: str, folder: Path, origin: O
         delphi.write(first, folder, material.shards)
     elif form == "neuronpedia":
         if material.samples is None:
-            raise UserError("Neuronpedia's data is made from samples; run `evaluate samples RUN --shards DIR` first")
+            raise UserError("Neuronpedia's data is made from samples; run `evaluate samples RUN` first")
         texts = material.samples.token_texts()
         neuronpedia.write(first, folder, origin, material.samples, texts.text)
     else:

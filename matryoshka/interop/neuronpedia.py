@@ -58,7 +58,7 @@ class Samples:
     def open(cls, folder: Path) -> Samples:
         """Raises UserError when it is not there whole, or is of another version."""
         if not (folder / MARK_FILE).is_file():
-            raise UserError(f"{folder} holds no samples; make them with: evaluate samples RUN --shards DIR")
+            raise UserError(f"{folder} holds no samples; make them with: evaluate samples RUN")
         mark = read_json_object(folder / MARK_FILE)
         if mark.get("format_version") != _FORMAT_VERSION:
             raise UserError(f"{folder} has format_version {mark.get('format_version')!r}; this version reads 1")

@@ -121,15 +121,29 @@ def random_transcoder(seed: int = 0, **changes: Any) -> Transcoder:
     return transcoder
 
 
-def save_run(path: Path, transcoder: Transcoder, *, steps: tuple[int, ...] = (100, 400), finished: bool = True) -> Path:
-    """A run directory whose newest checkpoint holds `transcoder`; older ones hold other weights."""
+def save_run(
+    path: Path,
+    transcoder: Transcoder,
+    *,
+    steps: tuple[int, ...] = (100, 400),
+    finished: bool = True,
+    shards: ShardSet | None = None,
+) -> Path:
+    """A run directory whose newest checkpoint holds `transcoder`; older ones hold other weights.
+
+    run.json says that it was trained on `shards`.
+    """
     for step in steps:
         newest = step == max(steps)
         other = transcoder if newest else random_transcoder(seed=step, **transcoder.config.model_dump())
         folder = path / "checkpoints" / f"step-{step:06d}"
         other.save(folder)
         publish_json(folder / "state.json", {"format_version": 1, "step": step, "finished": newest and finished})
-    publish_json(path / "run.json", {"format_version": 1})
+    record: dict[str, Any] = {"format_version": 1}
+    if shards is not None:
+        facts = {"name": shards.name, "digest": shards.digest}
+        record |= {"config": {"shards": str(shards.path)}, "identity": {"shard_set": facts}}
+    publish_json(path / "run.json", record)
     return path
 
 

@@ -124,12 +124,7 @@ class Bench:
 
     def run(self, name: str = "run", *, named: bool = True) -> Path:
         """A run that was trained on the shard set of the case."""
-        run = self.save_run(self.folder / name, self.case.transcoder)
-        if named:
-            shards = self.case.shards
-            trained_on = {"config": {"shards": str(shards.path)}, "identity": {"shard_set": {"digest": shards.digest}}}
-            publish_json(run / "run.json", {"format_version": 1, **trained_on})
-        return run
+        return self.save_run(self.folder / name, self.case.transcoder, shards=self.case.shards if named else None)
 
     def config(self, **changes: Any) -> EvaluateConfig:
         """Settings on the shard set of the case."""

@@ -114,6 +114,21 @@ def test_refusals(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
         compare([run, str(tmp_path / "none")], settings(val_set))
 
 
+def test_the_shard_set_is_that_of_the_runs(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
+    one, two = (str(made.run(tmp_path / name, made.transcoder(seed=7), shards=val_set)) for name in ("one", "two"))
+    bare = str(made.run(tmp_path / "bare", made.transcoder()))
+    unnamed = settings(val_set).model_copy(update={"shards": None})
+    expected = compare([one, f"{bare}@17"], settings(val_set))
+    assert compare([one, f"{bare}@17"], unnamed) == expected
+    assert compare([bare, f"{two}@17"], unnamed).shard_set_digest == val_set.digest
+    other = made.shards(tmp_path / "l2", seed=5)
+    strange = str(made.run(tmp_path / "strange", made.transcoder(), shards=other))
+    with pytest.raises(UserError, match=r"several shard sets \(.*l1, .*l2\); name the one to measure all of them on"):
+        compare([one, strange], unnamed)
+    with pytest.raises(UserError, match="no shard set was named, and none of"):
+        compare([bare, f"{bare}@17"], unnamed)
+
+
 def test_train_rows_are_named_in_the_table(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     runs = [str(made.run(tmp_path / name, made.transcoder(seed=seed))) for seed, name in enumerate("ab")]
     held_out = compare(runs, settings(val_set))

@@ -126,6 +126,21 @@ def test_other_layers_need_the_same_text(val_set: ShardSet, made: Any, tmp_path:
         match(run, run, settings(val_set), other_shards=strange.path)
 
 
+def test_the_shard_set_is_that_of_the_runs(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
+    one, two = (str(made.run(tmp_path / name, made.transcoder(seed=7), shards=val_set)) for name in ("one", "two"))
+    bare = str(made.run(tmp_path / "bare", made.transcoder(seed=7)))
+    unnamed = settings(val_set).model_copy(update={"shards": None})
+    expected = match(one, two, settings(val_set))
+    for pair in ((one, two), (one, bare), (bare, one)):
+        assert match(*pair, unnamed).shard_set_digests == expected.shard_set_digests
+    with pytest.raises(UserError, match="no shard set was named, and none of"):
+        match(bare, bare, unnamed)
+    # Two harvests of one layer hold other text: both are run on the first one's.
+    again = made.shards(tmp_path / "l1", seed=3)
+    other = str(made.run(tmp_path / "other", made.transcoder(seed=8), shards=again))
+    assert match(one, other, unnamed).shard_set_digests == (val_set.digest,) * 2
+
+
 def test_refusals(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     run = str(made.run(tmp_path / "a", made.transcoder()))
     with pytest.raises(UserError, match="pass --shards"):

@@ -16,7 +16,7 @@ Report.pages.fleet = async (main) => {
   main.append(el("h1", {}, f.name), el("p", { class: "soft" }, `${f.shard_set.source_hook} \u2192 ${f.shard_set.target_hook} of ${f.shard_set.model}; held-out rows of ${f.shard_set.name}${heldOutBlocks(f.shard_set)}`),
     el("div", { class: "controls" }, ...filters, colour, count), charts, rows,
     el("p", { class: "note" }, "FVU and L0 of all latents at the stored threshold. dead: of all latents, on the held-out rows. time: of training, from the rates that the run logged; members trained at once share it. " +
-      "A run\u2019s name leads to its own pages when they are made: ", el("code", {}, "evaluate report FLEET/RUN --shards DIR")));
+      "A run\u2019s name leads to its own pages when they are made: ", el("code", {}, "evaluate report FLEET/RUN")));
 
   function redraw() {
     const shown = all.filter((m) => f.keys.every((key) => !Fleet.filters.get(key) || text(m.config[key]) === Fleet.filters.get(key)));

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from evaluate.config import EvaluateConfig
 from evaluate.intervention.live import TextProbe
 from evaluate.intervention.screen import show_steered
 from evaluate.intervention.steering import Writing, adding, continuation, steer
@@ -173,3 +175,11 @@ def test_special_tokens_have_no_latents(subject: Callable[[str], Any]) -> None:
     latents = [len(entry["latents"]) for entry in probe.top_latents("w1 nonsense w2", 31)]
     assert latents[1] == 0
     assert latents[0] > 0
+
+
+def test_the_shard_set_is_that_of_the_run(subject: Callable[[str], Any], made: Any, tmp_path: Path) -> None:
+    one = subject("llama")
+    run = made.run(tmp_path / "l1-k6", one.transcoder, shards=one.shards)
+    writing = Writing(5)
+    expected = steer(one.run, 7, TEXT, one.config(), writing=writing)
+    assert steer(run, 7, TEXT, EvaluateConfig(device="cpu"), writing=writing) == expected

@@ -86,20 +86,29 @@ def test_metrics_of_a_run_that_was_killed_while_it_wrote(val_set: ShardSet, made
     assert [set(values) for values in metrics["fvu"]] == [{0.5}, {None}, {None}]
 
 
-def test_without_shards_numbers_and_samples_must_be_there(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
+def test_the_shard_set_is_needed_where_something_is_missing(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     run, config = made.run(tmp_path / "run", made.transcoder()), EvaluateConfig(shards=val_set.path, device="cpu")
-    with pytest.raises(UserError, match="has no samples yet"):
+    with pytest.raises(UserError, match="no shard set was named"):
         make_report(run, EvaluateConfig(device="cpu"))
     answer(SamplesAnalysis(), [run], config)
-    with pytest.raises(UserError, match="run: evaluate run"):
+    with pytest.raises(UserError, match="no shard set was named"):
         make_report(run, EvaluateConfig(device="cpu"))
     answer(RunAnalysis(), [run], config)
-    assert make_report(run, EvaluateConfig(device="cpu")).index.is_file()
+    index = make_report(run, EvaluateConfig(device="cpu")).index
+    # A run that says what it was trained on needs nothing else.
+    other = made.run(tmp_path / "other" / "run", made.transcoder(), shards=val_set)
+    pages = make_report(other, EvaluateConfig(device="cpu")).index.parent
+    assert (pages / "data" / "latents.js").read_bytes() == (index.parent / "data" / "latents.js").read_bytes()
+    # It was trained on since: its numbers are made anew, though older ones are there.
+    made.run(other, made.transcoder(seed=5), steps=(500,), shards=val_set)
+    assert '"step":500' in make_report(other, EvaluateConfig(device="cpu")).index.with_name(
+        "pages.json"
+    ).read_text().replace(" ", "")
 
 
 def test_a_folder_of_its_own(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     run = made.run(tmp_path / "run", made.transcoder())
-    with pytest.raises(UserError, match="has no samples yet"):
+    with pytest.raises(UserError, match="no shard set was named"):
         make_report(run, EvaluateConfig(device="cpu", out=tmp_path / "out"))
     pages = make_report(run, EvaluateConfig(shards=val_set.path, device="cpu", out=tmp_path / "out"))
     assert pages.index == tmp_path / "out" / "report" / "index.html"

@@ -110,7 +110,7 @@ def test_runs_without_a_common_folder(fleet: Path, config: EvaluateConfig, tmp_p
 
 
 def test_what_is_refused(fleet: Path, config: EvaluateConfig, made: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no report.json yet; name the shard set with --shards"):
+    with pytest.raises(UserError, match="no shard set was named, and .* has no run.json that names one"):
         make_fleet_report([fleet], EvaluateConfig(device="cpu"))
     answer(RunAnalysis(), [fleet], config)
     other = made.shards(tmp_path / "l2", seed=5)

@@ -200,8 +200,7 @@ def test_the_scores_on_the_first_page(full: Any) -> None:
         assert part in text
     assert full.all("main td b, main td i") == []
     assert full.texts(".missing") == [
-        "Other transcoders on the same rows are not measured yet. "
-        "evaluate compare RUN OTHER --shards DIR --out RUN/eval/SET"
+        "Other transcoders on the same rows are not measured yet. evaluate compare RUN OTHER --out RUN/eval/SET"
     ]
 
 

@@ -242,7 +242,7 @@ def test_when_the_shard_set_is_gone_the_page_says_so(place: Path, tmp_path: Path
     shutil.copytree(place / "l1-k9", tmp_path / "l1-k9")
     served = serve_report(tmp_path / "l1-k9", EvaluateConfig(device="cpu"))
     try:
-        with pytest.raises(UserError, match="start the server again with --shards DIR"):
+        with pytest.raises(UserError, match="no shard set is there any more; name where it is now with --shards"):
             served.server.answers.try_text("w1")
     finally:
         served.server.server_close()
@@ -257,7 +257,7 @@ def test_pages_are_made_when_there_are_none(place: Path, tmp_path: Path) -> None
     served.server.server_close()
     assert (report / "pages.json").is_file()
     shutil.rmtree(report.parent)
-    with pytest.raises(UserError, match="has no samples yet"):
+    with pytest.raises(UserError, match="was trained on l1, and no shard set is there any more"):
         serve_report(tmp_path / "l1-k9", EvaluateConfig(device="cpu"))
 
 
