@@ -100,14 +100,20 @@ def run(
     """
     flags = {name: value for name, value in locals().items() if name not in ("config", "set_")}
     settings = _settings(config, set_, flags)
+    from matryoshka.terminal import note
+
     from .closing import close
     from .progress import HarvestDisplay
     from .ranks import Ranks
     from .run import harvest
+    from .text_files import describe_files, local_files
 
+    is_first = Ranks.from_environment().is_first
+    if is_first and (files := local_files(settings.dataset)) is not None:
+        note(describe_files(settings.dataset, files))
     with HarvestDisplay() as display:
         results = harvest(settings, display)
-    if Ranks.from_environment().is_first:
+    if is_first:
         close(results, config)
 
 

@@ -42,7 +42,7 @@ class HarvestConfig(Config):
     dataset_revision: str | None = None
     """Branch, tag or commit of a hub dataset; pin it to be able to repeat a harvest."""
     text_column: str = "text"
-    """Column (jsonl, parquet, hub) that holds the text."""
+    """Column (jsonl, parquet, hub) that holds the text; meta.text is the column text inside meta."""
     layer: Layer | None = None
     """Block of the language model, counted from 0."""
     layers: Annotated[tuple[Layer, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None

@@ -31,10 +31,10 @@ class HarvestResult:
     n_tokens: int
     n_tokens_planned: int
     bytes_on_disk: int
-    val_unit: Literal["document", "block"]
-    """As in the manifest: what val is made of."""
     measured: dict[str, float]
     """As in the manifest: compression ratio, and errors of a lossy codec."""
+    val_unit: Literal["document", "block"] = "document"
+    """As in the manifest: what val is made of."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import io
@@ -17,13 +16,10 @@ from matryoshka.config import digest
 from matryoshka.errors import UserError
 
 from .config import HarvestConfig
+from .text_files import COMPRESSED, kind_of, local_files
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-"""Kinds of files; the first two may also be compressed: .txt.gz, .jsonl.zst."""
-COMPRESSED = (".gz", ".zst")
 _ENCODING = "utf-8-sig"
 """UTF-8, without the byte order mark that some editors put first."""
-_GLOB_CHARACTERS = frozenset("*?[")
 
 
 def documents(config: HarvestConfig, facts: dict[str, Any] | None = None) -> Iterator[str]:
@@ -60,39 +56,10 @@ def dataset_facts(config: HarvestConfig, begun: dict[str, Any] | None = None) ->
     return facts | {"n_files": len(files), "n_bytes": sum(size for _, size in sizes), "files_digest": digest(sizes)}
 
 
-def local_files(dataset: str) -> list[Path] | None:
-    """The local files that `dataset` names, sorted, or None when it is the name of a hub dataset."""
-    path = Path(dataset)
-    if path.is_file():
-        found = [path]
-    elif path.is_dir():
-        found = sorted(file for file in path.rglob("*") if _kind(file) in SUFFIXES and file.is_file())
-    elif _GLOB_CHARACTERS & set(dataset):
-        found = sorted(Path(name) for name in glob.glob(dataset, recursive=True) if Path(name).is_file())
-    elif _kind(path) in SUFFIXES or dataset.startswith((".", "/", "~")):
-        raise UserError(f"the dataset {dataset} does not exist; give a file, a folder, a glob or a hub dataset name")
-    else:
-        return None
-    wrong = [file for file in found if _kind(file) not in SUFFIXES]
-    if wrong:
-        raise UserError(
-            f"the dataset file {wrong[0]} is none of {', '.join(SUFFIXES)} (nor .txt or .jsonl in .gz, .zst)"
-        )
-    if not found:
-        raise UserError(f"the dataset {dataset} holds no {', '.join(SUFFIXES)} file")
-    return found
-
-
-def _kind(file: Path) -> str:
-    """The suffix that says how to read a file, whether or not it is compressed; Parquet compresses by itself."""
-    inner = file.with_suffix("").suffix
-    return inner if file.suffix in COMPRESSED and inner in (".txt", ".jsonl") else file.suffix
-
-
 def _local_documents(files: list[Path], column: str) -> Iterator[str]:
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for file in files:
-        kind = _kind(file)
+        kind = kind_of(file)
         try:
             yield from readers[kind](file, column)
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
@@ -139,13 +106,27 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
 
     try:
         with parquet.ParquetFile(file) as table:
-            if column not in table.schema_arrow.names:
-                names = table.schema_arrow.names
+            names = table.schema_arrow.names
+            if column not in names and not _has_field(table.schema_arrow, column):
                 raise UserError(f"{file} has no column {column!r}, only {names}; set harvest.text_column")
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 yield from (_text_of(row, column, str(file)) for row in batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise UserError(f"the dataset file {file} cannot be read as Parquet: {_one_line(error)}") from error
+
+
+def _has_field(schema: Any, column: str) -> bool:
+    """Whether an Arrow schema has a nested column such as meta.text, which pyarrow reads by that name."""
+    import pyarrow
+
+    fields: Any = schema
+    for name in column.split("."):
+        if fields.get_field_index(name) < 0:
+            return False
+        fields = fields.field(name).type
+        if not pyarrow.types.is_struct(fields):
+            return name == column.rsplit(".", 1)[-1]
+    return True
 
 
 def _commit_of(dataset: str, revision: str | None) -> str | None:
@@ -192,13 +173,31 @@ def _distinct(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _text_of(row: Any, column: str, where: str) -> str:
-    text = row.get(column) if isinstance(row, dict) else None
-    if isinstance(row, dict) and column in row and text is None:
-        return ""  # a null is an empty document
-    if not isinstance(text, str):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where}: no text in column {column!r}, found {found}; set harvest.text_column")
-    return text
+    """The text in a row; `meta.text` is the text inside meta, unless there is a column of that whole name."""
+    value, path = row, [column] if isinstance(row, dict) and column in row else column.split(".")
+    for name in path:
+        if not isinstance(value, dict) or name not in value:
+            found = sorted(map(str, value)) if isinstance(value, dict) else _type_of(value)
+            raise UserError(f"{where}: no text in column {column!r}, found {found}; set harvest.text_column")
+        value = value[name]
+        if value is None:
+            return ""  # a null is an empty document
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: no text in column {column!r}, it holds {_type_of(value)}; set harvest.text_column to one of text"
+        )
+    return value
+
+
+def _type_of(value: Any) -> str:
+    """What is there in place of text, in words."""
+    if isinstance(value, dict):
+        return f"an object with {sorted(map(str, value))}, to be named as in meta.text"
+    if isinstance(value, list):
+        return f"a list of {len(value)} ({', '.join(sorted({type(one).__name__ for one in value})) or 'empty'})"
+    return {bytes: "bytes", bool: "a truth value", int: "a number (int)", float: "a number (float)"}.get(
+        type(value), f"a {type(value).__name__}"
+    )
 
 
 def _encodable(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,11 @@ def test_thirty_sets_are_one_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sets_that_were_finished_before(capsys: pytest.CaptureFixture[str]) -> None:
     close([made("l1", 0), made("l2", 0)])
     assert "nothing left to do" in capsys.readouterr().err
+
+
+def test_held_out_blocks_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    close([made("l1")])
+    assert "blocks" not in capsys.readouterr().err
+    close([replace(made("l1"), val_unit="block")])
+    said = "my data/l1: val is made of held-out blocks; train has other parts of the same documents"
+    assert said in capsys.readouterr().err.splitlines()

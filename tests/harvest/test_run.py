@@ -91,6 +91,7 @@ def test_complete_harvest(done: tuple[Path, str], tiny_gemma2: Path) -> None:
     assert (manifest.model["model"], manifest.model["weight_dtype"]) == (str(tiny_gemma2), "float32")
     assert shards.norm is not None
     assert shards.norm.kind == "rms"
+    assert "(40 .txt)" in said
     assert "4,000 tokens to harvest: about" in said
     assert "10 shards written (4,000 tokens" in said
     assert "bytes per token" in said

@@ -13,7 +13,8 @@ import pyarrow
 import pytest
 
 from harvest.config import HarvestConfig
-from harvest.text import dataset_facts, documents, local_files
+from harvest.text import dataset_facts, documents
+from harvest.text_files import local_files
 from matryoshka.errors import UserError
 
 
@@ -107,10 +108,38 @@ def test_wrong_columns(tmp_path: Path) -> None:
     message = refused(jsonl)
     assert "a.jsonl, line 2: no text in column 'text', found ['body', 'id']; set harvest.text_column" in message
     assert "no text in column 'text'" in refused(write_jsonl(tmp_path / "b.jsonl", [{"text": 5}]))
-    assert "found list" in refused(write_jsonl(tmp_path / "c.jsonl", [["text"]]))
+    assert "found a list of 1 (str)" in refused(write_jsonl(tmp_path / "c.jsonl", [["text"]]))
+    for value, what in (
+        (["a", 3], "a list of 2 (int, str)"),
+        (5, "a number (int)"),
+        (1.5, "a number (float)"),
+        (True, "a truth value"),
+        ({"body": "x"}, "an object with ['body'], to be named as in meta.text"),
+    ):
+        message = refused(write_jsonl(tmp_path / "d.jsonl", [{"text": value}]))
+        assert f"d.jsonl, line 1: no text in column 'text', it holds {what}; set harvest.text_column" in message
+    assert "it holds bytes" in refused(write_parquet(tmp_path / "bytes.parquet", text=[b"x"]))
+    assert "it holds a list of 1 (str)" in refused(write_parquet(tmp_path / "lists.parquet", text=[["x"]]))
     message = refused(write_parquet(tmp_path / "a.parquet", body=["x"], n=[1]))
     assert "has no column 'text', only ['body', 'n']; set harvest.text_column" in message
     assert "no text in column 'n'" in refused(tmp_path / "a.parquet", text_column="n")
+
+
+def test_nested_columns_are_named_with_dots(tmp_path: Path) -> None:
+    rows = [{"meta": {"text": "one", "n": 1}}, {"meta": None}, {"meta": {"text": None}}, {"meta": {"text": "two"}}]
+    for path in (write_jsonl(tmp_path / "a.jsonl", rows), write_parquet(tmp_path / "a.parquet", **_columns(rows))):
+        assert read(path, text_column="meta.text") == ["one", "two"]
+        assert "'meta.body'" in refused(path, text_column="meta.body")
+        assert "it holds a number (int)" in refused(path, text_column="meta.n")
+        assert "it holds an object with ['n', 'text']" in refused(path, text_column="meta")
+    # a column of that whole name wins
+    flat = [{"meta.text": "flat", "meta": {"text": "nested"}}]
+    assert read(write_jsonl(tmp_path / "b.jsonl", flat), text_column="meta.text") == ["flat"]
+    assert read(write_parquet(tmp_path / "b.parquet", **{"meta.text": ["flat"]}), text_column="meta.text") == ["flat"]
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def test_damaged_files(tmp_path: Path) -> None:
