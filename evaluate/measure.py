@@ -52,7 +52,7 @@ class Measurement:
         n_rows, n_curve = count_rows(shards, config.split, config.tokens), config.curve_tokens
         self._curve_step = 0 if n_curve == 0 else min(max(1, -(-n_rows // n_curve)), MAX_CURVE_STEP)
         self.threshold = ReconstructionSums()
-        self.batch_topk = ReconstructionSums() if with_topk else None
+        self.batch_topk = ReconstructionSums() if with_topk and transcoder.config.k is not None else None
         self.curve = CurveSums(config.curve_scales)
         self.breakdown = Breakdown(shards, n_prefixes, config.split, config.tokens)
         self.latents = LatentSums(transcoder.config.d_sae)
@@ -85,6 +85,7 @@ class Measurement:
 
     def _topk(self, x: Tensor, candidates: Active, passes: Tensor, floor: Tensor) -> _TopK:
         """What BatchTopK chooses in one batch."""
+        assert self._transcoder.config.k is not None
         n = self._transcoder.config.k * len(x)
         chosen = topk_among(candidates, n, floor)
         if chosen is None:

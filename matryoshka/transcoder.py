@@ -35,8 +35,8 @@ class TranscoderConfig(Config):
     """Width of the target activation."""
     group_sizes: Annotated[tuple[Count, ...], Field(min_length=1)]
     """Number of latents of each nested group; they are disjoint and sum to d_sae."""
-    k: Count
-    """Mean number of active latents in a row that it was trained for (BatchTopK)."""
+    k: Count | None
+    """Mean number of active latents in a row that it was trained for (BatchTopK); None where nobody says."""
     skip: bool = False
     """Whether an affine path x @ W_skip is added to the output."""
     input: str = "resid_mid"
@@ -54,7 +54,7 @@ class TranscoderConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> TranscoderConfig:
-        if self.k > self.d_sae:
+        if self.k is not None and self.k > self.d_sae:
             raise ValueError(f"k = {self.k} is more than the {self.d_sae} latents there are")
         return self
 
@@ -100,6 +100,15 @@ class Transcoder(nn.Module):
         if not config.skip:
             self.W_skip = None
 
+    def __repr__(self) -> str:
+        config = self.config
+        k = "unknown" if config.k is None else config.k
+        sites = f"{config.source_hook or config.source_site} as {config.input} -> {config.target_hook or '?'}"
+        return (
+            f"Transcoder({sites} of {config.model or '?'}, {config.d_in} -> {config.d_sae} latents -> {config.d_out}, "
+            f"prefixes {', '.join(map(str, self.prefix_ends))}, k {k}{', skip' if config.skip else ''})"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -110,53 +119,55 @@ class Transcoder(nn.Module):
         """Cumulative ends of the groups."""
         return self.config.prefix_ends
 
-    def pre_acts(self, x: Float[Tensor, "rows d_in"], n_groups: int | None = None) -> Float[Tensor, "rows latents"]:
+    def pre_acts(self, x: Float[Tensor, "*rows d_in"], n_groups: int | None = None) -> Float[Tensor, "*rows latents"]:
         """x @ W_enc + b_enc for the latents of the first `n_groups` groups (all by default)."""
         end = self._end(n_groups)
-        return torch.addmm(self.b_enc[:end], x.to(self.W_enc.dtype), self.W_enc[:, :end])
+        if x.shape[-1] != self.config.d_in:
+            raise UserError(f"the input is {x.shape[-1]} wide, and this transcoder reads {self.config.d_in}")
+        return _affine(x, self.W_enc[:, :end], self.b_enc[:end])
 
-    def encode(self, x: Float[Tensor, "rows d_in"], n_groups: int | None = None) -> Float[Tensor, "rows latents"]:
-        """Activations in threshold mode, [rows, m_n]."""
+    def encode(self, x: Float[Tensor, "*rows d_in"], n_groups: int | None = None) -> Float[Tensor, "*rows latents"]:
+        """Activations in threshold mode, [..., m_n]."""
         pre_acts = self.pre_acts(x, n_groups)
-        return torch.where(pre_acts > self.threshold[: pre_acts.shape[1]], pre_acts, 0.0).relu_()
+        return torch.where(pre_acts > self.threshold[: pre_acts.shape[-1]], pre_acts, 0.0).relu_()
 
     def decode(
         self,
-        acts: Float[Tensor, "rows latents"],
+        acts: Float[Tensor, "*rows latents"],
         n_groups: int | None = None,
         *,
-        x: Float[Tensor, "rows d_in"] | None = None,
-    ) -> Float[Tensor, "rows d_out"]:
+        x: Float[Tensor, "*rows d_in"] | None = None,
+    ) -> Float[Tensor, "*rows d_out"]:
         """Reconstruction from the first `n_groups` groups. A skip transcoder needs the input `x` too."""
-        end = min(self._end(n_groups), acts.shape[1])
-        return torch.addmm(self._base(acts, x), acts[:, :end], self.W_dec[:end])
+        end = min(self._end(n_groups), acts.shape[-1])
+        return _plus_product(self._base(acts, x), acts[..., :end], self.W_dec[:end])
 
     def nested(
-        self, acts: Float[Tensor, "rows d_sae"], *, x: Float[Tensor, "rows d_in"] | None = None
-    ) -> list[Float[Tensor, "rows d_out"]]:
+        self, acts: Float[Tensor, "*rows d_sae"], *, x: Float[Tensor, "*rows d_in"] | None = None
+    ) -> list[Float[Tensor, "*rows d_out"]]:
         """Every nested reconstruction y_hat_1 ... y_hat_G. Each group is decoded once and the sums cumulate."""
         y_hat = self._base(acts, x)
         nested = []
         start = 0
         for end in self.prefix_ends:
-            y_hat = torch.addmm(y_hat, acts[:, start:end], self.W_dec[start:end])
+            y_hat = _plus_product(y_hat, acts[..., start:end], self.W_dec[start:end])
             nested.append(y_hat)
             start = end
         return nested
 
-    def forward(self, x: Float[Tensor, "rows d_in"], n_groups: int | None = None) -> Float[Tensor, "rows d_out"]:
+    def forward(self, x: Float[Tensor, "*rows d_in"], n_groups: int | None = None) -> Float[Tensor, "*rows d_out"]:
         """decode(encode(x)) with the first `n_groups` groups."""
         return self.decode(self.encode(x, n_groups), n_groups, x=x)
 
-    def active_groups(self, x: Float[Tensor, "rows d_in"]) -> Int[Tensor, " rows"]:
+    def active_groups(self, x: Float[Tensor, "*rows d_in"]) -> Int[Tensor, "*rows"]:
         """How many groups each row needs: 1 + the last group with an active latent, 0 without any. int64.
 
         Decoding a row with that many groups gives its full reconstruction.
         """
-        firing = (self.encode(x) > 0).split(list(self.config.group_sizes), dim=1)
-        fires = torch.stack([group.any(dim=1) for group in firing], dim=1)
-        numbers = torch.arange(1, fires.shape[1] + 1, device=fires.device)
-        return (fires * numbers).amax(dim=1)
+        firing = (self.encode(x) > 0).split(list(self.config.group_sizes), dim=-1)
+        fires = torch.stack([group.any(dim=-1) for group in firing], dim=-1)
+        numbers = torch.arange(1, fires.shape[-1] + 1, device=fires.device)
+        return (fires * numbers).amax(dim=-1)
 
     def save(self, folder: Path) -> None:
         """Write the two files into `folder`, weights first: a folder without config.json is not a transcoder."""
@@ -208,7 +219,8 @@ class Transcoder(nn.Module):
         """The first `n_groups` groups as a smaller transcoder of its own: a copy, with the same b_dec and W_skip."""
         end = self._end(n_groups)
         sizes = self.config.group_sizes[:n_groups]
-        shorter = Transcoder(self.config.model_copy(update={"group_sizes": sizes, "k": min(self.config.k, end)}))
+        k = None if self.config.k is None else min(self.config.k, end)
+        shorter = Transcoder(self.config.model_copy(update={"group_sizes": sizes, "k": k}))
         weights = {name: parameter.detach() for name, parameter in self.named_parameters()}
         cut = {"W_enc": weights["W_enc"][:, :end], "W_dec": weights["W_dec"][:end]}
         cut |= {name: weights[name][:end] for name in ("b_enc", "threshold")}
@@ -225,11 +237,23 @@ class Transcoder(nn.Module):
         return spliced_into(self, model, n_groups)
 
     def set_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Copy in all weights by name; raises UserError unless names and shapes are exactly those of the config."""
+        """Copy in all weights by name.
+
+        Raises UserError unless names and shapes are exactly those of the config and every value is a finite float. A
+        threshold may be infinite: such a latent never fires.
+        """
         wanted = _shapes(self.config)
         found: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != wanted:
             raise UserError(f"the weights do not fit the config: expected the tensors {wanted}, found {found}")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise UserError(f"the weights {name} are {str(tensor.dtype).removeprefix('torch.')}, not floats")
+            bad = ~torch.isfinite(tensor)
+            if name == "threshold":
+                bad &= tensor != torch.inf
+            if n_bad := int(bad.sum()):
+                raise UserError(f"{n_bad} of the {tensor.numel()} values of {name} are not finite; the file is broken")
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(tensors[name])
@@ -243,10 +267,22 @@ class Transcoder(nn.Module):
 
     def _base(self, acts: Tensor, x: Tensor | None) -> Tensor:
         if self.W_skip is None:
-            return self.b_dec.expand(acts.shape[0], -1)
+            return self.b_dec.expand(*acts.shape[:-1], -1)
         if x is None:
             raise UserError("a skip transcoder needs its input to decode: pass x=")
-        return torch.addmm(self.b_dec, x.to(self.W_skip.dtype), self.W_skip)
+        return _affine(x, self.W_skip, self.b_dec)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight + bias over any leading dimensions; one GEMM of all rows."""
+    rows = torch.addmm(bias, x.reshape(-1, x.shape[-1]).to(weight.dtype), weight)
+    return rows.view(*x.shape[:-1], weight.shape[1])
+
+
+def _plus_product(base: Tensor, acts: Tensor, weight: Tensor) -> Tensor:
+    """base + acts @ weight over any leading dimensions."""
+    rows = torch.addmm(base.reshape(-1, base.shape[-1]), acts.reshape(-1, acts.shape[-1]), weight)
+    return rows.view(base.shape)
 
 
 def _shapes(config: TranscoderConfig) -> dict[str, tuple[int, ...]]:

@@ -132,6 +132,8 @@ def export(
 
     exported = export_runs(runs, form, prefix=prefix, out=out, n_layers=n_layers, shards=shards)
     typer.echo(f"{exported.folder} {'is there already' if exported.already_there else 'written'}")
+    for lost in exported.dropped:
+        typer.echo(f"not in it: {lost}")
     if push is not None:
         from matryoshka.interop.hub import upload
 

@@ -47,7 +47,7 @@ class LayerEntry(Config):
     source_hook: str
     target_hook: str
     input: str
-    k: int
+    k: int | None
     shard_set: str
     shard_set_digest: str
     n_rows: int
@@ -114,7 +114,7 @@ def _entry(report: Report, recovered: dict[int, float]) -> LayerEntry:
         source_hook=str(config.get("source_hook")),
         target_hook=str(config.get("target_hook")),
         input=str(config.get("input")),
-        k=int(config.get("k", 0)),
+        k=config.get("k"),
         shard_set=report.shard_set.name,
         shard_set_digest=report.shard_set.digest,
         n_rows=report.n_rows,

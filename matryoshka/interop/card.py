@@ -73,7 +73,10 @@ def model_card(transcoders: Sequence[Transcoder], form: str, place: str, origin:
             "nested prefixes",
             f"the first {ends} latents are complete transcoders" if len(config.prefix_ends) > 1 else "none",
         ),
-        ("active latents in a row", f"{config.k} on average, as trained at full width"),
+        (
+            "active latents in a row",
+            None if config.k is None else f"{config.k} on average, as trained at full width",
+        ),
         ("skip connection", "yes" if config.skip else "no"),
         ("text", origin.dataset),
         ("context", None if origin.ctx_len is None else f"{origin.ctx_len:,} tokens"),

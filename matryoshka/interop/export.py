@@ -35,6 +35,8 @@ class Exported:
     """Where the weights lie: `folder`, or below it where the format wants so."""
     already_there: bool
     """Whether the folder held just this already, so that nothing was written."""
+    dropped: tuple[str, ...] = ()
+    """What the format has no room for, in words; also in export.json."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +73,7 @@ def export(
     check_directory(out)
     if out.is_dir() and any(out.iterdir()):
         _refuse_other(out, record)
-        return Exported(out, out / place, already_there=True)
+        return Exported(out, out / place, already_there=True, dropped=dropped(transcoders[0], form))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     make_directory(partial / place)
@@ -87,7 +89,28 @@ def export(
         fsync_path(out.absolute().parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(out, out / place, already_there=False)
+    return Exported(out, out / place, already_there=False, dropped=dropped(transcoders[0], form))
+
+
+def dropped(transcoder: Transcoder, form: str) -> tuple[str, ...]:
+    """What somebody who opens the export with the format's own tool does not find in it."""
+    config = transcoder.config
+    ends = ", ".join(map(str, config.prefix_ends))
+    lost: list[str] = []
+    if form in ("delphi", "neuronpedia"):
+        lost.append("the weights: the format holds activations of latents")
+    if len(config.group_sizes) > 1 and form != "native":
+        if form in ("saelens", "gemma-scope-2", "circuit-tracer"):
+            lost.append(f"the nested prefixes {ends}: kept as matryoshka_widths, which only this project reads")
+        else:
+            lost.append(f"the nested prefixes {ends}; export one of them alone with --prefix")
+    if form == "gemma-scope":
+        if config.k is not None:
+            lost.append(f"k = {config.k}")
+        lost.append(
+            f"the model {config.model or 'of unknown name'} and its revision; the layer is in the folder's name"
+        )
+    return tuple(lost)
 
 
 def _place(transcoder: Transcoder, form: str, origin: Origin) -> str:
@@ -127,6 +150,7 @@ def _record(transcoders: Sequence[Transcoder], form: str, origin: Origin, materi
         "run": origin.run,
         "step": origin.step,
         "n_layers": origin.n_layers,
+        "dropped": list(dropped(transcoders[0], form)),
         "shard_set": None if material.shards is None else material.shards.digest,
         "samples": None if material.samples is None else material.samples.digest,
         "transcoders": {
@@ -152,7 +176,8 @@ def _refuse_other(out: Path, record: dict[str, Any]) -> None:
     if not (out / RECORD_FILE).is_file():
         raise UserError(f"{out} is not empty and was not made by `train export`; choose another --out")
     found = read_json(out / RECORD_FILE, what="export")
-    changes = changed_fields(found, json.loads(json.dumps(record)))
+    # Exports of before `dropped` was recorded say the same without it.
+    changes = changed_fields({**found, "dropped": record["dropped"]}, json.loads(json.dumps(record)))
     if changes:
         shown = "; ".join(changes[:3]) + ("; ..." if len(changes) > 3 else "")
         raise UserError(f"{out} holds another export ({shown}); choose another --out, or delete that folder")

@@ -36,7 +36,8 @@ def place(transcoder: Transcoder) -> str:
     config = transcoder.config
     layer, _ = split_hook(output_hook(config))
     affine = "_affine" if config.skip else ""
-    return f"transcoder/layer_{layer}_width_{width_name(config.d_sae)}_l0_{config.k}{affine}"
+    l0 = "unknown" if config.k is None else config.k
+    return f"transcoder/layer_{layer}_width_{width_name(config.d_sae)}_l0_{l0}{affine}"
 
 
 def write(transcoder: Transcoder, folder: Path, origin: Origin) -> None:  # noqa: ARG001 -- as every format's

@@ -74,13 +74,13 @@ def build(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
     """Our form of foreign weights, which are already named and oriented as ours; `path` is for messages.
 
     `facts` are fields of TranscoderConfig. A foreign transcoder has no groups and says no k: one group of all its
-    latents, and k = d_sae for "as many as pass", unless `facts` knows better.
+    latents, and k unknown, unless `facts` knows better.
     """
     missing = [name for name in WEIGHTS if name not in tensors]
     if missing or tensors["W_enc"].ndim != 2 or tensors["W_dec"].ndim != 2:
         raise UserError(f"{path} holds the arrays {', '.join(sorted(tensors))}; expected {', '.join(WEIGHTS)}")
     d_in, d_sae = tensors["W_enc"].shape
-    content = {"group_sizes": (d_sae,), "k": d_sae, **facts}
+    content = {"group_sizes": (d_sae,), "k": None, **facts}
     transcoder = Transcoder(
         TranscoderConfig(d_in=d_in, d_out=tensors["W_dec"].shape[1], skip="W_skip" in tensors, **content)
     )

@@ -135,6 +135,14 @@ class Place(ABC):
         """The place for Zarr."""
 
 
+_LEFT_BY_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+
+
+def is_left_by_system(name: str) -> bool:
+    """Whether a file manager or a copy between systems made it: macOS's `._name` beside each file, views of folders."""
+    return name.startswith("._") or name in _LEFT_BY_SYSTEMS
+
+
 class Folder(Place):
     """A shard set on a disk."""
 
@@ -161,10 +169,12 @@ class Folder(Place):
         return shutil.disk_usage(place).free
 
     def tops(self) -> list[str]:
-        return [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
+        names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
+        return [name for name in names if not is_left_by_system(name)]
 
     def keys(self, folder: str) -> list[str]:
-        return [f"{folder}/{file.name}" for file in sorted((self.path / folder).glob("*")) if file.is_file()]
+        files = [file for file in sorted((self.path / folder).glob("*")) if file.is_file()]
+        return [f"{folder}/{file.name}" for file in files if not is_left_by_system(file.name)]
 
     def holds(self, key: str) -> bool:
         return (self.path / key).resolve().is_relative_to(self.path.resolve())

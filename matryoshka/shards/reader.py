@@ -79,6 +79,14 @@ class Split:
         self._factors = lru_cache(maxsize=8)(self._read_factors)
         self._files: dict[str, ShardFiles | None] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To the workers of a DataLoader: open files and caches stay behind.
+        return ShardSet.split, (self._set, self.name)
+
+    def __repr__(self) -> str:
+        n_rows = sum(record.n_rows for record in self._set.records if record.split == self.name)
+        return f"<{self.name}: {n_rows:,} rows in {self.n_contexts:,} contexts, {self.n_shards} shards>"
+
     def tokens(self, shard: int) -> Tensor:
         """Token ids of a shard, int32 [n_contexts, ctx_len]."""
         return torch.from_numpy(self._ids("tokens", shard))
@@ -191,6 +199,19 @@ class ShardSet:
         first = record_name("train", 0)
         _check_files(place, manifest.summary, layout.summary_keys(manifest), first, sizes, verify=verify)
         return cls(place, manifest, records, layout.open_root(place, writable=False))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens it anew: no handle of a file or a connection goes along.
+        return ShardSet.open, (self.path,)
+
+    def __repr__(self) -> str:
+        source, target = (
+            f"{side.site} of layer {side.layer} ({side.width})" for side in (self.manifest.source, self.manifest.target)
+        )
+        return (
+            f"ShardSet({str(self.path)!r}: {source} -> {target} of {self.manifest.model.get('model')}, contexts of "
+            f"{self.ctx_len}, {self.train}, {self.val}, held-out {self.val_unit}s)"
+        )
 
     @property
     def path(self) -> Path | str:

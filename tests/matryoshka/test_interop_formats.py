@@ -83,8 +83,11 @@ def test_gemma_scope_comes_back(make: Make, tmp_path: Path) -> None:
         again = Transcoder.from_pretrained(place)
         same_weights(make(), again)
         # the file knows neither groups nor k; layer and model stand in the path
-        expected = make().config.model_copy(update={"group_sizes": (48,), "k": 48})
+        expected = make().config.model_copy(update={"group_sizes": (48,), "k": None})
         assert again.config == expected
+    record = json.loads((tmp_path / "gemma-scope-2b-pt-transcoders" / "export.json").read_text())
+    assert record["dropped"] == list(exported.dropped)
+    assert [line.partition(" ")[0] for line in exported.dropped] == ["the", "k", "the"]  # groups, k, model
     export([again], "gemma-scope", tmp_path / "again")
     assert (tmp_path / "again" / "layer_3" / "width_48" / "canonical" / "params.npz").read_bytes() == (
         exported.weights / "params.npz"
