@@ -14,7 +14,7 @@ from matryoshka.errors import UserError
 from matryoshka.locations import location
 from matryoshka.runs import CHECKPOINTS, RUN_FILE, read_json
 from matryoshka.shards import ShardSet
-from matryoshka.shards.reader import has_manifest
+from matryoshka.shards.records import has_manifest
 
 from .checkpoint import Checkpoint
 

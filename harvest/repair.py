@@ -12,7 +12,7 @@ from matryoshka.config import explain
 from matryoshka.errors import UserError
 from matryoshka.lm.weights_digest import weights_digest
 from matryoshka.shards.place import place_of
-from matryoshka.shards.reader import read_manifest
+from matryoshka.shards.records import read_manifest
 from matryoshka.shards.verify import Verdict, discard, verify
 
 from .config import HarvestConfig

@@ -20,7 +20,7 @@ import torch
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.shards import CommitRecord, Manifest, ShardSetWriter
-from matryoshka.shards.reader import read_records
+from matryoshka.shards.records import read_records
 
 from .background import background
 from .batch_memory import forget, remember, remembered

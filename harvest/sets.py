@@ -13,7 +13,7 @@ from matryoshka.runs import changed_fields, provenance, refuse_changes
 from matryoshka.shards import Manifest, ShardSet, SiteFacts, SplitPlan, extend_splits, plan_splits
 from matryoshka.shards.manifest import NormFacts
 from matryoshka.shards.place import Place, place_of
-from matryoshka.shards.reader import has_manifest, read_manifest, read_records
+from matryoshka.shards.records import has_manifest, read_manifest, read_records
 from matryoshka.shards.writer import check_place
 from matryoshka.sites import HookPair, Norm, Site
 

@@ -133,7 +133,7 @@ def _pass(layers: list[int], places: dict[int, Path | str], form: str) -> list[s
 
 def _tokens_of(place: Path | str) -> int:
     """The tokens that a set which was begun is to have; 0 where there is none that could be read."""
-    from matryoshka.shards.reader import read_manifest
+    from matryoshka.shards.records import read_manifest
 
     try:
         tokens = read_manifest(place).settings.get("tokens")

@@ -14,7 +14,7 @@ from matryoshka.interop.origin import Origin
 from matryoshka.locations import location
 from matryoshka.runs import RUN_FILE, read_json
 from matryoshka.shards import ShardSet
-from matryoshka.shards.reader import has_manifest, read_manifest
+from matryoshka.shards.records import has_manifest, read_manifest
 from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE, Transcoder
 
 from .checkpoint import STATE_FILE, list_checkpoints

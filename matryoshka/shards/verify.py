@@ -14,7 +14,8 @@ from matryoshka.errors import UserError
 from matryoshka.shards import layout
 from matryoshka.shards.manifest import MANIFEST_FOLDER, CommitRecord, Manifest, record_name
 from matryoshka.shards.place import Place, place_of
-from matryoshka.shards.reader import ROOT_FILE, ShardSet, held, parse_record, problem_with, read_manifest, read_root
+from matryoshka.shards.reader import ShardSet, problem_with
+from matryoshka.shards.records import ROOT_FILE, held, parse_record, read_manifest, read_root
 
 
 @dataclass(frozen=True, slots=True)

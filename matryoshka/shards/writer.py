@@ -29,7 +29,7 @@ from matryoshka.shards.manifest import (
 )
 from matryoshka.shards.place import Place, place_of
 from matryoshka.shards.quantiles import quantiles
-from matryoshka.shards.reader import ROOT_FILE, has_manifest, read_manifest, read_records
+from matryoshka.shards.records import ROOT_FILE, has_manifest, read_manifest, read_records
 from matryoshka.shards.row_sums import row_sums
 from matryoshka.shards.scaled import to_scaled
 from matryoshka.sites import Norm

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from matryoshka.lm import LanguageModel
 from matryoshka.shards import ShardSet
-from matryoshka.shards.reader import read_manifest
+from matryoshka.shards.records import read_manifest
 
 LOAD = LanguageModel.__dict__["load"]  # the fixture `cli` gives another model
 Cli = Callable[..., tuple[int, str, str]]
