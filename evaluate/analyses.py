@@ -27,14 +27,15 @@ class Entry:
 
 ANALYSES = (
     Entry("run", ".run", "RunAnalysis"),
-    Entry("faithfulness", ".intervention.faithfulness", "FaithfulnessAnalysis"),
+    Entry("samples", ".samples", "SamplesAnalysis"),
     Entry("hierarchy", ".structure.hierarchy", "HierarchyAnalysis"),
     Entry("logits", ".intervention.logits", "LogitsAnalysis"),
-    Entry("ablate", ".intervention.ablation", "AblateAnalysis"),
+    Entry("faithfulness", ".intervention.faithfulness", "FaithfulnessAnalysis"),
     Entry("absorption", ".probing.absorption_run", "AbsorptionAnalysis"),
     Entry("probing", ".probing.sparse_probing", "ProbingAnalysis"),
-    Entry("samples", ".samples", "SamplesAnalysis"),
+    Entry("ablate", ".intervention.ablation", "AblateAnalysis"),
 )
+"""In the order in which the pages name them."""
 
 
 def load_analysis(name: str) -> Any:

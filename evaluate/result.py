@@ -12,12 +12,12 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ValidationError
 
 from matryoshka.config import Config
-from matryoshka.runs import changed_fields, fsync_path, publish_json
+from matryoshka.runs import fsync_path, publish_json
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
@@ -144,28 +144,13 @@ def result_folder(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConf
     return folder if config.prefix is None else folder / f"prefix-{config.prefix}"
 
 
-def identity_of(
-    transcoder: Checkpoint | TranscoderFacts, shard_set: ShardSet | ShardSetFacts, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def identity_of(transcoder: TranscoderFacts, shard_set: ShardSetFacts, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Weights, rows and settings: the same for the same numbers."""
     return {
         "transcoder": {"step": transcoder.step, "sha256": transcoder.sha256},
         "shard_set": {"digest": shard_set.digest},
         "settings": settings,
     }
-
-
-class _HasIdentity(Protocol):
-    def identity(self) -> dict[str, Any]: ...
-
-
-AnyT = TypeVar("AnyT", bound=_HasIdentity)
-
-
-def already_answered(existing: AnyT | None, identity: Mapping[str, Any]) -> tuple[AnyT | None, tuple[str, ...]]:
-    """`existing` where it has this identity, else None; and how it differs, one "key: old -> new" each."""
-    changes = () if existing is None else tuple(changed_fields(existing.identity(), identity))
-    return None if changes else existing, changes
 
 
 def finite(value: float) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from matryoshka.tables import FactTable
 from matryoshka.terminal import console, note, show
 from matryoshka.tokens import TokenTexts
 
+from .analyses import load_analysis
 from .report.logit_tokens import LOGITS_FILE, LogitTokens
 from .report.relations import Relations
 from .samples import find_samples
@@ -67,26 +67,22 @@ def show_latent(
 def _facts(folder: Path, mark: SamplesMark, latent: int, text_of: Callable[[int], str]) -> list[tuple[str, str]]:
     """What `evaluate logits` and `evaluate hierarchy` found of the same weights, where they were run."""
     d_sae, found = sum(mark.transcoder.config["group_sizes"]), []
-    if _is_of_same_weights(folder / "logits.json", mark):
+    if _is_there("logits", folder, mark):
         sides = LogitTokens(folder / LOGITS_FILE, d_sae).of(latent)
         for name, pairs in zip(("raises the logits of", "lowers the logits of"), sides, strict=True):
             words = " ".join(repr(visible(text_of(token))) for token, _ in pairs[:_SHOWN])
             found.append((name, words or "no token"))
-    if _is_of_same_weights(folder / "hierarchy.json", mark):
+    if _is_there("hierarchy", folder, mark):
         parents = Relations(folder, d_sae, with_clusters=False).of(latent).get("parents", [])
         words = ", ".join(f"{parent} (on {inside:.0%} of its rows)" for parent, inside, *_ in parents[:_SHOWN])
         found.append(("parents", words or "none"))
     return found
 
 
-def _is_of_same_weights(path: Path, mark: SamplesMark) -> bool:
-    """Whether the record at `path`, of whatever version, is of the weights of the samples."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    transcoder = record.get("transcoder") if isinstance(record, dict) else None
-    return isinstance(transcoder, dict) and transcoder.get("sha256") == mark.transcoder.sha256
+def _is_there(name: str, folder: Path, mark: SamplesMark) -> bool:
+    """Whether the result of the analysis `name` is in `folder`, of the weights of the samples."""
+    found = load_analysis(name).result.read(folder)
+    return found is not None and found.transcoder.sha256 == mark.transcoder.sha256
 
 
 def token_text(

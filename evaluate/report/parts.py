@@ -10,29 +10,20 @@ from typing import Any
 
 from matryoshka.transcoder import Transcoder
 
+from ..analyses import ANALYSES, load_analysis
 from ..compare import COMPARISON_FILE
 from ..contenders import Contender
+from ..intervention.ablation_file import ABLATIONS_FOLDER, Ablation
 from .relations import CLUSTERS_FILE
 
+PARTS = tuple(entry.name for entry in ANALYSES if entry.name not in ("run", "samples", "ablate"))
+"""Those that a page can be without: each is made of a report and samples, and `ablate` has a file a latent."""
 COMMANDS = {
-    "hierarchy": "evaluate hierarchy RUN",
-    "logits": "evaluate logits RUN",
-    "faithfulness": "evaluate faithfulness RUN",
-    "absorption": "evaluate absorption RUN",
-    "probing": "evaluate probing RUN",
+    **{name: f"evaluate {name} RUN" for name in PARTS},
     "ablations": "evaluate ablate RUN LATENT",
     "comparison": "evaluate compare RUN OTHER --out RUN/eval/SET",
 }
 """Part -> the command that makes it, as a page shows it."""
-_RECORDS = {
-    "hierarchy": ("hierarchy.json", "hierarchy.parquet", "cofiring.parquet"),
-    "logits": ("logits.json", "logits.parquet"),
-    "faithfulness": ("faithfulness.json",),
-    "absorption": ("absorption.json",),
-    "probing": ("probing.json",),
-}
-"""Part -> its JSON file, and the tables beside it without which it is not there."""
-ABLATIONS_FOLDER = "ablations"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +60,20 @@ def find_parts(folder: Path, sha256: str, compared: Callable[[], set[str]] | Non
     `compared` gives the digests by which a comparison may name the weights; without it any comparison is taken.
     """
     records, stale = {}, []
-    for name, (file, *tables) in _RECORDS.items():
-        content = _record(folder / file)
-        if content is None or not all((folder / table).is_file() for table in tables):
+    for name in PARTS:
+        content = load_analysis(name).result.read(folder)
+        if content is None:
             continue
-        if weights_of(content) == sha256:
-            records[name] = content
+        if content.transcoder.sha256 == sha256:
+            records[name] = content.model_dump(mode="json")
         else:
             stale.append(name)
     ablations = {}
     for path in sorted((folder / ABLATIONS_FOLDER).glob("*.json")):
-        content = _record(path)
+        found = Ablation.read(folder, f"{ABLATIONS_FOLDER}/{path.name}")
         # The page speaks of a latent that is taken out; `ablate --scale` may have measured something else.
-        taken_out = content is not None and content.get("scale") == 0
-        if content is not None and taken_out and path.stem.isdecimal() and weights_of(content) == sha256:
-            ablations[int(path.stem)] = content
+        if found is not None and found.scale == 0 and found.transcoder.sha256 == sha256:
+            ablations[found.latent] = found.model_dump(mode="json")
     comparison = _record(folder / COMPARISON_FILE)
     if comparison is not None and compared is not None:
         digests = compared()
@@ -98,12 +88,6 @@ def compared_digests(transcoder: Transcoder) -> set[str]:
     n_groups = len(transcoder.config.group_sizes)
     prefixes = [transcoder, *(transcoder.prefix(i) for i in range(1, n_groups))]
     return {Contender("", prefix).digest() for prefix in prefixes}
-
-
-def weights_of(content: dict[str, Any]) -> str | None:
-    """sha256 of the weights that a result file says it is of."""
-    facts = content.get("transcoder")
-    return facts.get("sha256") if isinstance(facts, dict) else None
 
 
 def _record(path: Path) -> dict[str, Any] | None:

@@ -6,9 +6,8 @@ faithfulness.json, where `evaluate faithfulness` made one. FVU and L0 are shares
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from matryoshka.config import Config
 from matryoshka.errors import UserError
@@ -16,10 +15,10 @@ from matryoshka.interop.hook_names import split_hook
 from matryoshka.runs import make_directory, publish_json
 
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
+from ..intervention.faithfulness_file import Faithfulness
 from ..report_file import Report
 
 LAYERS_FILE = "layers.json"
-_FAITHFULNESS_FILE = "faithfulness.json"
 
 
 class LayerPrefix(Config):
@@ -132,11 +131,8 @@ def _layer(hook: str) -> int | None:
 
 def _recovered(folder: Path, sha256: str) -> dict[int, float]:
     """ce_recovered of each prefix end, when a faithfulness.json of the same weights is there."""
-    try:
-        content: Any = json.loads((folder / _FAITHFULNESS_FILE).read_text(encoding="utf-8"))
-        if content["format_version"] != 1 or content["transcoder"]["sha256"] != sha256:
-            return {}
-        pairs = [(prefix["prefix_end"], prefix["ce_recovered_zero"]) for prefix in content["prefixes"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    found = Faithfulness.read(folder)
+    if found is None or found.transcoder.sha256 != sha256:
         return {}
-    return {end: float(value) for end, value in pairs if isinstance(end, int) and isinstance(value, (int, float))}
+    pairs = {prefix.prefix_end: prefix.ce_recovered_zero for prefix in found.prefixes}
+    return {end: value for end, value in pairs.items() if value is not None}

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from evaluate.config import EvaluateConfig
+from evaluate.intervention.ablation_file import Ablation
+from evaluate.intervention.faithfulness_file import Faithfulness
+from evaluate.intervention.logits import Logits
 from evaluate.probing.first_letter import is_test_word
+from evaluate.result import Result
+from evaluate.structure.hierarchy_file import Hierarchy
 from matryoshka.lm import LanguageModel
 from matryoshka.runs import publish_json
 from matryoshka.shards import Manifest, ShardSet, ShardSetWriter, SiteFacts, SplitPlan
@@ -168,6 +173,36 @@ def kept_rows(shards: ShardSet, limit: int | None = None) -> dict[str, Tensor]:
     }
 
 
+def small_results(facts: dict[str, Any]) -> dict[str, Result]:
+    """A small result of each analysis that needs a language model, clusters or words; `facts` are those of `Result`.
+
+    Whoever needs other numbers changes them with `model_copy`. Their tables are not made.
+    """
+    spliced = {"l0": 4.0, "ce_loss_spliced": 3.2, "ce_increase": 0.2, "kl": 0.2, "top1_agreement": 0.8}
+    intervals = dict.fromkeys(("ce_increase_interval", "ce_recovered_zero_interval", "ce_recovered_mean_interval"))
+    prefixes = [
+        {
+            **{**spliced, **intervals, "kl_interval": None, "prefix": i + 1, "prefix_end": end},
+            **{"ce_recovered_zero": 0.9, "ce_recovered_mean": 0.5 + i / 8},
+        }
+        for i, end in enumerate((6, 17, 48))
+    ]
+    losses = {"ce_loss_clean": 3.0, "ce_loss_ablated_zero": 5.0, "ce_loss_ablated_mean": 4.0}
+    divergences = {"kl_ablated_zero": 2.0, "kl_ablated_mean": 1.0, "n_contexts": 9, "n_tokens": 1234}
+    changes = {"mean_act": 2.0, "loss_change": 0.15, "kl": 0.0123456, "top1_changed": 0.25, "loss_change_later": None}
+    counts = {"n_contexts_firing": 5, "n_contexts": 5, "n_positions": 7, "n_later": 0, "kl_later": None}
+    ablation = {"latent": 20, "scale": 0.0, **changes, **counts, "loss_change_interval": [0.1, 0.2], "lowered": []}
+    relations = {"n_rows": 9, "fvu_without_latents": None, "groups": [], "pairs": [], "n_edges": 0, "clusters": None}
+    return {
+        "logits": Logits.model_validate({**facts, "norm": "rms", "n_tokens": 40}),
+        "hierarchy": Hierarchy.model_validate({**facts, **relations}),
+        "faithfulness": Faithfulness.model_validate({**facts, **losses, **divergences, "prefixes": prefixes}),
+        "ablate": Ablation.model_validate(
+            {**facts, **ablation, "raised": [{"token": 36, "text": "ignored", "effect": 0.25}]}
+        ),
+    }
+
+
 class Made:
     """The makers above, for tests (which cannot import a conftest)."""
 
@@ -176,6 +211,7 @@ class Made:
     run = staticmethod(save_run)
     kept_rows = staticmethod(kept_rows)
     norm = staticmethod(random_norm)
+    results = staticmethod(small_results)
     d_in, d_out, ctx_len, group_sizes = D_IN, D_OUT, CTX_LEN, GROUP_SIZES
     facts = FACTS
 

@@ -52,15 +52,21 @@ def test_the_numbers_are_those_of_the_reports(runs: list[Path], val_set: ShardSe
     assert layers_table(layers).row_count == 6
 
 
-def test_cross_entropy_recovered_where_it_was_measured(runs: list[Path]) -> None:
+def test_cross_entropy_recovered_where_it_was_measured(runs: list[Path], made: Any) -> None:
     (folder,) = (runs[0] / "eval").iterdir()
-    sha256 = json.loads((folder / "report.json").read_text())["transcoder"]["sha256"]
-    prefixes = [{"prefix_end": 17, "ce_recovered_zero": 0.5}, {"prefix_end": 48, "ce_recovered_zero": None}]
-    content = {"format_version": 1, "transcoder": {"sha256": sha256}, "prefixes": prefixes}
-    publish_json(folder / "faithfulness.json", content)
+    report = json.loads((folder / "report.json").read_text())
+    facts = {name: report[name] for name in ("transcoder", "shard_set", "settings")}
+    content = made.results(facts)["faithfulness"].model_dump(mode="json")
+    shares = {17: 0.5, 48: None}
+    prefixes = [
+        {**prefix, "ce_recovered_zero": shares[prefix["prefix_end"]]}
+        for prefix in content["prefixes"]
+        if prefix["prefix_end"] in shares
+    ]
+    publish_json(folder / "faithfulness.json", {**content, "prefixes": prefixes})
     late = compare_layers(runs).entries[1]
     assert [prefix.ce_recovered for prefix in late.prefixes] == [None, 0.5, None]
-    publish_json(folder / "faithfulness.json", {**content, "transcoder": {"sha256": "of other weights"}})
+    publish_json(folder / "faithfulness.json", {**content, "transcoder": {**report["transcoder"], "sha256": "other"}})
     assert {prefix.ce_recovered for prefix in compare_layers(runs).entries[1].prefixes} == {None}
 
 

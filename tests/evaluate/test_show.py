@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from evaluate.samples import SamplesAnalysis
 from evaluate.samples_file import SamplesMark, Window
 from evaluate.show import show_latent, visible, window_line
 from matryoshka.errors import UserError
+from matryoshka.runs import publish_json
 from matryoshka.shards import ShardSet
 
 
@@ -87,7 +87,7 @@ def test_only_the_largest(run: Path, tmp_path: Path) -> None:
     assert plain(run, tmp_path).startswith(plain(run, tmp_path, top=2).rstrip("\n"))
 
 
-def test_what_other_results_say_of_it(run: Path, tmp_path: Path) -> None:
+def test_what_other_results_say_of_it(run: Path, made: Any, tmp_path: Path) -> None:
     folder = next(run.glob("eval/*"))
     mark = SamplesMark.read(folder)
     assert mark is not None
@@ -97,15 +97,20 @@ def test_what_other_results_say_of_it(run: Path, tmp_path: Path) -> None:
     edges = {"parent": [1, 2, 0], "child": [3, 3, 4], "p_parent_given_child": [0.25, 0.75, 1.0]}
     edges |= {name: [0.1] * 3 for name in ("p_child_given_parent", "lift", "cosine")}
     pq.write_table(pa.table(edges), folder / "hierarchy.parquet")
-    for name in ("logits", "hierarchy"):
-        (folder / f"{name}.json").write_text(json.dumps({"transcoder": {"sha256": mark.transcoder.sha256}}))
+    partners = {"latent": [3], "other": [4], "rank": [1], "n_both": [2], "jaccard": [0.5], "phi": [0.5]}
+    pq.write_table(pa.table(partners), folder / "cofiring.parquet")
+    facts = {"transcoder": mark.transcoder, "shard_set": mark.shard_set, "settings": {}}
+    results = {name: made.results(facts)[name] for name in ("logits", "hierarchy")}
+    for name, result in results.items():
+        publish_json(folder / f"{name}.json", result.model_dump(mode="json"))
     text = plain(run, tmp_path)
     assert "raises the logits of  ' w7' ' w5'\n" in text
     assert "lowers the logits of  '[red]x[/]'\n" in text
     assert "parents               2 (on 75% of its rows), 1 (on 25% of its rows)\n" in text
     # those of other weights are not shown
-    for name in ("logits", "hierarchy"):
-        (folder / f"{name}.json").write_text(json.dumps({"transcoder": {"sha256": "0" * 64}}))
+    other = mark.transcoder.model_copy(update={"sha256": "0" * 64})
+    for name, result in results.items():
+        publish_json(folder / f"{name}.json", result.model_copy(update={"transcoder": other}).model_dump(mode="json"))
     assert "raises" not in plain(run, tmp_path)
     assert "parents" not in plain(run, tmp_path)
 

@@ -63,7 +63,7 @@ def index(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def measured(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measured(index: Path, made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run after every command that measures something of it."""
     place = tmp_path_factory.mktemp("measured")
     run = place / index.parents[3].name
@@ -72,13 +72,13 @@ def measured(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     hierarchy = HierarchyConfig(clusters=False, min_rows=2)
     config = EvaluateConfig(shards=shards, device="cpu", bootstrap=10, hierarchy=hierarchy)
     folder = answer(HierarchyAnalysis(), [run], config)[0].path.parent
-    _measure(folder, json.loads((folder / "report.json").read_text()))
+    _measure(folder, json.loads((folder / "report.json").read_text()), made)
     pages = make_report(run, config, tokenizer=str(tokenizer))
     assert pages.notes == ()
     return pages.index
 
 
-def _measure(folder: Path, report: dict[str, Any]) -> None:
+def _measure(folder: Path, report: dict[str, Any], made: Any) -> None:
     """What the other commands write, in their formats, with numbers that a test can look for."""
     facts = {"format_version": 1, "transcoder": report["transcoder"], "shard_set": report["shard_set"], "settings": {}}
     record = json.loads((folder / "hierarchy.json").read_text())
@@ -100,18 +100,11 @@ def _measure(folder: Path, report: dict[str, Any]) -> None:
     logits["effect"] = [s * (2.5 - r) for s, r in zip(side, rank, strict=True)]
     kinds = {"latent": "int32", "side": "int8", "rank": "int16", "token": "int32", "effect": "float"}
     _table(folder / "logits.parquet", logits, kinds)
-    publish_json(folder / "logits.json", {**facts, "norm": "rms", "n_tokens": 40})
-    spliced = {"ce_recovered_zero": 0.9, "kl": 0.2, "top1_agreement": 0.8, "ce_loss_spliced": 3.2, "l0": 4.0}
-    prefixes = [
-        {**spliced, "prefix": i + 1, "prefix_end": end, "ce_recovered_mean": 0.5 + i / 8}
-        for i, end in enumerate((6, 17, 48))
-    ]
-    losses = {"ce_loss_clean": 3.0, "ce_loss_ablated_zero": 5.0, "ce_loss_ablated_mean": None, "n_tokens": 1234}
-    publish_json(folder / "faithfulness.json", {**facts, **losses, "prefixes": prefixes})
-    tokens = [{"token": 36, "text": "ignored", "effect": 0.25}]
-    ablation = {"latent": 20, "scale": 0.0, "kl": 0.0123456, "n_positions": 7, "raised": tokens, "lowered": []}
+    results = made.results(facts)
+    for name in ("logits", "faithfulness"):
+        publish_json(folder / results[name].FILE, results[name].model_dump(mode="json"))
     (folder / "ablations").mkdir()
-    publish_json(folder / "ablations" / "20.json", {**facts, **ablation, "loss_change_interval": [0.1, 0.2]})
+    publish_json(folder / "ablations" / "20.json", results["ablate"].model_dump(mode="json"))
     absorber = {"latent": 40, "n_rows": 3, "words": ["<b>apple"]}
     letter = {"letter": "a", "n_true_positives": 30, "main_latents": [4], "k_sparse_f1": [0.9]}
     letters = [{**letter, "absorption_fraction": 0.125, "full_absorption": 0.1, "missed": 0.2, "absorbers": [absorber]}]

@@ -185,7 +185,7 @@ def test_the_browser_filters_by_logit_token(full: Any) -> None:
 
 def test_the_scores_on_the_first_page(full: Any) -> None:
     full.go()
-    assert [row[3] for row in full.cells("#faithfulness")] == ["50.0%", "62.5%", "75.0%"]
+    assert [row[4] for row in full.cells("#faithfulness")] == ["50.0%", "62.5%", "75.0%"]
     assert full.cells("#absorption")[2][2] == "12.5% (10.0% \u2013 15.0%)"
     assert full.cells(".probing") == [
         ["first 6", "71.0%", "90.0%"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from evaluate.report.logit_tokens import LogitTokens
 from evaluate.report.parts import COMMANDS, find_parts
 from evaluate.report.relations import N_CHILDREN, Relations
 from evaluate.report.scores import absorption_facts, probing_facts
+from evaluate.result import Result
 from matryoshka.errors import UserError
+from matryoshka.runs import publish_json
 from matryoshka.shards import ShardSet
 
 
@@ -109,30 +110,41 @@ def test_logit_tokens_in_any_order_of_rows(tmp_path: Path) -> None:
         LogitTokens(tmp_path / "logits.parquet", 1)
 
 
-def test_results_of_other_weights_are_left_out(tmp_path: Path) -> None:
-    mine, other = ({"format_version": 1, "transcoder": {"sha256": sha}} for sha in ("aa", "bb"))
+def test_results_of_other_weights_are_left_out(made: Any, tmp_path: Path) -> None:
+    transcoder = {"run": "r", "step": 1, "config": {}}
+    names = ("name", "digest", "model", "source_hook", "target_hook")
+    shards = {**dict.fromkeys(names, "s"), "model_revision": None}
+    mine, other = (
+        made.results({"transcoder": {**transcoder, "sha256": sha}, "shard_set": shards, "settings": {}})
+        for sha in ("aa", "bb")
+    )
+
+    def publish(result: Result, file: str | None = None, **changes: Any) -> None:
+        publish_json(tmp_path / (file or result.FILE), {**result.model_dump(mode="json"), **changes})
+
     assert find_parts(tmp_path, "aa").missing() == COMMANDS
-    (tmp_path / "logits.json").write_text(json.dumps(mine))
+    publish(mine["logits"])
     # A mark without its table is no result.
     assert find_parts(tmp_path, "aa").records == {}
     for table in ("logits", "hierarchy", "cofiring"):
         (tmp_path / f"{table}.parquet").touch()
-    (tmp_path / "hierarchy.json").write_text(json.dumps(other))
-    (tmp_path / "probing.json").write_text(json.dumps({**mine, "format_version": 2}))
+    publish(other["hierarchy"])
+    publish(mine["faithfulness"], format_version=2)
     (tmp_path / "absorption.json").write_text('{"format_version": 1, "trans')
     (tmp_path / "ablations").mkdir()
     # Of 5 a part was made twice as strong: the pages speak of what is taken out.
-    kept = {"3": {**mine, "scale": 0.0}, "4": {**other, "scale": 0.0}, "5": {**mine, "scale": 2.0}}
-    for name, content in {**kept, "x": {**mine, "scale": 0.0}}.items():
-        (tmp_path / "ablations" / f"{name}.json").write_text(json.dumps(content))
+    publish(mine["ablate"], "ablations/3.json", latent=3)
+    publish(other["ablate"], "ablations/4.json", latent=4)
+    publish(mine["ablate"], "ablations/5.json", latent=5, scale=2.0)
     parts = find_parts(tmp_path, "aa")
-    assert set(parts.records) == {"logits"}
+    assert parts.records == {"logits": mine["logits"].model_dump(mode="json")}
     assert set(parts.ablations) == {3}
     assert parts.stale == ("hierarchy",)
     assert not parts.has_map()
     (tmp_path / "clusters.parquet").touch()
     assert not find_parts(tmp_path, "bb").has_map()
-    (tmp_path / "hierarchy.json").write_text(json.dumps({**other, "clusters": {"n_clusters": 2}}))
+    clusters = {"n_clusters": 2, "n_directions": 9, "share_clustered": 0.5, "share_mixed": None}
+    publish(other["hierarchy"], clusters=clusters)
     assert find_parts(tmp_path, "bb").has_map()
     assert set(parts.missing()) == {"hierarchy", "faithfulness", "absorption", "probing", "comparison"}
 
