@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from matryoshka.errors import UserError
 from matryoshka.locations import local_path
@@ -40,6 +41,22 @@ class Checkpoint:
         """Identity of the weights: sha256 of the safetensors file."""
         with (self.folder / WEIGHTS_FILE).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @cached_property
+    def training_batch(self) -> int | None:
+        """Rows of a batch in training; None where no run.json tells."""
+        config = run_record(self.folder).get("config")
+        n_rows = config.get("batch_tokens") if isinstance(config, dict) else None
+        return n_rows if isinstance(n_rows, int) and not isinstance(n_rows, bool) and n_rows > 0 else None
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """run.json of the run that the weights in `folder` belong to; empty for bare weights."""
+    parent = folder.resolve().parent
+    for run in (folder, *([parent.parent] if parent.name == CHECKPOINTS else [])):
+        if (run / RUN_FILE).is_file():
+            return read_json(run / RUN_FILE, what="run")
+    return {}
 
 
 def expand_fleets(runs: list[Path]) -> list[Path]:

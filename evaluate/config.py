@@ -177,7 +177,7 @@ class EvaluateConfig(Config):
     tokens: Count | None = None
     """Val rows to use, the first ones in reading order, context after context; all by default."""
     batch_rows: Count = 4096
-    """Rows measured at once; BatchTopK chooses among them."""
+    """Rows measured at once, but in `evaluate run`: it takes batches as large as in training."""
     curve_scales: Scales = (2.0, 1.5, 1.25, 1.0, 0.85, 0.7)
     """Factors on the thresholds for the L0-FVU curve."""
     curve_tokens: CountOrZero = 4096

@@ -97,6 +97,11 @@ class Report(Result):
     """Each prefix with activations cut at the stored threshold, as the transcoder is used."""
     batch_topk: tuple[PrefixNumbers, ...] | None
     """Each prefix with the k x rows largest activations of each batch, as in training; null without a k."""
+    batch_topk_rows: int | None = None
+    """Rows of such a batch, whatever the settings; the last one of the split may be smaller."""
+    batch_topk_as_trained: bool | None = None
+    """Whether that is the batch of the run's training; false where nothing tells how the weights were trained. Null,
+    as batch_topk_rows, where it was made when it depended on settings.batch_rows."""
     spread: L0Spread
     """Of the threshold mode."""
     curve: tuple[CurvePoint, ...]

@@ -49,8 +49,8 @@ def prefix_table(report: Report) -> ResultTable:
     rows = f"{report.n_rows:,} {report.shard_set.rows}"
     table = ResultTable(
         title=f"{run_and_step(report.transcoder)}{alone}, on {rows} of {report.shard_set.name}",
-        caption=f"+-: half the 95% interval of FVU, {over_documents(report.n_documents)}. top-k: FVU with BatchTopK as "
-        "in training. dead, dense: of the group",
+        caption=f"+-: half the 95% interval of FVU, {over_documents(report.n_documents)}. {_batch_topk(report)}dead, "
+        "dense: of the group",
     )
     total, prefixes, groups = report.total, report.threshold, report.groups
     columns = {
@@ -72,3 +72,13 @@ def prefix_table(report: Report) -> ResultTable:
     for cells in zip(*(cells for _, cells in shown.values()), strict=True):
         table.add_row(*cells)
     return table
+
+
+def _batch_topk(report: Report) -> str:
+    """Which batches BatchTopK chose in."""
+    if report.batch_topk is None:
+        return ""
+    if report.batch_topk_rows is None:
+        return "top-k: FVU with BatchTopK. "
+    of = "those of training" if report.batch_topk_as_trained else "those of training are not known"
+    return f"top-k: FVU with BatchTopK in batches of {report.batch_topk_rows:,} rows ({of}). "

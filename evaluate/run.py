@@ -21,6 +21,9 @@ from .report_tables import prefix_table, runs_table
 from .resume import Unfinished
 from .rows import check_rows, count_rows, row_batches
 
+UNKNOWN_BATCH = 4096
+"""Rows of a batch for weights of which no run.json says how they were trained."""
+
 
 class RunAnalysis(Analysis[Report]):
     """Every metric of a transcoder that needs no language model."""
@@ -30,7 +33,10 @@ class RunAnalysis(Analysis[Report]):
 
     def settings(self, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:  # noqa: ARG002
         """It has no section of its own: all that the others share."""
-        return config.content() | DOCUMENTS
+        content = config.content()
+        # Batches are those of training: no number here depends on this one.
+        del content["batch_rows"]
+        return content | DOCUMENTS
 
     def check(self, transcoder: Transcoder, shards: ShardSet, config: EvaluateConfig) -> None:  # noqa: ARG002
         """There must be rows."""
@@ -39,7 +45,8 @@ class RunAnalysis(Analysis[Report]):
     def make(self, job: Job) -> Report:
         """One pass, and the neighbours of the decoder's rows."""
         transcoder = job.transcoder_on_device()
-        sums = measure(transcoder, job.name, job.shards, job.config, job.progress, job.saved)
+        batch_rows = job.checkpoint.training_batch or UNKNOWN_BATCH
+        sums = measure(transcoder, job.name, job.shards, job.config, batch_rows, job.progress, job.saved)
         neighbours = decoder_neighbours(transcoder.W_dec)
         write_latents(job.saved.folder, transcoder, sums.latents, neighbours)
         return _report(transcoder, job, sums, neighbours)
@@ -54,17 +61,18 @@ def measure(
     name: str,
     shards: ShardSet,
     config: EvaluateConfig,
+    batch_rows: int,
     progress: Progress,
     saved: Unfinished | None = None,
 ) -> Measurement:
-    """One pass over the rows, from where `saved` says that it stood."""
+    """One pass over the rows, `batch_rows` at a time, from where `saved` says that it stood."""
     # A prefix was trained with the k of the whole: alone it has none.
     sums = Measurement(transcoder, shards, config, with_topk=config.prefix is None)
     n_rows = count_rows(shards, config.split, config.tokens)
     progress.started(name, n_rows)
     n_done = 0 if saved is None else saved.load(sums)
     progress.advanced(n_done)
-    for batch in row_batches(shards.split(config.split), config.batch_rows, config.tokens, n_done):
+    for batch in row_batches(shards.split(config.split), batch_rows, config.tokens, n_done):
         sums.add(batch)
         progress.advanced(len(batch))
         if saved is not None:
@@ -81,6 +89,8 @@ def _report(transcoder: Transcoder, job: Job, sums: Measurement, neighbours: Nei
         n_documents=breakdown.n_documents,
         threshold=sums.threshold.value(transcoder),
         batch_topk=None if sums.batch_topk is None else sums.batch_topk.value(transcoder),
+        batch_topk_rows=None if sums.batch_topk is None else job.checkpoint.training_batch or UNKNOWN_BATCH,
+        batch_topk_as_trained=None if sums.batch_topk is None else job.checkpoint.training_batch is not None,
         spread=breakdown.spread(sums.l0_histogram, config.bootstrap, config.seed),
         curve=sums.curve.value(),
         by_position=breakdown.by_position(),

@@ -12,11 +12,11 @@ from typing import Any
 
 from matryoshka.errors import UserError
 from matryoshka.locations import location
-from matryoshka.runs import CHECKPOINTS, RUN_FILE, read_json
+from matryoshka.runs import RUN_FILE
 from matryoshka.shards import ShardSet
 from matryoshka.shards.records import has_manifest
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, run_record
 
 
 def open_shards(checkpoint: Checkpoint, named: Path | str | None, note: Callable[[str], None]) -> ShardSet:
@@ -26,7 +26,7 @@ def open_shards(checkpoint: Checkpoint, named: Path | str | None, note: Callable
     """
     if named is not None:
         return ShardSet.open(named)
-    record = _record(checkpoint.folder)
+    record = run_record(checkpoint.folder)
     trained_on = _text(record, "config", "shards")
     if trained_on is None:
         raise UserError(
@@ -52,7 +52,7 @@ def open_shards(checkpoint: Checkpoint, named: Path | str | None, note: Callable
 
 def names_shards(folder: Path) -> bool:
     """Whether the weights in `folder`, or the run that it is, say what they were trained on."""
-    return _text(_record(folder), "config", "shards") is not None
+    return _text(run_record(folder), "config", "shards") is not None
 
 
 def tokenizer_name(shards: ShardSet) -> str:
@@ -60,15 +60,6 @@ def tokenizer_name(shards: ShardSet) -> str:
     tokenizer = shards.manifest.model.get("tokenizer")
     name = tokenizer.get("name") if isinstance(tokenizer, dict) else None
     return str(name or shards.manifest.model.get("model", ""))
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    """run.json of the run that the weights in `folder` belong to; empty for bare weights."""
-    parent = folder.resolve().parent
-    for run in (folder, *([parent.parent] if parent.name == CHECKPOINTS else [])):
-        if (run / RUN_FILE).is_file():
-            return read_json(run / RUN_FILE, what="run")
-    return {}
 
 
 def _text(record: Any, *keys: str) -> str | None:

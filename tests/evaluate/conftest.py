@@ -133,10 +133,11 @@ def save_run(
     steps: tuple[int, ...] = (100, 400),
     finished: bool = True,
     shards: ShardSet | None = None,
+    batch_tokens: int = 11,
 ) -> Path:
     """A run directory whose newest checkpoint holds `transcoder`; older ones hold other weights.
 
-    run.json says that it was trained on `shards`.
+    run.json says that it was trained on `shards`, in batches of `batch_tokens`.
     """
     for step in steps:
         newest = step == max(steps)
@@ -144,10 +145,11 @@ def save_run(
         folder = path / "checkpoints" / f"step-{step:06d}"
         other.save(folder)
         publish_json(folder / "state.json", {"format_version": 1, "step": step, "finished": newest and finished})
-    record: dict[str, Any] = {"format_version": 1}
+    config: dict[str, Any] = {"batch_tokens": batch_tokens}
+    record: dict[str, Any] = {"format_version": 1, "config": config}
     if shards is not None:
-        facts = {"name": shards.name, "digest": shards.digest}
-        record |= {"config": {"shards": str(shards.path)}, "identity": {"shard_set": facts}}
+        config["shards"] = str(shards.path)
+        record["identity"] = {"shard_set": {"name": shards.name, "digest": shards.digest}}
     publish_json(path / "run.json", record)
     return path
 

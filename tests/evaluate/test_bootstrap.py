@@ -60,9 +60,7 @@ def test_documents_are_those_of_the_rows(long_documents: ShardSet, made: Any, li
 def test_a_report_draws_documents(long_documents: ShardSet, made: Any, tmp_path: Path, tokens: int | None) -> None:
     transcoder = made.transcoder()
     run = made.run(tmp_path / "run", transcoder)
-    config = EvaluateConfig(
-        shards=long_documents.path, device="cpu", batch_rows=17, bootstrap=60, seed=3, tokens=tokens
-    )
+    config = EvaluateConfig(shards=long_documents.path, device="cpu", bootstrap=60, seed=3, tokens=tokens)
     (found,) = answer(RunAnalysis(), [run], config)
     report = found.result
     rows = made.kept_rows(long_documents, tokens)

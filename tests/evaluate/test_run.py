@@ -33,7 +33,7 @@ def test_report_against_a_dense_twin(
 ) -> None:
     transcoder = made.transcoder(input=convention)
     run = made.run(tmp_path / "run", transcoder)
-    (evaluation,) = answer(RunAnalysis(), [run], settings(val_set, tokens=tokens, batch_rows=17))
+    (evaluation,) = answer(RunAnalysis(), [run], settings(val_set, tokens=tokens))
     report = evaluation.result
     rows = made.kept_rows(val_set, tokens)
     x = apply_convention(rows["source"], convention, source_site="resid_mid", norm=made.norm())
@@ -51,8 +51,8 @@ def test_report_against_a_dense_twin(
 
 def test_batch_topk_and_curve_and_spread_against_a_dense_twin(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     transcoder = made.transcoder()
-    run = made.run(tmp_path / "run", transcoder)
-    config = settings(val_set, batch_rows=17, curve_tokens=30, curve_scales=(1.5, 0.4), bootstrap=50)
+    run = made.run(tmp_path / "run", transcoder, batch_tokens=17)
+    config = settings(val_set, curve_tokens=30, curve_scales=(1.5, 0.4), bootstrap=50)
     (evaluation,) = answer(RunAnalysis(), [run], config)
     report = evaluation.result
     assert report.batch_topk is not None
@@ -91,6 +91,44 @@ def test_batch_topk_and_curve_and_spread_against_a_dense_twin(val_set: ShardSet,
     for (low, high), prefix in zip(report.spread.fvu_interval, report.threshold, strict=True):
         assert prefix.fvu is not None
         assert low < prefix.fvu < high
+
+
+@pytest.mark.parametrize("batch_rows", [1, 13, 1000])
+def test_batch_rows_changes_no_number(val_set: ShardSet, made: Any, tmp_path: Path, batch_rows: int) -> None:
+    run = made.run(tmp_path / "run", made.transcoder(), batch_tokens=17)
+    (first,) = answer(RunAnalysis(), [run], settings(val_set, bootstrap=30))
+    content = first.path.read_bytes()
+    table = first.path.with_name("latents.parquet").read_bytes()
+    assert (first.result.batch_topk_rows, first.result.batch_topk_as_trained) == (17, True)
+    (again,) = answer(RunAnalysis(), [run], settings(val_set, bootstrap=30, batch_rows=batch_rows))
+    assert not again.is_new
+    first.path.unlink()
+    (other,) = answer(RunAnalysis(), [run], settings(val_set, bootstrap=30, batch_rows=batch_rows))
+    assert other.is_new
+    assert other.path.read_bytes() == content
+    assert other.path.with_name("latents.parquet").read_bytes() == table
+    assert "BatchTopK in batches of 17 rows (those of training)" in prefix_table(other.result).caption
+
+
+@pytest.mark.parametrize(
+    "record", [None, {"config": {}}, {"config": {"batch_tokens": True}}, {"config": {"batch_tokens": -3}}]
+)
+def test_a_batch_of_training_that_is_not_known(
+    val_set: ShardSet, made: Any, tmp_path: Path, record: dict[str, Any] | None
+) -> None:
+    made.transcoder().save(tmp_path / "bare")
+    if record is not None:
+        (tmp_path / "bare" / "run.json").write_text(json.dumps({"format_version": 1, **record}))
+    (found,) = answer(RunAnalysis(), [tmp_path / "bare"], settings(val_set, bootstrap=30))
+    assert (found.result.batch_topk_rows, found.result.batch_topk_as_trained) == (4096, False)
+    assert "batches of 4,096 rows (those of training are not known)" in prefix_table(found.result).caption
+
+
+def test_a_named_checkpoint_has_the_batch_of_its_run(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
+    run = made.run(tmp_path / "run", made.transcoder(), batch_tokens=17)
+    config = settings(val_set, bootstrap=0, out=tmp_path / "out")
+    (found,) = answer(RunAnalysis(), [run / "checkpoints" / "step-000400"], config)
+    assert (found.result.batch_topk_rows, found.result.batch_topk_as_trained) == (17, True)
 
 
 def test_latents_parquet(val_set: ShardSet, made: Any, tmp_path: Path) -> None:

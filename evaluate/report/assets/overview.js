@@ -15,7 +15,8 @@ Report.pages.overview = async (main) => {
     el("tbody", {}, ...r.threshold.map((p, i) => el("tr", {}, ...[String(i + 1), whole(sizes[i]), whole(p.prefix_end), number(p.fvu, 4), interval(i),
       r.batch_topk ? number(r.batch_topk[i].fvu, 4) : "-", number(p.l0, 1), number(p.cosine, 4), number(p.norm_ratio, 3),
       percent(r.groups[i].dead_share), percent(r.groups[i].dense_share), percent(r.groups[i].redundant_share ?? 0)].map((cell) => el("td", {}, cell))))))));
-  main.append(el("p", { class: "note" }, "FVU: fraction of variance unexplained by all latents up to the prefix, at the stored threshold; top-k: with BatchTopK as in training. " +
+  main.append(el("p", { class: "note" }, "FVU: fraction of variance unexplained by all latents up to the prefix, at the stored threshold; top-k: with BatchTopK" +
+    (r.batch_topk_rows ? ` in batches of ${whole(r.batch_topk_rows)} rows, ${r.batch_topk_as_trained ? "as in training" : "those of training are not known"}. ` : ". ") +
     `95% intervals are ${overDocuments(r.n_documents)}. ` +
     "dead: never fires on these rows; dense: fires on more than a tenth; redundant: another decoder row has a cosine above 0.9; all three of the group\u2019s own latents."));
   faithfulnessOf(main, o);
