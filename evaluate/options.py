@@ -29,7 +29,7 @@ Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="Tokenizer folder or hub name. (the one of the shard set)")
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with an evaluate section. (./pipeline.yaml if there)")
+    Path | None, typer.Option("--config", help="YAML file with an evaluate section. (none: only the defaults)")
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="evaluate.key=value, any setting; repeatable.")]
 Model = Annotated[
@@ -39,8 +39,11 @@ Model = Annotated[
 
 def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> EvaluateConfig:
     """The settings of a command: its flags over its --set options over the file. Raises UserError."""
-    from matryoshka.config import find_file, load_config
+    from matryoshka.config import load_config
+    from matryoshka.terminal import note_file
 
     from .config import EvaluateConfig
 
-    return load_config(EvaluateConfig, "evaluate", file=find_file(file), overrides=overrides, flags=flags)
+    settings = load_config(EvaluateConfig, "evaluate", file=file, overrides=overrides, flags=flags)
+    note_file(file)
+    return settings

@@ -59,7 +59,7 @@ Out = Annotated[
         "(data/l<layer>)."
     ),
 ]
-File = Annotated[Path | None, typer.Option(help="YAML with a harvest section (./pipeline.yaml if there).")]
+File = Annotated[Path | None, typer.Option(help="YAML with a harvest section (none: only the defaults).")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="harvest.key=value, any setting; repeatable.")]
 Folder = Annotated[str, typer.Argument(help="Folder or URL of a shard set, such as data/l17 or s3://bucket/l17.")]
 
@@ -100,7 +100,7 @@ def run(
     """
     flags = {name: value for name, value in locals().items() if name not in ("config", "set_")}
     settings = _settings(config, set_, flags)
-    from matryoshka.terminal import note
+    from matryoshka.terminal import note, note_file
 
     from .closing import close
     from .progress import HarvestDisplay
@@ -111,6 +111,8 @@ def run(
     is_first = Ranks.from_environment().is_first
     if is_first and (files := local_files(settings.dataset)) is not None:
         note(describe_files(settings.dataset, files))
+    if Ranks.from_environment().is_first:
+        note_file(config)
     with HarvestDisplay() as display:
         results = harvest(settings, display)
     if is_first:
@@ -189,8 +191,8 @@ def verify(
 
 
 def _settings(config: Path | None, set_: list[str] | None, flags: dict[str, Any]) -> Any:
-    """The merged settings. What a flag says of the layers replaces whatever the file says of them in another way."""
-    from matryoshka.config import find_file, load_config
+    """The merged settings. A site without its layer is the site of the layers that are named otherwise."""
+    from matryoshka.config import load_config
 
     from .config import HarvestConfig
 
@@ -198,12 +200,7 @@ def _settings(config: Path | None, set_: list[str] | None, flags: dict[str, Any]
         value = flags[name]
         if value is not None and ":" not in value:
             flags |= {f"{name}_site": value, name: None}
-    given = [name for name in ("layer", "layers", "source", "target") if flags[name] is not None]
-    replaced = [
-        f"harvest.{name}=null" for name in ("layer", "layers", "source", "target") if given and name not in given
-    ]
-    overrides = [*replaced, *(set_ or ())]
-    return load_config(HarvestConfig, "harvest", file=find_file(config), overrides=overrides, flags=flags)
+    return load_config(HarvestConfig, "harvest", file=config, overrides=set_ or (), flags=flags)
 
 
 def _as_given(config: Path | None, set_: list[str] | None, flags: dict[str, Any]) -> list[str]:

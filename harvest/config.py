@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -28,6 +29,13 @@ def _listed(value: object) -> object:
 
 class HarvestConfig(Config):
     """What to read, with which model, and what to keep of it."""
+
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "layer": ("layers", "source", "target"),
+        "layers": ("layer", "source", "target"),
+        "source": ("layer", "layers", "source_site", "target_site"),
+        "target": ("layer", "layers", "source_site", "target_site"),
+    }
 
     model: Name = "google/gemma-2-2b"
     """Language model: a Hugging Face hub name or a local folder in the Hugging Face layout."""

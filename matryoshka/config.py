@@ -1,7 +1,8 @@
 """Settings: strict YAML and flags -> one frozen, validated model.
 
-A configuration file has the sections `harvest`, `train` and `evaluate`; each stage reads its own. What is said on the
-command line wins over `--set section.key=value`, which wins over the file, which wins over the defaults.
+A configuration file has the sections `harvest`, `train` and `evaluate`; each stage reads its own, and only of a file
+that is named. What is said on the command line wins over `--set section.key=value`, which wins over the file, which
+wins over the defaults; with a setting go those that say the same in another way (`Config.REPLACES`).
 Unknown keys are errors: a misspelt setting must never be a silently ignored one.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -23,7 +24,6 @@ from matryoshka.errors import UserError
 from matryoshka.locations import local_path
 
 SECTIONS = ("harvest", "train", "evaluate", "layers")
-DEFAULT_FILE = Path("pipeline.yaml")
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)")
 _VALIDATOR = re.compile(r"[\[(]|^(int|float|str|bool|none|constrained-\w+)$")
@@ -52,6 +52,9 @@ class Config(BaseModel):
     No number takes infinity, NaN or a boolean. YAML reads a bare `off` or `no` as false: where a setting has a word for
     "not used", or may be left out, that is what they mean.
     """
+
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Setting -> settings of a weaker source that it takes the place of, since both say the same or follow from it."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
@@ -173,13 +176,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {name: section or {} for name, section in content.items()}
 
 
-def find_file(path: Path | None) -> Path | None:
-    """The configuration file to use: the one named, else ./pipeline.yaml when it exists, else none."""
-    if path is not None:
-        return path
-    return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
-
-
 def parse_overrides(overrides: Sequence[str], section: str) -> dict[str, Any]:
     """`--set section.key=value` items as a nested mapping for one section; values are read as YAML."""
     values: dict[str, Any] = {}
@@ -216,8 +212,10 @@ def load_config(
 ) -> ConfigT:
     """Merge defaults <- file <- --set <- flags (those that are not None) into one validated, frozen model."""
     values: dict[str, Any] = dict(read_yaml(file).get(section, {})) if file is not None else {}
-    values = _merged(values, parse_overrides(overrides, section))
-    values.update({key: value for key, value in (flags or {}).items() if value is not None})
+    replaces = model.REPLACES if issubclass(model, Config) else {}
+    values = _merged(_without_replaced(values, said := parse_overrides(overrides, section), replaces), said)
+    said = {key: value for key, value in (flags or {}).items() if value is not None}
+    values = {**_without_replaced(values, said, replaces), **said}
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -260,6 +258,14 @@ def digest(content: object) -> str:
     """sha256 of the canonical JSON of `content`: the identity of settings."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_replaced(
+    weaker: Mapping[str, Any], stronger: Mapping[str, Any], replaces: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """`weaker` without what the settings in `stronger` take the place of."""
+    gone = {name for key, value in stronger.items() if value is not None for name in replaces.get(key, ())}
+    return {key: value for key, value in weaker.items() if key not in gone}
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.errors import UserError
-from matryoshka.locations import location_name
+from matryoshka.locations import location, location_name
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -29,8 +29,14 @@ def default_shards_path(layer: int) -> Path:
 
 
 def default_run_path(shards: Path | str, k: int) -> Path:
-    """Where `train run --shards data/l17` (or s3://bucket/l17) writes when no --out is given: data/runs/l17-k96."""
-    return Path("data") / "runs" / f"{location_name(shards)}-k{k}"
+    """Where `train run --shards data/l17` writes when no --out is given: data/runs/l17-k96.
+
+    Beside the set, so that sets of one name in different folders have runs of their own; those of a set in an object
+    store are in data/runs.
+    """
+    where = location(shards)
+    parent = where.parent if isinstance(where, Path) else Path("data")
+    return parent / "runs" / f"{location_name(shards)}-k{k}"
 
 
 def check_directory(path: Path) -> None:

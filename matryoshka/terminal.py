@@ -25,6 +25,12 @@ def note(text: str, *, warning: bool = False, to: Console | None = None) -> None
     _say(to or console(stderr=True), text, "yellow" if warning else "")
 
 
+def note_file(file: Path | None) -> None:
+    """Say which settings file was read, so that none is ever read unnoticed."""
+    if file is not None:
+        note(f"settings: {file}, under what the command line says")
+
+
 def result(text: str) -> None:
     """A sentence that the command was asked for, on stdout."""
     _say(console(), text, "")

@@ -25,7 +25,7 @@ def _train() -> None:
 def run(
     shards: Annotated[Path | None, typer.Option(help="Folder of the shard set, such as data/l17.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run or fleet. (data/runs/<shard set>-k<k>, ...-fleet)")
+        Path | None, typer.Option(help="Folder of the run or fleet. (runs/<shard set>-k<k>, ...-fleet, beside the set)")
     ] = None,
     group_sizes: Annotated[
         str | None, typer.Option(help="Latents of each nested group, not cumulative: 1152,2304,4608. (8 x d_in in 4)")
@@ -34,7 +34,7 @@ def run(
     k: Annotated[str | None, typer.Option("--k", help="Mean active latents in a row. (96)")] = None,
     steps: Annotated[str | None, typer.Option(help="Optimizer steps. (every train row once)")] = None,
     tokens: Annotated[str | None, typer.Option(help="Rows to train on, instead of --steps, such as 15M.")] = None,
-    batch_tokens: Annotated[str | None, typer.Option(help="Rows in one step. (4096)")] = None,
+    batch_tokens: Annotated[str | None, typer.Option(help="Rows in one step. (1024)")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. (4e-4)")] = None,
     input_: Annotated[
         str | None, typer.Option("--input", help="resid_mid, normalized or mlp_in. (normalized where there is a norm)")
@@ -52,7 +52,7 @@ def run(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. (auto)")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with a train section. (./pipeline.yaml if there)")
+        Path | None, typer.Option(help="YAML file with a train section. (none: only the defaults)")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="train.key=value, any setting; repeatable.")] = None,
 ) -> None:
@@ -60,7 +60,8 @@ def run(
 
     Run again to continue from the last checkpoints. SIGTERM and Ctrl-C write checkpoints before they end it.
     """
-    from matryoshka.config import find_file, load_config
+    from matryoshka.config import load_config
+    from matryoshka.terminal import note_file
 
     from .closing import close
     from .config import TrainConfig
@@ -75,6 +76,8 @@ def run(
         "group_sizes": group_sizes,
         "d_sae": d_sae,
         "k": k,
+        "steps": steps,
+        "tokens": tokens,
         "batch_tokens": batch_tokens,
         "lr": lr,
         "input": input_,
@@ -86,12 +89,10 @@ def run(
         "parallel": parallel,
         "device": device,
     }
-    overrides = list(set_ or ())
-    if steps is not None or tokens is not None:
-        # One of the two on the command line takes the place of the other in the file.
-        overrides += [f"train.steps={steps or 'null'}", f"train.tokens={tokens or 'null'}"]
-    settings = load_config(TrainConfig, "train", file=find_file(config), overrides=overrides, flags=flags)
+    settings = load_config(TrainConfig, "train", file=config, overrides=set_ or (), flags=flags)
     rank = Rank.from_environment()
+    if rank.index == 0:
+        note_file(config)
     with TrainDisplay() if rank.index == 0 else Silent() as progress:
         result = train_fleet(settings, progress, rank)
     if rank.index == 0 or settings.parallel == "configs":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,10 +38,18 @@ recipe: 1152, 2304, 4608, 10368."""
 class TrainConfig(Config):
     """What to learn from a shard set. The facts (widths, sites, model) come from the set itself."""
 
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "group_sizes": ("d_sae", "group_weights"),
+        "steps": ("tokens",),
+        "tokens": ("steps",),
+        "group_weights": ("sampled_prefixes",),
+        "sampled_prefixes": ("group_weights",),
+    }
+
     shards: Location | None = None
     """Folder of the shard set."""
     out: LocalPath | None = None
-    """Folder of the run, data/runs/<shard set>-k<k> by default; of a fleet, data/runs/<shard set>-fleet by default."""
+    """Folder of the run; by default runs/<shard set>-k<k> beside the shard set, of a fleet runs/<shard set>-fleet."""
     fleet: tuple[dict[str, Any], ...] | None = None
     """Several runs from one stream: for each the settings in which it differs from the rest, and maybe a name."""
     grid: dict[str, list[Any]] | None = None
@@ -67,7 +76,7 @@ class TrainConfig(Config):
     """Optimizer steps; give this or tokens."""
     tokens: Count | None = None
     """Rows to train on (several epochs if more than there are); by default every train row once."""
-    batch_tokens: Count = 4096
+    batch_tokens: Count = 1024
     """Rows in one optimizer step."""
     buffer_tokens: Count = 131_072
     """Rows held in memory to be shuffled; more mixes documents better."""

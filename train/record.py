@@ -17,7 +17,8 @@ from matryoshka.runs import (
     read_json,
     refuse_changes,
 )
-from matryoshka.shards import ShardSet
+from matryoshka.shards import Manifest, ShardSet
+from matryoshka.shards.records import read_manifest
 
 from .config import TrainConfig
 from .fleet import STREAM_SETTINGS
@@ -45,10 +46,35 @@ def run_record(config: TrainConfig, plan: Plan, shards: ShardSet) -> dict[str, A
 def refuse_other_run(folder: Path, record: Mapping[str, Any]) -> None:
     """Raise UserError when `folder` holds another run, or something that is not a run."""
     if (folder / RUN_FILE).exists():
-        saved = read_json(folder / RUN_FILE, what="run").get("identity", {})
+        run = read_json(folder / RUN_FILE, what="run")
+        saved = run.get("identity", {})
+        _refuse_other_set(folder, run.get("config", {}).get("shards"), saved.get("shard_set", {}), record)
         refuse_changes(folder, "trained", changed_fields(_with_defaults(saved, record["identity"]), record["identity"]))
     elif folder.is_dir() and any(entry.name not in (".lock", RUN_FILE + ".partial") for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and not a run; choose another --out")
+
+
+def _refuse_other_set(folder: Path, path: object, saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Raise UserError when the run is of another shard set, with what differs where that set is still there."""
+    ours = record["identity"]["shard_set"]
+    if saved.get("digest") in (None, ours["digest"]):
+        return
+    here = record["config"]["shards"]
+    try:
+        changes = changed_fields(*(_described(read_manifest(str(where))) for where in (path, here)))
+    except UserError as error:
+        why = f"the first cannot be compared any more ({error})"
+    else:
+        why = "; ".join(changes[:8]) if changes else "their settings are equal, their activations are not"
+    raise UserError(
+        f"{folder} was trained on the shard set {saved.get('name')} ({path}), and this is {ours['name']} ({here}): "
+        f"{why}. "
+        "Pass --out with a new folder, or --shards with the set of the run; nothing was changed"
+    )
+
+
+def _described(manifest: Manifest) -> dict[str, Any]:
+    return {**manifest.settings, "model": manifest.model.get("model"), "dataset": manifest.dataset.get("name")}
 
 
 def _with_defaults(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

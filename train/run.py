@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 
 import torch
@@ -93,6 +93,7 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
         for entry in left
     }
     check_memory(needs, stream.n_bytes, device)
+    conditionings = _conditionings(left, shards, device)
     if group is not None and rank.index == 0:
         make_directory(fleet_folder(config))
         publish_fleet(fleet_folder(config), stream_record(config, shards), [entry.name for entry in every])
@@ -104,7 +105,7 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
             held.enter_context(exclusive(entry.folder))
             if not (entry.folder / RUN_FILE).exists():
                 publish_json(entry.folder / RUN_FILE, entry.record)
-        fleet = _Fleet(config, aside, stream, device, team)
+        fleet = _Fleet(config, aside, stream, conditionings, device, team)
         if progress is None:
             progress = held.enter_context(usual_progress() if rank.index == 0 else Silent())
         taken = fleet.go(left, progress, group)
@@ -115,10 +116,16 @@ class _Fleet:
     """The runs that are left, and what they share."""
 
     def __init__(
-        self, config: TrainConfig, aside: SetAside, stream: Stream, device: torch.device, team: Rank | None
+        self,
+        config: TrainConfig,
+        aside: SetAside,
+        stream: Stream,
+        conditionings: Mapping[tuple[str, str], Conditioning],
+        device: torch.device,
+        team: Rank | None,
     ) -> None:
         self._config = config
-        self._shards = aside.shards
+        self._conditionings = conditionings
         self._aside = aside
         self._stream = stream
         self._device = device
@@ -134,10 +141,9 @@ class _Fleet:
             # Left in the reverse order: the writer ends before the sinks close.
             closing = open_runs.enter_context(ExitStack())
             writer = open_runs.enter_context(BackgroundWriter())
-            conditionings = self._conditionings(entries)
             first_rows = _FirstRows(self._config, self._aside)
             for entry in entries:
-                conditioning = conditionings[entry.plan.input, entry.settings.config.condition]
+                conditioning = self._conditionings[entry.plan.input, entry.settings.config.condition]
                 run = Member(
                     entry, self._aside, conditioning, self._device, writer, first_rows, group=group, team=self._team
                 )
@@ -186,9 +192,13 @@ class _Fleet:
         """Whether a signal has come, to any of the ranks that share the batches."""
         return stop.signal is not None if self._team is None else stop.agree()
 
-    def _conditionings(self, entries: Sequence[Entry]) -> dict[tuple[str, str], Conditioning]:
-        wanted = {(entry.plan.input, entry.settings.config.condition) for entry in entries}
-        return {pair: Conditioning.from_shards(self._shards, *pair, self._device) for pair in sorted(wanted)}
+
+def _conditionings(
+    entries: Sequence[Entry], shards: ShardSet, device: torch.device
+) -> dict[tuple[str, str], Conditioning]:
+    """Input convention and conditioning -> the map of the runs that have them. Raises UserError for what cannot be."""
+    wanted = {(entry.plan.input, entry.settings.config.condition) for entry in entries}
+    return {pair: Conditioning.from_shards(shards, *pair, device) for pair in sorted(wanted)}
 
 
 class _FirstRows:

@@ -45,6 +45,9 @@ def read_root(place: Place) -> Any:
     try:
         text = place.read(ROOT_FILE)
         if text is None:
+            inside_it = _sets_inside(place)
+            if inside_it:
+                raise UserError(f"{place} is not a shard set, but holds {', '.join(inside_it)}; name one of them")
             raise UserError(
                 f"{place} is not a shard set (no {ROOT_FILE}); make one with: harvest run --out {place} ..."
             )
@@ -54,6 +57,12 @@ def read_root(place: Place) -> Any:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"{inside(place.location, ROOT_FILE)} cannot be read: {error}") from error
+
+
+def _sets_inside(place: Place) -> list[str]:
+    """Where there are Zarr groups one level down."""
+    keys = {f"{name}/{ROOT_FILE}": name for name in sorted(place.tops())}
+    return [str(inside(place.location, keys[key])) for key in place.sizes(list(keys))]
 
 
 def read_records(path: str | Path | Place) -> list[CommitRecord]:

@@ -188,6 +188,6 @@ def test_bad_choices_of_sites(flags: dict[str, Any], what: str) -> None:
 def test_a_flag_replaces_what_the_file_says_in_another_way(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "pipeline.yaml").write_text("harvest: {layer: 17, tokens: 100}\n")
     for flags in (("--layers", "1,2"), ("--source", "1:resid_mid", "--target", "2:mlp_out"), ("--layer", "3")):
-        code, _, said = cli("run", *flags)
+        code, _, said = cli("run", *flags, "--config", "pipeline.yaml")
         assert code == 2
         assert "tokens = 100 is less than two contexts" in said

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import ValidationError
 
-from matryoshka.config import Config, Count, Sizes, digest, find_file, load_config, parse_count, parse_sizes, read_yaml
+from matryoshka.config import Config, Count, Sizes, digest, load_config, parse_count, parse_sizes, read_yaml
 from matryoshka.errors import UserError
 
 
@@ -184,12 +185,44 @@ def test_bad_overrides(items: list[str], what: str) -> None:
         load_config(Settings, "train", overrides=items)
 
 
-def test_default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Alternatives(Config):
+    """Two ways to say how long, and a number that follows from another one."""
+
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "steps": ("tokens",),
+        "tokens": ("steps",),
+        "sizes": ("total",),
+    }
+
+    steps: Count | None = None
+    tokens: Count | None = None
+    sizes: Sizes | None = None
+    total: Count | None = None
+
+
+def test_what_is_said_takes_the_place_of_what_says_the_same(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yaml", "train: {tokens: 5M, sizes: [1, 2], total: 3}")
+
+    def read(**flags: Any) -> dict[str, Any]:
+        return load_config(Alternatives, "train", file=file, flags=flags).model_dump()
+
+    assert read(steps="7") == {"steps": 7, "tokens": None, "sizes": (1, 2), "total": 3}
+    assert read(sizes="4,5") == {"steps": None, "tokens": 5_000_000, "sizes": (4, 5), "total": None}
+    assert read(sizes="4,5", total=9)["total"] == 9
+    # --set stands between the file and the flags
+    over = ["train.steps=2"]
+    assert load_config(Alternatives, "train", file=file, overrides=over).tokens is None
+    both = load_config(Alternatives, "train", file=file, overrides=over, flags={"tokens": 9})
+    assert (both.steps, both.tokens) == (None, 9)
+    # what nobody said replaces nothing
+    assert read(steps=None)["tokens"] == 5_000_000
+
+
+def test_a_file_is_read_only_when_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_file(None) is None
-    assert find_file(Path("other.yaml")) == Path("other.yaml")
     write(tmp_path / "pipeline.yaml", "train: {seed: 4}")
-    assert load_config(Settings, "train", file=find_file(None)).seed == 4
+    assert load_config(Settings, "train").seed != 4
+    assert load_config(Settings, "train", file=tmp_path / "pipeline.yaml").seed == 4
 
 
 def test_digest_is_of_the_content() -> None:

@@ -11,7 +11,8 @@ from harvest.config import HarvestConfig
 from matryoshka.config import load_config, read_yaml
 from matryoshka.errors import UserError
 from matryoshka.pipeline import stage_commands
-from train.config import TrainConfig
+from matryoshka.runs import default_run_path
+from train.config import TrainConfig, default_group_sizes
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +71,21 @@ def test_the_shipped_recipes_are_the_owners() -> None:
         train = load_config(TrainConfig, "train", file=ROOT / name)
         assert (harvest.layer, harvest.tokens, train.group_sizes, train.d_sae, train.k) == recipe
         assert harvest.model == "google/gemma-2-2b"
-        assert train.lr == 4e-4
+        assert (train.lr, train.batch_tokens, train.decay_fraction) == (4e-4, 1024, 0.2)
+
+
+def test_the_owners_three_commands_are_the_recipe_by_their_defaults() -> None:
+    """harvest run --layer 17 --tokens 15M; train run --shards data/l17; evaluate run data/runs/l17-k96"""
+    file = ROOT / "pipeline.yaml"
+    harvest = load_config(HarvestConfig, "harvest", flags={"layer": 17, "tokens": "15M"})
+    assert harvest == load_config(HarvestConfig, "harvest", file=file)
+    train = load_config(TrainConfig, "train", flags={"shards": "data/l17"})
+    recipe = load_config(TrainConfig, "train", file=file, flags={"shards": "data/l17"})
+    assert default_group_sizes(2304) == recipe.group_sizes  # Gemma-2-2b is 2304 wide
+    own = {"group_sizes": recipe.group_sizes, "d_sae": recipe.d_sae}
+    assert train.model_copy(update=own) == recipe
+    assert str(default_run_path("data/l17", train.k)) == "data/runs/l17-k96"
+    assert load_config(EvaluateConfig, "evaluate") == load_config(EvaluateConfig, "evaluate", file=file)
 
 
 def test_pipeline_yaml_lists_every_key_with_its_default() -> None:

@@ -1,0 +1,72 @@
+"""What is refused before a run writes anything, and what the refusal says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from matryoshka.errors import UserError
+from matryoshka.shards import ShardSet
+from train.config import TrainConfig
+from train.run import train
+
+
+def config_of(settings: dict[str, Any], out: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate({**settings, "out": out, **changes})
+
+
+def test_a_run_of_another_set_is_refused_by_names(
+    random_shards: ShardSet, run_settings: dict[str, Any], make_shards: Any, tmp_path: Path
+) -> None:
+    train(config_of(run_settings, tmp_path / "run", steps=2))
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    other = make_shards(torch.randn(15 * 230, 12), torch.randn(15 * 230, 10))
+    with pytest.raises(UserError) as error:
+        train(config_of(run_settings, tmp_path / "run", steps=2, shards=str(other.path)))
+    message = str(error.value)
+    assert f"({random_shards.path})" in message
+    assert f"({other.path})" in message
+    assert "their activations are not" in message  # made with equal settings
+    assert random_shards.digest not in message
+    gone = Path(shutil.copytree(str(random_shards.path), tmp_path / "copy"))
+    train(config_of(run_settings, tmp_path / "run2", steps=2, shards=str(gone)))
+    shutil.rmtree(gone)
+    with pytest.raises(UserError, match=r"cannot be compared any more \(.*copy is not a shard set"):
+        train(config_of(run_settings, tmp_path / "run2", steps=2, shards=str(other.path)))
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_a_folder_of_sets_names_them(random_shards: ShardSet, run_settings: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("l3", "l7"):
+        shutil.copytree(str(random_shards.path), tmp_path / "sets" / name)
+    with pytest.raises(UserError) as error:
+        train(config_of(run_settings, tmp_path / "run", shards=str(tmp_path / "sets")))
+    for name in ("l3", "l7"):
+        assert str(tmp_path / "sets" / name) in str(error.value)
+    assert "harvest run" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "changes",
+    [{"device": "cuda"}, {"k": 4000}, {"input": "mlp_out"}, {"batch_tokens": 10**6}, {"group_weights": (1.0,)}],
+    ids=str,
+)
+def test_what_is_refused_leaves_nothing_behind(
+    changes: dict[str, Any], run_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**run_settings, **changes}
+    for more in ({}, {"fleet": ({"name": "a"}, {"name": "b", "lr": 1e-3})}):
+        with pytest.raises(ValueError, match="."):
+            train_any(config_of({**settings, **more}, tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+
+def train_any(config: TrainConfig) -> None:
+    from train.run import train_fleet
+
+    train_fleet(config)
