@@ -44,6 +44,10 @@ ValUnit = Annotated[
 ]
 MaxDocTokens = Annotated[str | None, typer.Option(help="Tokens of a document beyond these are left out (all).")]
 Dedup = Annotated[bool | None, typer.Option("--dedup/--no-dedup", help="Leave out documents that repeat (no-dedup).")]
+SkipBadLines = Annotated[
+    bool | None,
+    typer.Option("--skip-bad-lines/--no-skip-bad-lines", help="Leave out and count broken jsonl lines (no-skip)."),
+]
 BatchSize = Annotated[str | None, typer.Option(help="Contexts in one forward pass, or auto: the fastest (8).")]
 Dtype = Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32 (auto: bf16 where native).")]
 Codec = Annotated[
@@ -85,6 +89,7 @@ def run(
     val_unit: ValUnit = None,
     max_doc_tokens: MaxDocTokens = None,
     dedup: Dedup = None,
+    skip_bad_lines: SkipBadLines = None,
     batch_size: BatchSize = None,
     dtype: Dtype = None,
     codec: Codec = None,
@@ -134,6 +139,7 @@ def plan(
     val_unit: ValUnit = None,
     max_doc_tokens: MaxDocTokens = None,
     dedup: Dedup = None,
+    skip_bad_lines: SkipBadLines = None,
     batch_size: BatchSize = None,
     dtype: Dtype = None,
     codec: Codec = None,

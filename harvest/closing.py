@@ -24,6 +24,9 @@ def close(results: Sequence[HarvestResult], config: Path | None = None) -> None:
     for one in results:
         if one.n_tokens < one.n_tokens_planned:
             note(f"{one.path}: the text ended early: {one.n_tokens:,} of {one.n_tokens_planned:,} tokens", warning=True)
+        if one.skipped_lines:
+            files = ", ".join(f"{count:,} of {file}" for file, count in one.skipped_lines.items())
+            note(f"{one.path}: {sum(one.skipped_lines.values()):,} broken lines were left out ({files})", warning=True)
         if one.val_unit == "block":
             note(f"{one.path}: val is made of held-out blocks; train has other parts of the same documents")
     file = () if config is None else ("--config", config)

@@ -14,7 +14,7 @@ from matryoshka.locations import Location, Name, inside, location
 from matryoshka.shards.manifest import FIRST_VAL_UNIT
 from matryoshka.sites import HookPair, Site
 
-_OPERATIONAL = frozenset({"out", "batch_size", "device"})
+_OPERATIONAL = frozenset({"out", "batch_size", "device", "skip_bad_lines"})
 _CHOICE = frozenset({"layers", "source", "target"})
 _LATER = frozenset({"bos", "pack", "max_doc_tokens", "dedup"})
 """Settings that sets of the first version do not know; left out of the record while they are at their default."""
@@ -80,6 +80,8 @@ class HarvestConfig(Config):
     """Tokens of a document beyond these are left out."""
     dedup: bool = False
     """Leave out documents whose text has come before; takes about 60 bytes of memory a document."""
+    skip_bad_lines: bool = False
+    """Leave out lines of jsonl that are broken; they are counted, and the manifest says how many of which file."""
     batch_size: Annotated[Count, Field(le=2**20)] | Literal["auto"] = 8
     """Contexts in one forward pass; does not change the result beyond rounding. auto tries what is fastest."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

@@ -50,7 +50,7 @@ def verify_and_repair(
 def recorded_config(path: Path | str, operational: Mapping[str, Any]) -> HarvestConfig:
     """The settings with which the set at `path` was harvested."""
     manifest = read_manifest(path)
-    settings = {**manifest.settings, "val_unit": manifest.val_unit}
+    settings = {**manifest.settings, "val_unit": manifest.val_unit, "skip_bad_lines": bool(manifest.skipped_lines)}
     try:
         return HarvestConfig.model_validate({**settings, **operational, "out": path})
     except ValidationError as error:

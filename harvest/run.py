@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.shards import CommitRecord, Manifest, ShardSetWriter
+from matryoshka.shards.committed_text import CommittedText
 from matryoshka.shards.records import read_records
 
 from .background import background
@@ -31,7 +32,7 @@ from .packing import SPLIT_ORDER, Packing, ShardJob, assign_split, document_hash
 from .progress import Progress, Silent, usual_progress
 from .ranks import Ranks
 from .sets import HarvestResult, Target, bos_of, pad_of
-from .text import dataset_facts, documents
+from .text import BadLines, dataset_facts, documents
 
 _WRITERS = 4
 """Sets whose shards are encoded at the same time."""
@@ -81,7 +82,8 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
         ranks.wait()  # so that none finds a set half changed by another
         written = dict.fromkeys((target.folder for target in targets), 0)
         if todo:
-            lm, sets, passes = _prepare(config, todo, ranks)
+            bad_lines = BadLines()
+            lm, sets, passes = _prepare(config, todo, ranks, bad_lines)
             capture = Capture(lm, _FIRST_BATCH if config.batch_size == "auto" else config.batch_size)
             if config.batch_size != "auto":
                 capture.batch_size = remembered(todo[0].place, config.batch_size, lm.device) or config.batch_size
@@ -117,7 +119,7 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
                 ranks.wait()
                 if ranks.is_first:
                     for target in todo:
-                        writers[target.folder].finish()
+                        writers[target.folder].finish(bad_lines.counts())
                         forget(target.place)
             ranks.wait()
         return [target.result(written[target.folder]) for target in targets]
@@ -132,7 +134,7 @@ def plan(config: HarvestConfig) -> Estimate:
     todo = [target for target in map(Target, config.members()) if not target.is_finished()]
     if not todo:
         return estimate_nothing(config)
-    lm, sets, passes = _prepare(config, todo, ranks)
+    lm, sets, passes = _prepare(config, todo, ranks, BadLines())
     capture = Capture(lm, _FIRST_BATCH if config.batch_size == "auto" else config.batch_size)
     if config.batch_size == "auto":
         capture.batch_size = _tuned(capture, passes[0])
@@ -152,7 +154,9 @@ def tokenize(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
     return lm.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def _prepare(config: HarvestConfig, todo: list[Target], ranks: Ranks) -> tuple[LanguageModel, list[_Set], list[_Pass]]:
+def _prepare(
+    config: HarvestConfig, todo: list[Target], ranks: Ranks, bad_lines: BadLines
+) -> tuple[LanguageModel, list[_Set], list[_Pass]]:
     """Load the model, and find out which shards are to be made. Nothing is written."""
     facts = {target.folder: _dataset(config, target) for target in todo}
     lm = LanguageModel.load(
@@ -165,7 +169,7 @@ def _prepare(config: HarvestConfig, todo: list[Target], ranks: Ranks) -> tuple[L
     for one in sets:
         plans = {name: plan.model_dump() for name, plan in one.manifest.splits.items()}
         groups.setdefault(f"{plans} {facts[one.target.folder]}", []).append(one)
-    return lm, sets, [_begin(config, tuple(group), lm) for group in groups.values()]
+    return lm, sets, [_begin(config, tuple(group), lm, bad_lines) for group in groups.values()]
 
 
 def _dataset(config: HarvestConfig, target: Target) -> dict[str, Any]:
@@ -173,7 +177,7 @@ def _dataset(config: HarvestConfig, target: Target) -> dict[str, Any]:
     return dataset_facts(config, None if saved is None else saved.dataset)
 
 
-def _begin(config: HarvestConfig, sets: tuple[_Set, ...], lm: LanguageModel) -> _Pass:
+def _begin(config: HarvestConfig, sets: tuple[_Set, ...], lm: LanguageModel, bad_lines: BadLines) -> _Pass:
     packing = Packing(
         ctx_len=config.ctx_len,
         bos_id=bos_of(config, lm),
@@ -185,17 +189,39 @@ def _begin(config: HarvestConfig, sets: tuple[_Set, ...], lm: LanguageModel) -> 
     )
     manifest = sets[0].manifest
     specials = torch.tensor(manifest.special_ids, dtype=torch.int32)
+
+    def jobs_of(split: str) -> Iterator[ShardJob]:
+        texts = documents(config, manifest.dataset, bad_lines)
+        return split_jobs(split, texts, lambda texts: tokenize(lm, texts), packing, manifest.splits[split])
+
+    _check_changed_files(sets, jobs_of)
     first: dict[str, ShardJob] = {}
     rest: dict[str, Iterator[ShardJob]] = {}
     for split in SPLIT_ORDER:
-        texts = documents(config, manifest.dataset)
-        jobs = split_jobs(split, texts, lambda texts: tokenize(lm, texts), packing, manifest.splits[split])
+        jobs = jobs_of(split)
         job = next(jobs, None)
         if job is None or bool(torch.isin(job.tokens, specials).all()):
             raise _too_little_text(split, config, packing, manifest, is_special=job is not None)
         first[split], rest[split] = job, jobs
     everything = chain.from_iterable(chain([first[split]], rest[split]) for split in SPLIT_ORDER)
     return _Pass(sets, first, everything)
+
+
+def _check_changed_files(sets: tuple[_Set, ...], jobs_of: Callable[[str], Iterator[ShardJob]]) -> None:
+    """Where the files are not those of before, hold every committed shard against their text before anything is done.
+
+    Without this, a shard of the new text could be written before one of the old text is met.
+    """
+    changed = []
+    for one in sets:
+        saved = one.target.begun()
+        if saved is not None and saved.dataset != one.manifest.dataset and read_records(one.target.place):
+            changed.append(CommittedText(one.target.place))
+    for split in SPLIT_ORDER:
+        n_shards = max((text.n_shards(split) for text in changed), default=0)
+        for job in islice(jobs_of(split), n_shards):
+            for text in changed:
+                text.check(job.split, job.shard, job.tokens, job.doc_ids)
 
 
 def _too_little_text(

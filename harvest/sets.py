@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,8 @@ class HarvestResult:
     """As in the manifest: compression ratio, and errors of a lossy codec."""
     val_unit: Literal["document", "block"] = "document"
     """As in the manifest: what val is made of."""
+    skipped_lines: Mapping[str, int] = field(default_factory=dict)
+    """As in the manifest: broken lines of each file that were left out."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class Target:
             n_tokens_planned=-(-self.config.tokens // self.config.ctx_len) * self.config.ctx_len,
             bytes_on_disk=shards.bytes_on_disk(),
             val_unit=shards.val_unit,
+            skipped_lines=shards.manifest.skipped_lines,
             measured=shards.manifest.measured,
         )
 

@@ -22,16 +22,35 @@ _ENCODING = "utf-8-sig"
 """UTF-8, without the byte order mark that some editors put first."""
 
 
-def documents(config: HarvestConfig, facts: dict[str, Any] | None = None) -> Iterator[str]:
+class BadLines:
+    """Broken lines of jsonl that were left out; each counts once, however often the text is read."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, set[int]] = {}
+
+    def add(self, file: Path, number: int) -> None:
+        """Note the line of this number."""
+        self._lines.setdefault(str(file), set()).add(number)
+
+    def counts(self) -> dict[str, int]:
+        """File -> how many."""
+        return {file: len(numbers) for file, numbers in sorted(self._lines.items())}
+
+
+def documents(
+    config: HarvestConfig, facts: dict[str, Any] | None = None, bad_lines: BadLines | None = None
+) -> Iterator[str]:
     """Yield the documents of the dataset, empty ones left out, and with `dedup` those whose text has come before.
 
     A .txt file is one document; .jsonl and .parquet have one in each row of the text column. `facts` are those of
-    `dataset_facts`: of a hub dataset they name the very commit to read. Raises UserError when the dataset cannot be
+    `dataset_facts`: of a hub dataset they name the very commit to read. With `skip_bad_lines`, lines that are left out
+    are noted in `bad_lines`. Raises UserError when the dataset cannot be
     found, reached or read.
     """
     files = local_files(config.dataset)
     commit = (facts or {}).get("commit") or config.dataset_revision
-    texts = _hub_documents(config, commit) if files is None else _local_documents(files, config.text_column)
+    skipped = (bad_lines or BadLines()) if config.skip_bad_lines else None
+    texts = _hub_documents(config, commit) if files is None else _local_documents(files, config.text_column, skipped)
     found = (_encodable(text) for text in texts if text.strip())
     return _distinct(found) if config.dedup else found
 
@@ -56,12 +75,16 @@ def dataset_facts(config: HarvestConfig, begun: dict[str, Any] | None = None) ->
     return facts | {"n_files": len(files), "n_bytes": sum(size for _, size in sizes), "files_digest": digest(sizes)}
 
 
-def _local_documents(files: list[Path], column: str) -> Iterator[str]:
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+def _local_documents(files: list[Path], column: str, skipped: BadLines | None) -> Iterator[str]:
     for file in files:
         kind = kind_of(file)
         try:
-            yield from readers[kind](file, column)
+            if kind == ".txt":
+                yield from _read_txt(file)
+            elif kind == ".jsonl":
+                yield from _read_jsonl(file, column, skipped)
+            else:
+                yield from _read_parquet(file, column)
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             name = "Parquet" if kind == ".parquet" else "UTF-8 text"
             packed = f" in {file.suffix}" if file.suffix in COMPRESSED else ""
@@ -69,34 +92,43 @@ def _local_documents(files: list[Path], column: str) -> Iterator[str]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[TextIO]:
+def _opened(file: Path, errors: str = "strict") -> Iterator[TextIO]:
     if file.suffix == ".gz":
-        with gzip.open(file, "rt", encoding=_ENCODING) as text:
+        with gzip.open(file, "rt", encoding=_ENCODING, errors=errors) as text:
             yield text
     elif file.suffix == ".zst":
         import pyarrow
 
         with pyarrow.input_stream(str(file), compression="zstd") as stream:
-            yield io.TextIOWrapper(stream, encoding=_ENCODING)
+            yield io.TextIOWrapper(stream, encoding=_ENCODING, errors=errors)
     else:
-        with file.open(encoding=_ENCODING) as text:
+        with file.open(encoding=_ENCODING, errors=errors) as text:
             yield text
 
 
-def _read_txt(file: Path, _column: str) -> Iterator[str]:
+def _read_txt(file: Path) -> Iterator[str]:
     with _opened(file) as text:
         yield text.read()
 
 
-def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    with _opened(file) as lines:
+def _read_jsonl(file: Path, column: str, skipped: BadLines | None) -> Iterator[str]:
+    # Bytes that are no UTF-8 come as lone surrogates, so that they break their own line alone.
+    with _opened(file, errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
+                line.encode()
                 row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}, line {number} is not JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                if skipped is not None:
+                    skipped.add(file, number)
+                    continue
+                kind = "UTF-8 text" if isinstance(error, UnicodeError) else "JSON"
+                raise UserError(
+                    f"{file}, line {number} is not {kind}: {_one_line(error)}. Fix the line and run the same command "
+                    "again, or leave such lines out with --skip-bad-lines"
+                ) from error
             yield _text_of(row, column, f"{file}, line {number}")
 
 

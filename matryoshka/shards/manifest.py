@@ -74,6 +74,12 @@ class FileRecord(Config):
     crc32c: int
 
 
+_LATER_KNOWN = {"versions", "summary", "measured", "skipped_lines", "complete"}
+FILE_FACTS = ("n_files", "n_bytes", "files_digest")
+"""What `Manifest.dataset` says of local files. Files may change after the text that was harvested; whether that text is
+still the same is decided by the ids of the committed shards."""
+
+
 class Manifest(Config):
     """The root attributes of a shard set: every fact a reader needs, nothing it must be told twice."""
 
@@ -100,6 +106,8 @@ class Manifest(Config):
     measured: dict[str, float] = Field(default_factory=dict)
     """What the codec did, known when the set is complete: compression_ratio (bytes over those of bfloat16), and of
     int8 source_error and target_error, its relative error over the rows under 10 times the median norm."""
+    skipped_lines: dict[str, int] = Field(default_factory=dict)
+    """File -> how many broken lines of it were left out on request, known when the set is complete."""
     complete: bool = False
 
     @property
@@ -109,7 +117,7 @@ class Manifest(Config):
 
     def digest(self) -> str:
         """Identity of what was asked for, whatever libraries wrote it and however far it got."""
-        content = self.model_dump(mode="json", exclude={"versions", "summary", "measured", "complete"})
+        content = self.model_dump(mode="json", exclude=_LATER_KNOWN)
         return digest(content)
 
 

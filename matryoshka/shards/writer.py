@@ -18,8 +18,10 @@ from torch import Tensor
 from matryoshka.errors import UserError
 from matryoshka.runs import changed_fields, refuse_changes
 from matryoshka.shards import layout
+from matryoshka.shards.committed_text import check_same_text
 from matryoshka.shards.manifest import (
     BYTES_PER_VALUE,
+    FILE_FACTS,
     MANIFEST_FOLDER,
     SPLITS,
     CommitRecord,
@@ -77,10 +79,12 @@ class ShardSetWriter:
             layout.create_arrays(place, manifest)
             place.settle_small()
             saved = manifest
-        elif saved.complete or grows:
+        elif saved.complete or grows or saved.dataset != manifest.dataset:
             # A shard is to be rewritten or added; until the statistics follow, the set must not pass for whole.
-            planned = {"splits": manifest.splits, "settings": manifest.settings} if grows else {}
-            saved = saved.model_copy(update={"summary": {}, "measured": {}, "complete": False, **planned})
+            planned: dict[str, Any] = {"summary": {}, "measured": {}, "skipped_lines": {}, "complete": False}
+            planned["dataset"] = manifest.dataset
+            planned |= {"splits": manifest.splits, "settings": manifest.settings} if grows else {}
+            saved = saved.model_copy(update=planned)
             layout.publish(place, saved)
             place.settle([ROOT_FILE])
         root = layout.open_root(place, writable=True)
@@ -113,13 +117,14 @@ class ShardSetWriter:
 
         A dataset that has changed since would otherwise be mixed with its old self in one set.
         """
-        n_contexts = self._records[split, shard].n_contexts
-        for name, ids in (("tokens", tokens), ("doc_ids", doc_ids)):
-            if not np.array_equal(self._array(f"{split}/{name}")[shard, :n_contexts], ids.numpy()):
-                raise UserError(
-                    f"the text of {self.manifest.dataset.get('name')} is not what it was when shard {shard} of {split} "
-                    f"of {self.place} was written. Restore the text (or pin its revision), or harvest into a new --out"
-                )
+        check_same_text(
+            self._root,
+            self._records[split, shard],
+            tokens,
+            doc_ids,
+            place=self.place,
+            dataset=self.manifest.dataset.get("name"),
+        )
 
     def write_shard(
         self, split: str, shard: int, tokens: Tensor, doc_ids: Tensor, source: Tensor, target: Tensor
@@ -168,9 +173,10 @@ class ShardSetWriter:
         self._records[split, shard] = record
         return record
 
-    def finish(self) -> Manifest:
+    def finish(self, skipped_lines: Mapping[str, int] | None = None) -> Manifest:
         """Write the statistics, cut the arrays to what was written, and mark the set complete.
 
+        `skipped_lines`: file -> how many broken lines of it were left out.
         Raises UserError when a split came out empty.
         """
         # From the disk, because other processes may have written some of the shards.
@@ -192,7 +198,13 @@ class ShardSetWriter:
         summary = {key: self.place.written(key) for key in layout.summary_keys(self.manifest)}
         measured = measure_codec(self.manifest, self._records.values())
         manifest = self.manifest.model_copy(
-            update={"splits": splits, "summary": summary, "measured": measured, "complete": True}
+            update={
+                "splits": splits,
+                "summary": summary,
+                "measured": measured,
+                "skipped_lines": dict(skipped_lines or {}),
+                "complete": True,
+            }
         )
         layout.publish(self.place, manifest)
         self.place.settle([ROOT_FILE])
@@ -317,7 +329,9 @@ def _grows(saved: Manifest, manifest: Manifest) -> bool:
 
 def _identity(manifest: Manifest, grows: bool) -> dict[str, Any]:
     """What must be equal for two harvests to be the same one. The split plan follows from it and from the text."""
-    content = manifest.model_dump(mode="json", exclude={"versions", "summary", "measured", "complete", "splits"})
+    later = {"versions", "summary", "measured", "skipped_lines", "complete", "splits"}
+    content = manifest.model_dump(mode="json", exclude=later)
+    content["dataset"] = {name: value for name, value in content["dataset"].items() if name not in FILE_FACTS}
     if grows:
         del content["settings"]["tokens"]
     return content

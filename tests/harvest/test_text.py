@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 
 from harvest.config import HarvestConfig
-from harvest.text import dataset_facts, documents
+from harvest.text import BadLines, dataset_facts, documents
 from harvest.text_files import local_files
 from matryoshka.errors import UserError
 
@@ -145,9 +145,14 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     assert "a.jsonl, line 2 is not JSON" in refused(tmp_path / "a.jsonl")
-    for name in ("latin.txt", "latin.jsonl"):
+    for name, what in (
+        ("latin.txt", "latin.txt cannot be read as UTF-8 text"),
+        ("latin.jsonl", "latin.jsonl, line 1 is not UTF-8 text"),
+    ):
         (tmp_path / name).write_bytes('{"text": "caf\xe9 au lait"}'.encode("latin-1"))
-        assert f"{name} cannot be read as UTF-8 text" in refused(tmp_path / name)
+        assert what in refused(tmp_path / name)
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    assert "deep.jsonl, line 1 is not JSON" in refused(tmp_path / "deep.jsonl")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     assert "cannot be read as Parquet" in refused(tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"")
@@ -263,3 +268,22 @@ def test_repeated_documents_are_left_out_on_request(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     assert read(path) == texts
     assert read(path, dedup=True) == ["one", "two", "two ", "three"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_bad_lines_are_left_out_on_request_and_counted_once(suffix: str, tmp_path: Path) -> None:
+    lines = [b'{"text": "one"}', b'{"text": ', b'{"text": "caf\xe9"}', b"", b'{"text": "two"}', b"[" * 100_000]
+    content = b"\n".join(lines)
+    if suffix:
+        content = gzip.compress(content) if suffix == ".gz" else bytes(pyarrow.compress(content, codec="zstd"))
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(content)
+    assert "line 2 is not JSON" in refused(path)
+    assert "--skip-bad-lines" in refused(path)
+    found = BadLines()
+    for _ in range(2):
+        assert list(documents(config(path, skip_bad_lines=True), None, found)) == ["one", "two"]
+    assert found.counts() == {str(path): 3}
+    # a line of another column is no broken line
+    write_jsonl(tmp_path / "b.jsonl", [{"body": "x"}])
+    assert "no text in column" in refused(tmp_path / "b.jsonl", skip_bad_lines=True)
