@@ -41,8 +41,8 @@ class Screen:
         self._display.update(self._name, self._n_done)
 
     def noted(self, text: str) -> None:
-        """Print something to know."""
-        note(text)
+        """Print something to know, above the bar where there is one."""
+        note(text, to=self._display.console)
 
     def say(self, analysis: Analysis[ResultT], answers: Sequence[Answer[ResultT]]) -> None:
         """Print what was found, how older results differed, and where all of it is."""

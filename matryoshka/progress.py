@@ -332,5 +332,10 @@ def _rate(work: Work, unit: str = "") -> str:
 def _left(work: Work) -> str:
     if work.outcome or work.seconds_left is None or work.done >= work.total:
         return work.outcome
-    minutes, seconds = divmod(round(work.seconds_left), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+    return f"{duration(work.seconds_left)} left"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:02:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -12,7 +12,12 @@ from ..options import ConfigFile, Device, Model, Overrides, Prefix, Run, Runs, S
 def faithfulness(
     runs: Runs,
     shards: Shards = None,
-    tokens: Annotated[str | None, typer.Option(help="Rows to use, in whole contexts, such as 200k. (200k)")] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows to use, in whole contexts, such as 200k; 20k take minutes on a CPU with a small model. (20k)"
+        ),
+    ] = None,
     split: Split = None,
     prefix: Prefix = None,
     model: Model = None,

@@ -7,6 +7,7 @@ transcoder is run once.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.lm.splice import edited
+from matryoshka.progress import duration
 from matryoshka.shards import ShardSet
 from matryoshka.tables import ResultTable
 from matryoshka.transcoder import Transcoder
@@ -89,9 +91,11 @@ def _pass(splicing: _Splicing, job: Job) -> PassSums:
     """The first contexts that hold `config.faithfulness.tokens` rows, run through the model."""
     config, split = job.config, job.shards.split(job.config.split)
     n_contexts, n_rows = count_contexts(split, config.faithfulness.tokens)
-    job.progress.started(job.name, n_rows)
     done = PassSums(0, DocumentSums.empty(len(splicing.columns)))
     n_done = job.saved.load(done)
+    for context in context_batches(job.shards, split, range(done.n_contexts, n_contexts)[:1], 1):
+        job.progress.noted(f"{job.name}: {splicing.estimate(context, n_rows - n_done)}")
+    job.progress.started(job.name, n_rows)
     job.progress.advanced(n_done)
     for contexts in context_batches(job.shards, split, range(done.n_contexts, n_contexts), config.lm.batch_tokens):
         done.sums.add(contexts.documents(), splicing.sums_of(contexts))
@@ -117,6 +121,19 @@ class _Splicing:
         self._transcoder, self._model, self._error_term = transcoder, model, error_term
         self.columns = columns(transcoder.prefix_ends)
         self._mean = shards.stats("target").mean.float().to(model.device)
+
+    def estimate(self, context: Contexts, n_rows: int) -> str:
+        """How long `n_rows` rows take, from running one context."""
+        # The first run on a GPU takes longer: it is made ready.
+        for _ in range(1 if self._model.device.type == "cpu" else 2):
+            began = time.perf_counter()
+            self.sums_of(context)
+            seconds = time.perf_counter() - began
+        rate = int(context.replaced.sum()) / seconds
+        return (
+            f"about {duration(n_rows / rate)} for {n_rows:,} rows on {self._model.device}, {rate:,.1f} rows/s with one "
+            "context at a time; --tokens takes fewer rows"
+        )
 
     def sums_of(self, contexts: Contexts) -> Tensor:
         """Sums over the scored positions of each of `contexts.documents()`, float64 [documents, columns]."""

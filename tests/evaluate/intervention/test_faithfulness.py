@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate.analysis import Answer, answer
+from evaluate.analysis import Answer, Silent, answer
 from evaluate.config import EvaluateConfig
 from evaluate.intervention import faithfulness as module
 from evaluate.intervention.faithfulness import FaithfulnessAnalysis
@@ -204,6 +204,8 @@ def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
     whole = measure_faithfulness(one.run, one.config(tmp_path / "whole", **settings))
     seen: list[tuple[int, ...]] = []
     forward = module._Splicing.sums_of
+    # It runs a context of its own, which is no part of the pass.
+    monkeypatch.setattr(module._Splicing, "estimate", lambda *_: "")
 
     def dying(self: Any, contexts: Any) -> torch.Tensor:
         if len(seen) == 2:
@@ -239,6 +241,46 @@ def test_the_batch_size_changes_no_number(subject: Callable[[str], Any], tmp_pat
     for other in found[1:]:
         assert other.ce_loss_clean == pytest.approx(found[0].ce_loss_clean, rel=1e-5)
         assert other.prefixes[1].kl == pytest.approx(found[0].prefixes[1].kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("n_before", [0, 23])
+def test_an_estimate_comes_before_the_bar(
+    subject: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_before: int
+) -> None:
+    one = subject("llama")
+    config = one.config(tmp_path, lm={"batch_tokens": 2 * 13}, save_minutes=0)
+    seen: list[str] = []
+
+    class Told(Silent):
+        def noted(self, text: str) -> None:
+            seen.append(text)
+
+        def started(self, name: str, n_rows: int) -> None:
+            seen.append(f"{name} {n_rows}")
+
+        def advanced(self, n_rows: int) -> None:
+            if len(seen) == 2 and n_rows > 0 and n_before:
+                raise Killed
+
+    if n_before:
+        # Two contexts are done and saved when it dies.
+        with pytest.raises(Killed):
+            answer(FaithfulnessAnalysis(), [one.run], config, Told())
+        seen.clear()
+    # Each look at the clock is two seconds after the one before.
+    ticks = iter(range(0, 10**6, 2))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(Told, "advanced", Silent.advanced)
+    (found,) = answer(FaithfulnessAnalysis(), [one.run], config, Told())
+    tokens = [context for context, _ in one.contexts()]
+    rows = [sum(token not in one.special_ids for token in context) for context in tokens]
+    rate = rows[2 if n_before else 0] / 2
+    assert found.n_resumed == n_before
+    assert sum(rows[:2]) == 23
+    left = sum(rows) - n_before
+    assert seen[1] == f"l1-k6 {sum(rows)}"
+    expected = f"l1-k6: about 0:00:{round(left / rate):02} for {left} rows on cpu, {rate:.1f} rows/s with one context"
+    assert seen[0].startswith(expected)
 
 
 def test_train_rows_only_when_asked_for(subject: Callable[[str], Any], tmp_path: Path) -> None:
@@ -289,5 +331,5 @@ def test_a_full_memory_says_what_to_do(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(LanguageModel, "logits", full)
-    with pytest.raises(UserError, match=r"does not hold 39 tokens .* evaluate\.lm\.batch_tokens"):
+    with pytest.raises(UserError, match=r"does not hold 13 tokens .* evaluate\.lm\.batch_tokens"):
         measure_faithfulness(one.run, one.config(tmp_path))
