@@ -38,17 +38,12 @@ def run(
     set_: Overrides = None,
 ) -> None:
     """FVU, L0, cosine, dead and dense latents of each nested prefix, as a table and as RUN/eval/.../report.json."""
-    from .analysis import answer
     from .next_step import then_report
-    from .run import RunAnalysis
-    from .screen import Screen
+    from .screen import measure
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device, "out": out}
     settings = read_settings(config, set_ or (), flags)
-    analysis = RunAnalysis()
-    with Screen() as screen:
-        answers = answer(analysis, runs, settings, screen)
-    screen.say(analysis, answers)
+    measure("run", runs, settings)
     then_report(runs, shards)
 
 
@@ -100,18 +95,13 @@ def samples(
     set_: Overrides = None,
 ) -> None:
     """The contexts in which each latent fires most, in which it fires at all, and in which it does not."""
-    from .analysis import answer
     from .next_step import then_report
-    from .samples import SamplesAnalysis
-    from .screen import Screen
+    from .screen import measure
 
     overrides = [*(set_ or ()), *([f"evaluate.samples.split={split}"] if split else ())]
     flags = {"shards": shards, "tokens": tokens, "prefix": prefix, "device": device}
     settings = read_settings(config, overrides, flags)
-    analysis = SamplesAnalysis()
-    with Screen("samples") as screen:
-        answers = answer(analysis, runs, settings, screen)
-    screen.say(analysis, answers)
+    measure("samples", runs, settings)
     then_report(runs, shards)
 
 
@@ -203,18 +193,13 @@ def hierarchy(
     set_: Overrides = None,
 ) -> None:
     """Which latents imply which, which fire together, how directions cluster, and what each group adds."""
-    from .analysis import answer
     from .next_step import then_report
-    from .screen import Screen
-    from .structure.hierarchy import HierarchyAnalysis
+    from .screen import measure
 
     overrides = [*(set_ or ()), *([] if clusters is None else [f"evaluate.hierarchy.clusters={str(clusters).lower()}"])]
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
     settings = read_settings(config, overrides, flags)
-    analysis = HierarchyAnalysis()
-    with Screen("hierarchy") as screen:
-        answers = answer(analysis, runs, settings, screen)
-    screen.say(analysis, answers)
+    measure("hierarchy", runs, settings)
     then_report(runs, shards)
 
 
@@ -231,17 +216,12 @@ def absorption(
     set_: Overrides = None,
 ) -> None:
     """How often a first-letter latent stays silent because another latent speaks for it (SAEBench's two scores)."""
-    from .analysis import answer
     from .next_step import then_report
-    from .probing.absorption_run import AbsorptionAnalysis
-    from .screen import Screen
+    from .screen import measure
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
     settings = read_settings(config, set_ or (), flags)
-    analysis = AbsorptionAnalysis(tokenizer)
-    with Screen("absorption") as screen:
-        answers = answer(analysis, runs, settings, screen)
-    screen.say(analysis, answers)
+    measure("absorption", runs, settings, tokenizer=tokenizer)
     then_report(runs, shards)
 
 
@@ -261,17 +241,12 @@ def probing(
     set_: Overrides = None,
 ) -> None:
     """How well the few latents that differ most tell known classes apart, beside a probe on the whole input."""
-    from .analysis import answer
     from .next_step import then_report
-    from .probing.sparse_probing import ProbingAnalysis
-    from .screen import Screen
+    from .screen import measure
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "prefix": prefix, "device": device}
     settings = read_settings(config, set_ or (), flags)
-    analysis = ProbingAnalysis(labels, tokenizer)
-    with Screen("probing") as screen:
-        answers = answer(analysis, runs, settings, screen)
-    screen.say(analysis, answers)
+    measure("probing", runs, settings, labels=labels, tokenizer=tokenizer)
     then_report(runs, shards)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from matryoshka.progress import ProgressDisplay
 from matryoshka.tables import ResultTable
 from matryoshka.terminal import note, show
 
-from .analysis import Analysis, Answer, ResultT
+from .analyses import load_analysis
+from .analysis import Analysis, Answer, ResultT, answer
 from .checkpoint import Checkpoint
+from .config import EvaluateConfig
 from .report.build import Pages
 
 
@@ -48,11 +51,12 @@ class Screen:
         """Print what was found, how older results differed, and where all of it is."""
         for table in analysis.tables([one.result for one in answers]):
             show(table)
+        for checkpoint in {one.checkpoint.folder: one.checkpoint for one in answers}.values():
+            self._unfinished(checkpoint)
         for one in answers:
             name = "" if len(answers) == 1 else f"{one.checkpoint.name}: "
             for sentence in analysis.notes(one.result):
                 note(name + sentence)
-            self._unfinished(one.checkpoint)
             if one.replaced:
                 note(f"{name}replaced an older result ({'; '.join(one.replaced)})")
             self._resumed(one.n_resumed, analysis.unit)
@@ -86,3 +90,11 @@ class Screen:
         show(table)
         if path is not None:
             note(f"{path}: written")
+
+
+def measure(name: str, runs: Sequence[Path], config: EvaluateConfig, **arguments: Any) -> None:
+    """What the command of an analysis does: make its results or read them, and say what they are."""
+    analysis = load_analysis(name)(**arguments)
+    with Screen("evaluate" if name == "run" else name) as screen:
+        answers = answer(analysis, runs, config, screen)
+    screen.say(analysis, answers)

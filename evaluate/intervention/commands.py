@@ -29,18 +29,13 @@ def faithfulness(
     set_: Overrides = None,
 ) -> None:
     """Loss, KL and top-1 agreement of the language model with each nested reconstruction in place of the target."""
-    from ..analysis import answer
     from ..next_step import then_report
-    from ..screen import Screen
-    from .faithfulness import FaithfulnessAnalysis
+    from ..screen import measure
 
     overrides = [*(set_ or ()), *([f"evaluate.faithfulness.tokens={tokens}"] if tokens else ()), *_lm(model)]
     flags = {"shards": shards, "split": split, "prefix": prefix, "device": device}
     settings = read_settings(config, overrides, flags)
-    analysis = FaithfulnessAnalysis(error_term=error_term)
-    with Screen("faithfulness") as screen:
-        answers = answer(analysis, runs, settings, screen)
-    screen.say(analysis, answers)
+    measure("faithfulness", runs, settings, error_term=error_term)
     then_report(runs, shards)
 
 
@@ -53,18 +48,13 @@ def logits(
     set_: Overrides = None,
 ) -> None:
     """The tokens each latent speaks for or against: its decoder row through the final norm and the unembedding."""
-    from ..analysis import answer
     from ..next_step import then_report
-    from ..screen import Screen
-    from .logits import LogitsAnalysis
+    from ..screen import measure
 
     flags = {"shards": shards, "device": device}
     overrides = [*(set_ or ()), *_lm(model)]
     settings = read_settings(config, overrides, flags)
-    analysis = LogitsAnalysis()
-    with Screen("logits") as screen:
-        answers = answer(analysis, runs, settings, screen)
-    screen.say(analysis, answers)
+    measure("logits", runs, settings)
     then_report(runs, shards)
 
 
@@ -81,18 +71,13 @@ def ablate(
     set_: Overrides = None,
 ) -> None:
     """What the language model predicts differently without single latents, where they fire."""
-    from ..analysis import answer
     from ..next_step import then_steer
-    from ..screen import Screen
-    from .ablation import AblateAnalysis
+    from ..screen import measure
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "device": device}
     overrides = [*(set_ or ()), *_lm(model)]
     settings = read_settings(config, overrides, flags)
-    analysis = AblateAnalysis(latents, scale)
-    with Screen("ablate") as screen:
-        answers = answer(analysis, [run], settings, screen)
-    screen.say(analysis, answers)
+    measure("ablate", [run], settings, latents=latents, scale=scale)
     then_steer(run, latents[0], shards)
 
 

@@ -13,12 +13,15 @@ import pytest
 from evaluate import sampling
 from evaluate.analyses import ANALYSES, Entry
 from evaluate.analysis import Answer, Silent, answer
+from evaluate.cli import app
 from evaluate.config import EvaluateConfig
+from evaluate.screen import Screen
 from matryoshka.errors import UserError
 from matryoshka.runs import publish_json
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
+ROOT = Path(__file__).parents[2]
 EVERY = [entry.name for entry in ANALYSES]
 PASSES = [name for name in EVERY if name != "logits"]
 """Those with something to go on with: `logits` is one product of matrices."""
@@ -146,6 +149,19 @@ def bench(name: str, case: Case, tmp_path: Path, made: Any) -> Bench:
     return Bench(name, case, tmp_path, made.run)
 
 
+def test_the_table_is_what_commands_settings_and_documents_know() -> None:
+    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    documented = (ROOT / "docs" / "evaluation.md").read_text()
+    for entry in ANALYSES:
+        analysis = entry.load()
+        assert analysis.name == entry.name
+        assert entry.name in commands
+        assert f"`{entry.name}" in documented
+        assert not set(analysis.shared) - set(EvaluateConfig.model_fields)
+        assert entry.name == "run" or entry.name in EvaluateConfig.model_fields
+    assert len({entry.name for entry in ANALYSES}) == len(ANALYSES)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -197,8 +213,8 @@ def test_a_result_that_is_broken_or_lacks_a_table_is_made_anew(bench: Bench) -> 
 
 
 def stops(n_reports: int) -> Iterator[int]:
-    """Where to stop: everywhere, or at about a dozen batches of a long pass."""
-    yield from range(1, n_reports, max(1, n_reports // 12))
+    """Where to stop: everywhere, or at about eight batches of a long pass."""
+    yield from range(1, n_reports, max(1, n_reports // 8))
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -250,6 +266,16 @@ def test_two_runs_into_one_folder_are_refused(bench: Bench) -> None:
     with pytest.raises(UserError, match="is of the run run, and two would overwrite it; choose another"):
         bench.answer([two], out=one)
     assert files(one) == before
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_run_that_is_not_trained_to_its_end_is_said(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    analysis = bench.entry.load()(**bench.case.arguments)
+    Screen().say(analysis, bench.answer([bench.run("done")]))
+    assert "not trained to its end" not in capsys.readouterr().err
+    early = bench.save_run(bench.folder / "early", bench.case.transcoder, finished=False)
+    Screen().say(analysis, bench.answer([early]))
+    assert capsys.readouterr().err.count("early is not trained to its end: this is step 400") == 1
 
 
 @pytest.mark.parametrize("name", EVERY)
