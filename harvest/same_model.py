@@ -42,7 +42,7 @@ def model_facts(saved: Manifest | None, lm: LanguageModel, layers: set[int], fol
 
     Raises UserError when the set at `folder` was begun with other weights.
     """
-    facts = lm.describe() | {"weights_digest": lm.weights_digest}
+    facts: dict[str, Any] = lm.describe() | {"weights_digest": lm.weights_digest}
     if more := {str(layer): note for layer in sorted(layers) if (note := lm.adds_more(layer)) is not None}:
         facts["adds_more"] = more
     if saved is None:

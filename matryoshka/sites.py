@@ -128,12 +128,11 @@ def fit_norm(module: nn.Module, reads: Tensor, gives: Tensor, *, tolerance: floa
     else:
         gains = (torch.ones(reads.shape[-1]),)
     b = bias.detach().float().cpu() if isinstance(bias, Tensor) else None
+    kinds: tuple[tuple[Literal["rms", "layer"], Tensor | None], ...] = (("rms", None), ("layer", b))
     forms = []
-    for gain in gains:
-        for kind, shift in (("rms", None), ("layer", b)):
-            known = _eps_of(module, reads, kind) if eps is None and not isinstance(weight, Tensor) else eps
-            if known is not None:
-                forms.append(Norm(kind, known, gain, shift))
+    for kind, shift in kinds:
+        known = _eps_of(module, reads, kind) if eps is None and not isinstance(weight, Tensor) else eps
+        forms += [] if known is None else [Norm(kind, known, gain, shift) for gain in gains]
     if not forms:
         return None
     differences = [float((form.with_gain(reads) - gives.float()).norm() / gives.float().norm()) for form in forms]

@@ -31,8 +31,7 @@ class HookPoints:
         """`name`: of the model, for messages. Raises UserError for an architecture that TransformerLens does not know,
         and for one that is not a stack of decoder blocks."""
         self._name = name
-        description = _description(model, name)
-        components: dict[str, Any] = description.get_component_mapping()
+        settings, components = _description(model, name)
         template = components.get("blocks")
         blocks = None if template is None else _module_at(model, template.name)
         if template is None or not isinstance(blocks, nn.ModuleList):
@@ -43,8 +42,8 @@ class HookPoints:
         self._components = [_of_layer(template, block) for block in blocks]
         final_norm = components.get("ln_final")
         self.final_norm = None if final_norm is None else _module_at(model, final_norm.name)
-        self.n_ctx = int(description.cfg.n_ctx)
-        self.d_model = int(description.cfg.d_model)
+        self.n_ctx = int(settings.n_ctx)
+        self.d_model = int(settings.d_model)
 
     def require(self, name: str) -> None:
         """Raise UserError unless the model has this hook point."""
@@ -125,8 +124,8 @@ class HookPoints:
         return module
 
 
-def _description(model: Any, name: str) -> Any:
-    """What TransformerLens calls the adapter of an architecture: its components by name, without any weights."""
+def _description(model: Any, name: str) -> tuple[Any, dict[str, Any]]:
+    """(sizes, components by name) of what TransformerLens calls the adapter of an architecture; it has no weights."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
     from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
@@ -137,7 +136,8 @@ def _description(model: Any, name: str) -> Any:
     try:
         architecture = determine_architecture_from_hf_config(config)
         described = build_bridge_config_from_hf(config, architecture, name, model.dtype)
-        return ArchitectureAdapterFactory.select_architecture_adapter(described)
+        adapter = ArchitectureAdapterFactory.select_architecture_adapter(described)
+        return adapter.cfg, dict(adapter.get_component_mapping())
     except Exception as error:
         # A description may fail in any way on a configuration that its author did not think of.
         reason = " ".join(str(error).split())[:300] or type(error).__name__

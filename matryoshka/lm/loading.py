@@ -50,8 +50,8 @@ def quiet() -> Iterator[None]:
             logging.root.handlers[:] = [h for h in logging.root.handlers if h in handlers]
 
 
-def load_model(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The Hugging Face model, on the CPU, and its tokenizer, both of one commit."""
+def load_model(name: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """The Hugging Face model, read-only on `device`, and its tokenizer, both of one commit."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
@@ -78,6 +78,7 @@ def load_model(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any
             name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
         )
         model, report = loaded
+        model = model.to(device).eval().requires_grad_(False)
     except Exception as error:
         # Reading a model runs a great deal of other people's code, which fails in any way on what it does not know.
         raise cannot_load(name, revision, part, error) from error

@@ -90,8 +90,7 @@ class LanguageModel:
         on = resolve_device(device)
         name = expand(str(name_or_path))
         with quiet():
-            model, tokenizer = load_model(name, revision, resolve_dtype(dtype, on))
-            model = model.to(on).eval().requires_grad_(False)
+            model, tokenizer = load_model(name, revision, resolve_dtype(dtype, on), on)
             return cls(model, HookPoints(model, name), tokenizer, name)
 
     def capture(self, tokens: Tensor, hook_points: Sequence[str]) -> dict[str, Tensor]:
@@ -275,7 +274,8 @@ class LanguageModel:
         wanted = {name: hook for name in points if (hook := self._points.trace(name)) is not None}
         seen, output = self._watch(wanted)
         logits = output.logits.float()
-        if not bool(logits.isfinite().all()):
+        # Some models give -inf to ids that they never want.
+        if bool(logits.isnan().any()) or not all(bool(tensor.isfinite().all()) for tensor in seen.values()):
             raise not_finite(self.name, self._model)
         difference = float((logits[0, :-1] - logits[1, :-1]).norm() / logits[0, :-1].norm())
         if difference > _SAME_LOGITS[self.dtype]:

@@ -47,7 +47,7 @@ def weights_digest(name_or_path: str, revision: str | None = None) -> str:
 
 
 def _weight_files(name: str, revision: str | None) -> list[Path]:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     try:
