@@ -52,7 +52,9 @@ def test_a_continued_harvest_starts_with_it_and_leaves_no_trace(
 
     monkeypatch.setattr(LanguageModel, "capture", capture)
     with monkeypatch.context() as patch:
-        patch.setattr(ShardSetWriter, "finish", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            ShardSetWriter, "finish", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         assert harvest()[0] != 0
     assert asked[0] == 3
     assert remembered(Folder(tmp_path / "out"), 3, lm.device) == 1
