@@ -61,7 +61,7 @@ def _refuse_other_set(folder: Path, path: object, saved: Mapping[str, Any], reco
         return
     here = record["config"]["shards"]
     try:
-        changes = changed_fields(*(_described(read_manifest(str(where))) for where in (path, here)))
+        changes = changed_fields(_described(read_manifest(str(path))), _described(read_manifest(str(here))))
     except UserError as error:
         why = f"the first cannot be compared any more ({error})"
     else:
