@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/evaluate report data/demo/runs/l15-k32 --shards data/demo/l15
 
 test: $(VENV)/.dev browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 check: lint test
 

@@ -80,7 +80,7 @@ def test_a_run_alone_is_a_fleet_of_one(run_settings: dict[str, Any], tmp_path: P
     (member,) = members(config_of(run_settings, tmp_path / "mine"))
     assert (member.name, member.folder) == ("mine", tmp_path / "mine")
     (member,) = members(TrainConfig.model_validate(run_settings))
-    assert member.folder == Path("data/runs/l3-k4")
+    assert member.folder == Path(run_settings["shards"]).parent / "runs" / "l3-k4"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_run_alone_is_a_fleet_of_one(run_settings: dict[str, Any], tmp_path: P
         ({"grid": {"max_norm": [5, 10]}}, "max_norm=5 sets max_norm, but all members"),
         ({"fleet": [{"name": "a", "device": "cpu"}]}, "belongs to the whole command"),
         ({"fleet": [{"name": "a", "learning_rate": 1}]}, "unknown key learning_rate; known keys: name, group_sizes"),
-        ({"fleet": [{"name": "a", "lr": -1}]}, "member a: lr: Input should be greater than 0"),
+        ({"fleet": [{"name": "a", "lr": -1}]}, "member a: lr: should be greater than 0"),
         ({"fleet": [{"name": "a"}, {"name": "a", "k": 2}]}, "two members of the fleet are called a"),
         ({"fleet": [{"name": "../a"}]}, "cannot name a folder"),
         ({"fleet": [{"lr": 1e-3}], "grid": {"lr": [1e-3]}}, "both set lr"),
