@@ -72,7 +72,7 @@ class Comparison(Config):
 def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None = None) -> Comparison:
     """Measure the transcoders that `texts` name (see `load_contender`) on rows of `config.shards`, by default val ones.
 
-    With `config.out` the result is published there too. Raises UserError for whatever the user can mend.
+    With `config.out` the result is published there too. Raises UserError for invalid input.
     """
     progress = progress or Silent()
     if config.prefix is not None:

@@ -68,7 +68,7 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
     """Make the shard sets that `config` describes, or what is missing of them; one result for each, in its order.
 
     Without `progress` a bar is shown in a notebook, and nothing elsewhere.
-    Raises UserError for anything that the user can mend; whatever was committed stays.
+    Raises UserError for invalid input; whatever was committed stays.
     """
     ranks = Ranks.from_environment()
     targets = [Target(member) for member in config.members()]

@@ -63,11 +63,13 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _off_is_no_number(cls, value: object, info: ValidationInfo) -> object:
-        assert info.field_name is not None
         if isinstance(value, list | tuple) and any(isinstance(item, bool) for item in value):
             raise ValueError("takes no list with a boolean in it (YAML reads on, off, yes and no as booleans)")
+        if not isinstance(value, bool | str):
+            return value  # also for speed: a set's records have a field for every file
+        assert info.field_name is not None
         kinds, words = _choices(cls.model_fields[info.field_name].annotation)
-        if bool in kinds or Any in kinds or not (value is False or value is True or isinstance(value, str)):
+        if bool in kinds or Any in kinds:
             return value
         if value is False or (isinstance(value, str) and value.lower() in _NOTHING):
             for word in ("off", "none"):

@@ -23,6 +23,7 @@ from matryoshka.runs import fsync_path, publish_json, read_json
 
 WEIGHTS_FILE = "transcoder.safetensors"
 CONFIG_FILE = "config.json"
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class TranscoderConfig(Config):
@@ -247,8 +248,11 @@ class Transcoder(nn.Module):
         if found != wanted:
             raise UserError(f"the weights do not fit the config: expected the tensors {wanted}, found {found}")
         for name, tensor in tensors.items():
-            if not tensor.is_floating_point():
-                raise UserError(f"the weights {name} are {str(tensor.dtype).removeprefix('torch.')}, not floats")
+            if tensor.dtype not in _WEIGHT_DTYPES:
+                wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _WEIGHT_DTYPES)
+                raise UserError(
+                    f"the weights {name} are {str(tensor.dtype).removeprefix('torch.')}; expected one of {wanted}"
+                )
             bad = ~torch.isfinite(tensor)
             if name == "threshold":
                 bad &= tensor != torch.inf

@@ -44,7 +44,7 @@ _INIT_SEED = 0x1A17
 def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
     """Train the one run that `config` describes, or the rest of it.
 
-    Raises UserError for anything that the user can mend, a loss that is not finite among it.
+    Raises UserError for invalid input, a loss that is not finite among it.
     """
     if is_fleet(config):
         raise UserError("these settings describe a fleet; use train_fleet, or leave out train.fleet and train.grid")

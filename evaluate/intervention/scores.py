@@ -63,8 +63,12 @@ def score(
     numbers = torch.cat(parts, 1).double() if parts else torch.zeros(4, 0, dtype=torch.float64)
     if not bool(numbers.isfinite().all()):
         raise UserError(
-            "the language model gave logits that are not finite; float16 overflows in some models: load it with --set "
-            "evaluate.lm.dtype=float32"
+            f"the language model gave logits that are not finite in {str(clean.dtype).removeprefix('torch.')}. "
+            + (
+                "float16 overflows in some models: load it with --set evaluate.lm.dtype=bfloat16 or float32"
+                if clean.dtype == torch.float16
+                else "A wider type does not help: check the model's weights and the transcoder"
+            )
         )
     ce_clean, ce, kl, same_top = numbers
     return Scores(ce_clean, ce, kl, same_top, log_ratio)

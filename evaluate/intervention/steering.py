@@ -60,7 +60,7 @@ def steer(
     scale: float = 1.0,
     writing: Writing | None = None,
 ) -> Steered:
-    """Continue `text` twice; nothing is written to the disk. Raises UserError for what the user can mend."""
+    """Continue `text` twice; nothing is written to the disk. Raises UserError for invalid input."""
     writing = writing or Writing()
     if writing.temperature < 0 or writing.n_tokens < 1:
         raise UserError(

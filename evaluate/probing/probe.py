@@ -51,7 +51,7 @@ def require_sklearn() -> None:
     except ImportError as error:
         raise UserError(
             "probes are fitted with scikit-learn, which is not installed here; install it with "
-            "`pip install 'matryoshka-transcoders[probing]'` or `pip install scikit-learn`"
+            "`pip install -e '.[probing]'` in the checkout, or `pip install scikit-learn`"
         ) from error
 
 

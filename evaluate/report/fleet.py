@@ -35,7 +35,7 @@ def make_fleet_report(runs: list[Path], config: EvaluateConfig, *, progress: Pro
     """Write FLEET/eval/<set>-<digest>/report/ (or `config.out`/report/), anew each time; equal inputs, equal bytes.
 
     Members without a report.json are evaluated first, on `config.shards` or the set that they were trained on; all must
-    be of one shard set. Raises UserError for whatever the user can mend.
+    be of one shard set. Raises UserError for invalid input.
     """
     if len(runs) > 1 and config.out is None:
         raise UserError(

@@ -70,7 +70,7 @@ def serve_report(
 ) -> Served:
     """Listen on 127.0.0.1 with the pages of `run`; they are made first where there are none of its newest weights.
 
-    The language model is loaded when the first text is tried. Raises UserError for whatever the user can mend.
+    The language model is loaded when the first text is tried. Raises UserError for invalid input.
     """
     notes: list[str] = []
     folder = _pages(run, config)

@@ -43,7 +43,7 @@ def check_libraries() -> None:
     if missing:
         raise UserError(
             f"clustering decoder directions needs {' and '.join(missing)}, which is not installed; "
-            'pip install "matryoshka-transcoders[structure]", or leave clusters out with --no-clusters'
+            "run `pip install -e '.[structure]'` in the checkout, or leave clusters out with --no-clusters"
         )
 
 

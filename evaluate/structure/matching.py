@@ -90,7 +90,7 @@ def match(
 
     Both are run on `config.shards`, else on what `one` was trained on; `other` on `other_shards` where that is given,
     or on its own set where that is of another layer and no set was named. With `config.out` the result and
-    a table of all latents are published there. Raises UserError for whatever the user can mend.
+    a table of all latents are published there. Raises UserError for invalid input.
     """
     progress = progress or Silent()
     if config.prefix is not None:

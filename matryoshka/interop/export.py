@@ -177,7 +177,7 @@ def _refuse_other(out: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{out} is not empty and was not made by `train export`; choose another --out")
     found = read_json(out / RECORD_FILE, what="export")
     # Exports of before `dropped` was recorded say the same without it.
-    changes = changed_fields({**found, "dropped": record["dropped"]}, json.loads(json.dumps(record)))
+    changes = changed_fields({"dropped": record["dropped"], **found}, json.loads(json.dumps(record)))
     if changes:
         shown = "; ".join(changes[:3]) + ("; ..." if len(changes) > 3 else "")
         raise UserError(f"{out} holds another export ({shown}); choose another --out, or delete that folder")

@@ -17,7 +17,7 @@ import numpy as np
 from matryoshka.errors import UserError
 from matryoshka.shards.checksum import checksum_of
 from matryoshka.shards.manifest import FileRecord
-from matryoshka.shards.place import Place
+from matryoshka.shards.place import Place, is_left_by_system
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -72,10 +72,12 @@ class ObjectPlace(Place):
 
         with self.explained():
             found: Any = obstore.list_with_delimiter(self.client)
-        return [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+        names = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+        return [name for name in names if not is_left_by_system(name)]
 
     def keys(self, folder: str) -> list[str]:
-        return sorted(key for key in self._listed(folder) if "/" not in key.removeprefix(f"{folder}/"))
+        names = {key: key.removeprefix(f"{folder}/") for key in self._listed(folder)}
+        return sorted(key for key, name in names.items() if "/" not in name and not is_left_by_system(name))
 
     def holds(self, key: str) -> bool:
         return not key.startswith("/") and ".." not in key.split("/")
@@ -217,7 +219,7 @@ def _client(url: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"{url} is in an object store, and the package obstore that speaks to those is not installed. Run: "
-            "pip install 'matryoshka-transcoders[cloud]', or name a folder"
+            "pip install -e '.[cloud]' in the checkout, or pip install obstore; or name a folder"
         ) from error
     try:
         return from_url(url)

@@ -265,7 +265,9 @@ def test_missing_libraries_are_said_before_the_pass(
 ) -> None:
     monkeypatch.setattr("evaluate.structure.clusters.find_spec", lambda name: None if name == "umap" else object())
     run = made.run(tmp_path / "run", made.transcoder())
-    with pytest.raises(UserError, match=r"needs umap-learn, which is not installed; pip install .*\[structure\]"):
+    with pytest.raises(
+        UserError, match=r"needs umap-learn, which is not installed; run `pip install -e .*\[structure\]"
+    ):
         make_hierarchy(run, settings(val_set, {"clusters": True}))
     assert not (run / "eval").exists()
     assert make_hierarchy(run, settings(val_set)).result.clusters is None

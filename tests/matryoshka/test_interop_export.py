@@ -53,6 +53,18 @@ def test_again_is_nothing_to_do_and_gives_equal_bytes(make: Make, tmp_path: Path
     assert Transcoder.from_pretrained(tmp_path / "out").config.source_hook == "blocks.3.hook_resid_mid"
 
 
+def test_what_an_export_dropped_is_part_of_it(make: Make, tmp_path: Path) -> None:
+    export([make()], "gemma-scope", tmp_path / "out")
+    file = tmp_path / "out" / "export.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "dropped": []}))
+    with pytest.raises(UserError, match="another export .*dropped"):
+        export([make()], "gemma-scope", tmp_path / "out")
+    del record["dropped"]  # as exports of before it was recorded
+    file.write_text(json.dumps(record))
+    assert export([make()], "gemma-scope", tmp_path / "out").already_there
+
+
 def test_other_contents_are_never_replaced(make: Make, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export([make()], "saelens", out)

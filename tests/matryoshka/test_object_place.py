@@ -41,6 +41,14 @@ def test_it_holds_what_a_folder_holds(remote: Place, toy_path: Path) -> None:
     assert content(remote) == content(Folder(toy_path))
 
 
+def test_what_other_systems_leave_is_nobodys(remote: Place) -> None:
+    """As in a folder: a set that was copied to a bucket from somebody's disk is still whole."""
+    for key in (".DS_Store", "._zarr.json", "manifest/._train-00000.json", "manifest/Thumbs.db"):
+        remote.publish(key, b"\0\5\x16\7")
+    assert not [name for name in (*remote.tops(), *remote.keys("manifest")) if "._" in name or ".DS" in name]
+    ShardSet.open(remote, verify=True)
+
+
 @pytest.mark.parametrize("codec", ["compact", "raw", "int8"])
 def test_written_is_read(codec: str, make_toy: Any, s3_bucket: str, tmp_path: Path) -> None:
     toy = make_toy(codec)
@@ -220,5 +228,5 @@ def test_what_cannot_be_reached_is_said_in_one_sentence(s3_bucket: str, toy: Any
     with pytest.raises(UserError, match="foo://bucket/l1 is neither a folder nor the URL of an object store"):
         ShardSet.open("foo://bucket/l1")
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
-    with pytest.raises(UserError, match=r"pip install 'matryoshka-transcoders\[cloud\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[cloud\]'"):
         ShardSet.open(f"{s3_bucket}/l1")

@@ -51,9 +51,10 @@ def test_broken_weights_are_refused(name: str, value: float) -> None:
     weights[name].view(-1)[1] = value
     with pytest.raises(UserError, match=f"1 of the .* values of {name} are not finite"):
         transcoder.set_weights(weights)
-    weights[name] = torch.zeros_like(weights[name], dtype=torch.int64)
-    with pytest.raises(UserError, match=f"weights {name} are int64, not floats"):
-        transcoder.set_weights(weights)
+    for dtype in (torch.int64, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2):
+        weights[name] = torch.zeros(weights[name].shape).to(dtype)
+        with pytest.raises(UserError, match=f"weights {name} are {str(dtype).removeprefix('torch.')}; .*float32"):
+            transcoder.set_weights(weights)
 
 
 def test_a_latent_may_never_fire() -> None:

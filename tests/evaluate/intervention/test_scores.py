@@ -87,8 +87,14 @@ def test_nothing_to_score_is_fine_and_nan_is_not() -> None:
     logits = torch.zeros(1, 2, 5)
     assert len(score(logits, logits, torch.zeros(1, 2, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)).kl) == 0
     broken = torch.full((1, 2, 5), math.nan)
-    with pytest.raises(UserError, match=r"not finite.*evaluate\.lm\.dtype=float32"):
-        score(logits, broken, torch.ones(1, 2, dtype=torch.bool), torch.tensor([0, 1]))
+    # only a wider type than the one in use is recommended
+    for dtype, message in (
+        (torch.float16, r"not finite in float16.*evaluate\.lm\.dtype=bfloat16 or float32"),
+        (torch.bfloat16, "not finite in bfloat16. A wider type does not help"),
+        (torch.float32, "not finite in float32. A wider type does not help"),
+    ):
+        with pytest.raises(UserError, match=message):
+            score(logits.to(dtype), broken.to(dtype), torch.ones(1, 2, dtype=torch.bool), torch.tensor([0, 1]))
 
 
 def sums_of(**columns_: list[float]) -> dict[str, torch.Tensor]:
