@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := matryoshka harvest train evaluate tests examples benchmarks
 
-.PHONY: demo test check lint format browser clean
+.PHONY: demo test test-evaluate test-rest check lint format browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_inputs.py data/demo/inputs
@@ -15,8 +15,15 @@ demo: $(VENV)/.demo
 	$(BIN)/evaluate logits data/demo/runs/l15-k32 --shards data/demo/l15
 	$(BIN)/evaluate report data/demo/runs/l15-k32 --shards data/demo/l15
 
+# Two processes, one for each core; their lines come as they are made.
 test: $(VENV)/.dev browser
-	$(BIN)/python -m pytest
+	$(MAKE) --jobs=2 --output-sync=line --keep-going test-evaluate test-rest
+
+test-evaluate:
+	$(BIN)/python -m pytest tests/evaluate $(wildcard tests/test_*.py)
+
+test-rest:
+	$(BIN)/python -m pytest tests --ignore tests/evaluate $(addprefix --ignore ,$(wildcard tests/test_*.py))
 
 check: lint test
 
