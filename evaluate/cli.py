@@ -161,7 +161,10 @@ def serve(
     shards: Annotated[
         Path | None, typer.Option(help="Shard set; names the language model. (the one that the run was trained on)")
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 is any that is free.")] = 0,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 is any that is free. (8765, or the next free one)"),
+    ] = None,
     tokenizer: Tokenizer = None,
     device: Device = None,
     config: ConfigFile = None,

@@ -53,6 +53,10 @@ class Answers:
     """The top latents of each token of a text. One call at a time."""
 
 
+class PortTaken(UserError):
+    """A port that cannot be listened on."""
+
+
 class PageServer(ThreadingHTTPServer):
     """Listens as soon as it is made; `serve_forever` answers."""
 
@@ -60,7 +64,7 @@ class PageServer(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(self, answers: Answers, port: int = 0) -> None:
-        """Port 0 is any that is free. Raises UserError when the port is taken."""
+        """Port 0 is any that is free. Raises PortTaken when it cannot be had."""
         self.answers = answers
         # Looked up, never joined to the folder: an address cannot lead out of it.
         self.files = {
@@ -71,7 +75,7 @@ class PageServer(ThreadingHTTPServer):
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
-            raise UserError(f"port {port} of {HOST} cannot be had ({error.strerror}); choose another, or 0") from error
+            raise PortTaken(f"port {port} of {HOST} cannot be had ({error.strerror}); choose another, or 0") from error
 
     @property
     def port(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
+import platform
 import signal
 import threading
 from collections.abc import Callable
@@ -18,11 +21,14 @@ from ..config import EvaluateConfig
 from ..samples_file import SamplesMark
 from ..show import token_text, visible
 from .build import REPORT_FOLDER, make_report, near_place, read_pages_mark, samples_folder
-from .http_pages import Answers, PageServer
+from .http_pages import HOST, Answers, PageServer, PortTaken
 from .live_text import LiveText
 from .site_files import LIVE_SITE, asset_files, index_html
 from .window_search import MAX_QUERY, WindowIndex
 
+FIRST_PORT = 8765
+_PORTS = 100
+"""So many are tried, from FIRST_PORT on."""
 _STOP_SECONDS = 20.0
 
 
@@ -42,14 +48,24 @@ class Served:
         host, port = self.server.server_address[:2]
         return f"http://{host}:{port}/"
 
+    @property
+    def tunnel(self) -> str:
+        """What to type on another machine, so that its browser reaches this server under the same address."""
+        port, user = self.server.port, ""
+        # A container's user may have no name; ssh then takes the one of the other side.
+        with contextlib.suppress(KeyError, OSError):
+            user = f"{getpass.getuser()}@"
+        return f"ssh -N -L {port}:{HOST}:{port} {user}{platform.node()}"
+
     def run(self, say: Callable[[str], Any]) -> None:
         """Answer until Ctrl-C or SIGTERM, which are the ordinary ends. In the main thread only."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            # Said outright, because a shell starts what runs in the background with SIGINT ignored.
+            # Set here, because a shell starts what runs in the background with SIGINT ignored.
             signal.signal(number, signal.default_int_handler)
         for note in self.notes:
             say(note)
         say(f"{self.name}: {self.address} (Ctrl-C ends it)")
+        say(f"from another machine: {self.tunnel}, then open the same address there")
         try:
             self.server.serve_forever()
         except KeyboardInterrupt:
@@ -64,13 +80,14 @@ def serve_report(
     run: Path,
     config: EvaluateConfig,
     *,
-    port: int = 0,
+    port: int | None = None,
     tokenizer: str | None = None,
     progress: Progress | None = None,
 ) -> Served:
     """Listen on 127.0.0.1 with the pages of `run`; they are made first where there are none of its newest weights.
 
-    The language model is loaded when the first text is tried. Raises UserError for invalid input.
+    Without a `port` it is FIRST_PORT or the next one that is free, so that addresses and tunnels stay the same from day
+    to day. The language model is loaded when the first text is tried. Raises UserError for invalid input.
     """
     notes: list[str] = []
     folder = _pages(run, config)
@@ -105,7 +122,19 @@ def serve_report(
         try_text=try_text,
         assets=asset_files(),
     )
-    return Served(PageServer(answers, port), checkpoint.name, tuple(notes), lock)
+    return Served(_listening(answers, port), checkpoint.name, tuple(notes), lock)
+
+
+def _listening(answers: Answers, port: int | None) -> PageServer:
+    if port is not None:
+        return PageServer(answers, port)
+    for tried in range(FIRST_PORT, FIRST_PORT + _PORTS):
+        with contextlib.suppress(PortTaken):
+            return PageServer(answers, tried)
+    raise UserError(
+        f"the ports {FIRST_PORT} to {FIRST_PORT + _PORTS - 1} of {HOST} are all taken; end an older server, or choose "
+        "another port with --port (0 is any that is free)"
+    )
 
 
 def _pages(run: Path, config: EvaluateConfig) -> Path | None:

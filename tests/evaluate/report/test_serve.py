@@ -21,7 +21,7 @@ import torch
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
 from evaluate.report.http_pages import MAX_BODY, Answers, PageServer
-from evaluate.report.serve import serve_report
+from evaluate.report.serve import FIRST_PORT, Served, serve_report
 from evaluate.report.site_files import asset_files
 from evaluate.report.window_search import WindowIndex
 from evaluate.samples_file import all_windows
@@ -267,6 +267,30 @@ def test_a_port_that_is_taken(server: PageServer, tmp_path: Path) -> None:
         PageServer(answers, server.port)
 
 
+def test_the_port_stays_the_same_until_it_is_taken(place: Path) -> None:
+    run, config = place / "l1-k9", EvaluateConfig(device="cpu")
+    served: list[Served] = []
+    try:
+        served += [serve_report(run, config) for _ in range(2)]
+        first, second = (one.server.port for one in served)
+        assert FIRST_PORT == 8765
+        # A stranger may have the first ones: then the next.
+        assert FIRST_PORT <= first < second < FIRST_PORT + 100
+        assert served[0].tunnel.startswith(f"ssh -N -L {first}:127.0.0.1:{first} ")
+        with pytest.raises(UserError, match=f"port {first} of 127.0.0.1 cannot be had"):
+            serve_report(run, config, port=first)
+    finally:
+        for one in served:
+            one.server.server_close()
+
+
+def test_no_port_that_is_free(server: PageServer, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluate.report.serve.FIRST_PORT", server.port)
+    monkeypatch.setattr("evaluate.report.serve._PORTS", 1)
+    with pytest.raises(UserError, match=f"the ports {server.port} to {server.port} of 127.0.0.1 are all taken"):
+        serve_report(place / "l1-k9", EvaluateConfig(device="cpu"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_ctrl_c_is_the_ordinary_end(number: signal.Signals, place: Path) -> None:
     line = [sys.executable, "-c", "from matryoshka.launch import evaluate; evaluate()", "serve", "l1-k9"]
@@ -283,6 +307,7 @@ def test_ctrl_c_is_the_ordinary_end(number: signal.Signals, place: Path) -> None
         assert connection.getresponse().status == 200
         process.send_signal(number)
         assert process.wait(60) == 0
+        assert process.stdout.readline().startswith(f"from another machine: ssh -N -L {found[1]}:127.0.0.1:{found[1]} ")
         assert process.stdout.read() == "stopped\n"
         assert "Traceback" not in process.stderr.read()
 
