@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from matryoshka.config import Config, Count, Layer, Seed, Share
+from matryoshka.config import Config, Count, Layer, Layers, Seed, Share
 from matryoshka.errors import UserError
 from matryoshka.locations import Location, Name, inside, location
 from matryoshka.shards.manifest import FIRST_VAL_UNIT
@@ -21,10 +21,8 @@ _LATER = frozenset({"bos", "pack", "max_doc_tokens", "dedup"})
 
 
 def _listed(value: object) -> object:
-    """Read what the command line writes with commas: "8,12,17" -> ("8", "12", "17")."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(","))
-    return (value,) if isinstance(value, int) else value
+    """Read what the command line writes with commas: "8:resid_mid,9:resid_mid" -> two."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
 class HarvestConfig(Config):
@@ -53,8 +51,8 @@ class HarvestConfig(Config):
     """Column (jsonl, parquet, hub) that holds the text; meta.text is the column text inside meta."""
     layer: Layer | None = None
     """Block of the language model, counted from 0."""
-    layers: Annotated[tuple[Layer, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
-    """Several blocks at once, in place of `layer`: one forward pass, one set for each."""
+    layers: Layers | None = None
+    """Several blocks at once, in place of `layer`, such as 8,12,17 or 0-25: one forward pass, one set for each."""
     source_site: str = "resid_mid"
     """What the transcoder will read."""
     target_site: str = "mlp_out"

@@ -26,6 +26,7 @@ from matryoshka.locations import local_path
 SECTIONS = ("harvest", "train", "evaluate", "layers")
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)")
+_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 _VALIDATOR = re.compile(r"[\[(]|^(int|float|str|bool|none|constrained-\w+)$")
 """In a place of an error: names of validators and types, no settings."""
 _MULTIPLIER = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
@@ -136,8 +137,33 @@ CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0, le=LARGES
 Sizes = Annotated[tuple[Count, ...], BeforeValidator(parse_sizes), Field(min_length=1)]
 """Several counts; "1152,2304" is read too."""
 
-Layer = Annotated[int, Field(ge=0, lt=10_000)]
+LARGEST_LAYER = 9_999
+
+Layer = Annotated[int, Field(ge=0, le=LARGEST_LAYER)]
 """Number of a block, from 0."""
+
+
+def parse_layers(value: object) -> tuple[int, ...]:
+    """Read numbers of blocks and ranges of them, whose ends are both in: "8,12,17", "0-25", [3, "8-10"]."""
+    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    layers: list[int] = []
+    for part in parts:
+        match = _RANGE.fullmatch(str(part).strip())
+        if match is None or isinstance(part, bool):
+            raise ValueError(
+                f"expected numbers of blocks and ranges of them, such as 8,12,17 or 0-25, found {part!r}; the blocks "
+                "of a model are counted from 0"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        # Before the range is made: its length is what was typed.
+        if not first <= last <= LARGEST_LAYER:
+            raise ValueError(f"{part} is no range of blocks: it goes up, and to {LARGEST_LAYER} at most")
+        layers += range(first, last + 1)
+    return tuple(layers)
+
+
+Layers = Annotated[tuple[Layer, ...], BeforeValidator(parse_layers), Field(min_length=1)]
+"""Several blocks; "8,12,17" and "0-25" are read too."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """Of a random number generator."""

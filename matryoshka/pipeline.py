@@ -144,7 +144,7 @@ def _tokens_of(place: Path | str) -> int:
 
 def _own(file: Path, sections: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Layer -> what it has of its own; empty where the file describes one shard set."""
-    from matryoshka.config import parse_count
+    from matryoshka.config import parse_count, parse_layers
 
     layers, own = sections.get("harvest", {}).get("layers"), sections.get("layers", {})
     if layers is None:
@@ -152,9 +152,7 @@ def _own(file: Path, sections: dict[str, Any]) -> dict[int, dict[str, Any]]:
             raise UserError(f"{file}: the section layers needs harvest.layers, such as [8, 12, 17]")
         return {}
     try:
-        names = [
-            parse_count(n) for n in (str(layers).strip("[]").split(",") if not isinstance(layers, list) else layers)
-        ]
+        names = list(parse_layers(layers))
         given = {parse_count(layer): settings or {} for layer, settings in own.items()}
         for layer, settings in given.items():
             if layer not in names:

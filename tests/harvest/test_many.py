@@ -176,13 +176,25 @@ def test_settings_that_sets_of_the_first_version_do_not_know_are_left_out_at_the
         ({"source": "x:resid_mid", "target": "1:mlp_out"}, "is not a site. Write the layer"),
         ({"source": "1:nowhere", "target": "1:mlp_out"}, "no site .nowhere"),
         ({"layers": "3,4,3"}, "two sets would lie in one folder .*name each pair once"),
-        ({"layers": "3,-4"}, "layers.1: .*greater than or equal to 0"),
-        ({"layers": "3;4"}, "layers.0: "),
+        ({"layers": "3,-4"}, "layers: expected numbers of blocks .* found '-4'"),
+        ({"layers": "3;4"}, "layers: expected numbers of blocks .* found '3;4'"),
+        ({"layers": "all"}, "expected numbers of blocks and ranges of them, such as 8,12,17 or 0-25, found 'all'"),
+        ({"layers": [3, True]}, "layers: takes no list with a boolean"),
+        ({"layers": "9-7"}, "9-7 is no range of blocks"),
+        ({"layers": "0-99999999999999999"}, "to 9999 at most"),
+        ({"layers": "0-3,2"}, "two sets would lie in one folder"),
     ],
 )
 def test_bad_choices_of_sites(flags: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what):
         config(**flags)
+
+
+def test_ranges_of_layers() -> None:
+    assert config(layers="0-3").layers == (0, 1, 2, 3)
+    assert config(layers="8, 10-12,5").layers == (8, 10, 11, 12, 5)
+    assert config(layers=[2, "4-5"]).layers == (2, 4, 5)
+    assert config(layers=7).layers == config(layers="7-7").layers == (7,)
 
 
 def test_a_flag_replaces_what_the_file_says_in_another_way(cli: Cli, tmp_path: Path) -> None:

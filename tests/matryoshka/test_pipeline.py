@@ -134,6 +134,14 @@ def test_a_set_that_has_grown_is_not_asked_for_less(monkeypatch: pytest.MonkeyPa
     assert [words[4:6] for words in commands if words[0] == "harvest"] == [["--layer", "12"]]
 
 
+def test_a_range_of_layers(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text("harvest: {layers: 3-5}\ntrain: {k: 4}\nlayers: {4: {train: {k: 2}}}\n")
+    harvest, *rest = stage_commands(file)
+    assert harvest[4:6] == ["--layers", "3,4,5"]
+    assert [words[-1] for words in rest[::2]] == ["data/runs/l3-k4", "data/runs/l4-k2", "data/runs/l5-k4"]
+
+
 def test_layers_with_one_recipe(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
     file.write_text('harvest: {layers: [3, 5], out: "s3://b/l{layer}"}\ntrain: {k: 4, out: "runs/{layer}"}\n')
@@ -151,7 +159,7 @@ def test_layers_with_one_recipe(tmp_path: Path) -> None:
         ("harvest: {layers: [3, 4]}\nlayers: {3: {tokens: 1M}}\ntrain: {k: 4}", "say harvest.tokens"),
         ("harvest: {layers: [3, 4]}\ntrain: {k: 4, out: here}", r"train.out has to hold \{layer\}"),
         ("harvest: {layers: [3, 4]}", "train.k is missing"),
-        ("harvest: {layers: all}", "expected a number"),
+        ("harvest: {layers: all}", "expected numbers of blocks and ranges of them, .* found 'all'"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str) -> None:
