@@ -23,7 +23,9 @@ Dataset = Annotated[
     ),
 ]
 Layer = Annotated[int | None, typer.Option(help="Block of the model, from 0. Required, here or in the file.")]
-Layers = Annotated[str | None, typer.Option(help="Several blocks from one pass, such as 8,12,17 or 0-25: a set for each.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Several blocks from one pass, such as 8,12,17 or 0-25: a set for each.")
+]
 Source = Annotated[
     str | None, typer.Option(help="Site to read, such as resid_pre, or 8:resid_mid with its layer (resid_mid).")
 ]

@@ -33,6 +33,10 @@ class HarvestConfig(Config):
         "layers": ("layer", "source", "target"),
         "source": ("layer", "layers", "source_site", "target_site"),
         "target": ("layer", "layers", "source_site", "target_site"),
+        "source_site": ("source", "target"),
+        "target_site": ("source", "target"),
+        "model": ("revision",),
+        "dataset": ("dataset_config", "dataset_split", "dataset_revision", "text_column"),
     }
 
     model: Name = "google/gemma-2-2b"

@@ -96,7 +96,7 @@ def _choices(annotation: Any) -> tuple[set[Any], set[Any]]:
     return {get_origin(annotation) or annotation}, set()
 
 
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def parse_count(value: object) -> int:
@@ -240,10 +240,8 @@ def load_config(
 ) -> ConfigT:
     """Merge defaults <- file <- --set <- flags (those that are not None) into one validated, frozen model."""
     values: dict[str, Any] = dict(read_yaml(file).get(section, {})) if file is not None else {}
-    replaces = model.REPLACES if issubclass(model, Config) else {}
-    values = _merged(_without_replaced(values, said := parse_overrides(overrides, section), replaces), said)
-    said = {key: value for key, value in (flags or {}).items() if value is not None}
-    values = {**_without_replaced(values, said, replaces), **said}
+    values = overlaid(model, values, parse_overrides(overrides, section))
+    values = overlaid(model, values, {key: value for key, value in (flags or {}).items() if value is not None})
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -288,12 +286,10 @@ def digest(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _without_replaced(
-    weaker: Mapping[str, Any], stronger: Mapping[str, Any], replaces: Mapping[str, tuple[str, ...]]
-) -> dict[str, Any]:
-    """`weaker` without what the settings in `stronger` take the place of."""
-    gone = {name for key, value in stronger.items() if value is not None for name in replaces.get(key, ())}
-    return {key: value for key, value in weaker.items() if key not in gone}
+def overlaid(model: type[Config], weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a stronger source over those of a weaker one, without what the stronger take the place of."""
+    gone = {name for key, value in stronger.items() if value is not None for name in model.REPLACES.get(key, ())}
+    return _merged({key: value for key, value in weaker.items() if key not in gone}, stronger)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,10 @@ def default_run_path(shards: Path | str, k: int) -> Path:
     store are in data/runs.
     """
     where = location(shards)
-    parent = where.parent if isinstance(where, Path) else Path("data")
+    # As it was written, where that has a name: relative stays relative. `.` and `..` have none.
+    parent = Path("data")
+    if isinstance(where, Path):
+        parent = (where if where.name not in ("", "..") else where.resolve()).parent
     return parent / "runs" / f"{location_name(shards)}-k{k}"
 
 

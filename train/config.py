@@ -29,6 +29,25 @@ _OPERATIONAL = frozenset(
 )
 """Settings that change how a run is carried out, not what it computes; a resumed run may change them."""
 
+_RESOLVED = frozenset(
+    {
+        "group_sizes",
+        "d_sae",
+        "steps",
+        "tokens",
+        "lr",
+        "lr_d_sae",
+        "warmup_steps",
+        "decay_fraction",
+        "input",
+        "k_aux",
+        "dead_after_tokens",
+        "k_start",
+        "k_steps",
+    }
+)
+"""Settings that the plan of a run resolves: a default and the same value written out are the same run."""
+
 DEFAULT_EXPANSION = 8
 DEFAULT_FRACTIONS = (16, 8, 4)
 """The first groups are d_sae/16, d_sae/8 and d_sae/4; the last has the rest. At d_in = 2304 this is the layer-17
@@ -160,8 +179,8 @@ class TrainConfig(Config):
         return self
 
     def content(self) -> dict[str, Any]:
-        """The settings that decide the result."""
-        return self.model_dump(mode="json", exclude=set(_OPERATIONAL))
+        """The settings that decide the result beside the plan, which says what the others come to."""
+        return self.model_dump(mode="json", exclude=set(_OPERATIONAL | _RESOLVED))
 
 
 def check_group_sizes(group_sizes: tuple[int, ...], d_sae: int | None, k: int) -> None:

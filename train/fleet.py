@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from matryoshka.config import explain
+from matryoshka.config import explain, overlaid
 from matryoshka.errors import UserError
 from matryoshka.locations import location_name
 from matryoshka.runs import default_run_path
@@ -89,13 +89,7 @@ def _member(config: TrainConfig, folder: Path, entry: Mapping[str, Any], point: 
         )
     changes |= point
     _check_keys(name, changes)
-    values = config.model_dump(exclude={"fleet", "grid"}) | changes
-    if "group_sizes" in changes and "d_sae" not in changes:
-        values["d_sae"] = None
-    if changes.keys() & {"steps", "tokens"}:
-        # One of the two in a member takes the place of the other in the shared settings.
-        values |= {"steps": changes.get("steps"), "tokens": changes.get("tokens")}
-    values["out"] = folder / name
+    values = overlaid(TrainConfig, config.model_dump(exclude={"fleet", "grid"}), changes) | {"out": folder / name}
     try:
         return MemberConfig(name, TrainConfig.model_validate(values), folder / name)
     except ValidationError as error:

@@ -48,28 +48,33 @@ def refuse_other_run(folder: Path, record: Mapping[str, Any]) -> None:
     if (folder / RUN_FILE).exists():
         run = read_json(folder / RUN_FILE, what="run")
         saved = run.get("identity", {})
-        _refuse_other_set(folder, run.get("config", {}).get("shards"), saved.get("shard_set", {}), record)
-        refuse_changes(folder, "trained", changed_fields(_with_defaults(saved, record["identity"]), record["identity"]))
+        ours, here = record["identity"]["shard_set"], record["config"]["shards"]
+        _refuse_other_set(folder, saved.get("shard_set", {}), run.get("config", {}).get("shards"), ours, here)
+        refuse_changes(folder, "trained", changed_fields(_with_defaults(saved, record), record["identity"]))
     elif folder.is_dir() and any(entry.name not in (".lock", RUN_FILE + ".partial") for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and not a run; choose another --out")
 
 
-def _refuse_other_set(folder: Path, path: object, saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Raise UserError when the run is of another shard set, with what differs where that set is still there."""
-    ours = record["identity"]["shard_set"]
+def _refuse_other_set(
+    folder: Path, saved: Mapping[str, Any], path: object, ours: Mapping[str, Any], here: object
+) -> None:
+    """Raise UserError when `folder` is of another shard set than `ours`, with what differs where it is still there.
+
+    `path` and `here` are the folders of the two; `path` is None where no run says it.
+    """
     if saved.get("digest") in (None, ours["digest"]):
         return
-    here = record["config"]["shards"]
-    try:
-        changes = changed_fields(_described(read_manifest(str(path))), _described(read_manifest(str(here))))
-    except UserError as error:
-        why = f"the first cannot be compared any more ({error})"
-    else:
-        why = "; ".join(changes[:8]) if changes else "their settings are equal, their activations are not"
+    why = "no run of it says where that set is"
+    if path is not None:
+        try:
+            changes = changed_fields(_described(read_manifest(str(path))), _described(read_manifest(str(here))))
+        except UserError as error:
+            why = f"the first cannot be compared any more ({error})"
+        else:
+            why = "; ".join(changes[:8]) if changes else "their settings are equal, their activations are not"
     raise UserError(
-        f"{folder} was trained on the shard set {saved.get('name')} ({path}), and this is {ours['name']} ({here}): "
-        f"{why}. "
-        "Pass --out with a new folder, or --shards with the set of the run; nothing was changed"
+        f"{folder} was trained on the shard set {saved.get('name')} ({path or 'unknown'}), and this is {ours['name']} "
+        f"({here}): {why}. Pass --out with a new folder, or --shards with the set of the run; nothing was changed"
     )
 
 
@@ -77,14 +82,19 @@ def _described(manifest: Manifest) -> dict[str, Any]:
     return {**manifest.settings, "model": manifest.model.get("model"), "dataset": manifest.dataset.get("name")}
 
 
-def _with_defaults(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """`saved` as today's settings: one that did not exist yet had its default, one that is gone decided nothing."""
-    defaults = TrainConfig().content()
+def _with_defaults(saved: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity `saved` as today's: a setting that did not exist yet had its default, one that is gone decided
+    nothing. What a plan does not say yet is as in the plan of `record` where the setting of that name is the same."""
     config, plan = saved.get("config", {}), saved.get("plan", {})
+    then = {**TrainConfig().model_dump(mode="json"), **config}
+    now = record["config"]
     return {
         **saved,
-        "config": {key: config.get(key, default) for key, default in defaults.items()},
-        "plan": {key: plan.get(key, value) for key, value in new["plan"].items()},
+        "config": {key: then[key] for key in record["identity"]["config"]},
+        "plan": {
+            key: plan.get(key, value if then.get(key) == now.get(key) else then.get(key))
+            for key, value in record["identity"]["plan"].items()
+        },
     }
 
 
@@ -94,13 +104,18 @@ def stream_record(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
     return {**settings, "order": ORDER, "shard_set": {"name": shards.name, "digest": shards.digest}}
 
 
-def refuse_other_fleet(folder: Path, stream: Mapping[str, Any]) -> None:
-    """Raise UserError when `folder` is a single run, or a fleet of another stream."""
+def refuse_other_fleet(folder: Path, stream: Mapping[str, Any], shards: Path | str) -> None:
+    """Raise UserError when `folder` is a single run, or a fleet of another stream; `shards` is where the set is."""
     if (folder / RUN_FILE).exists():
         raise UserError(f"{folder} is a single run, not a fleet; choose another --out")
     if (folder / FLEET_FILE).exists():
-        saved = read_json(folder / FLEET_FILE, what="fleet")
-        refuse_changes(folder, "trained", changed_fields(saved.get("stream", {}), stream, "stream."))
+        fleet = read_json(folder / FLEET_FILE, what="fleet")
+        saved = fleet.get("stream", {})
+        runs = [folder / str(name) / RUN_FILE for name in fleet.get("members", [])]
+        begun = next((read_json(run, what="run") for run in runs if run.is_file()), {})
+        path = begun.get("config", {}).get("shards")
+        _refuse_other_set(folder, saved.get("shard_set", {}), path, stream["shard_set"], str(shards))
+        refuse_changes(folder, "trained", changed_fields(saved, stream, "stream."))
 
 
 def publish_fleet(folder: Path, stream: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -80,7 +80,7 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
     group: str | None = None
     if is_fleet(config):
         folder, facts = fleet_folder(config), stream_record(config, shards)
-        refuse_other_fleet(folder, facts)
+        refuse_other_fleet(folder, facts, shards.path)
         group = folder.name
     entries = rank.share(every) if team is None else every
     for entry in entries:

@@ -197,6 +197,25 @@ def test_ranges_of_layers() -> None:
     assert config(layers=7).layers == config(layers="7-7").layers == (7,)
 
 
+def test_a_flag_takes_along_what_belongs_to_what_it_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "harvest: {model: a, revision: main, dataset: b, dataset_config: c, dataset_revision: d, text_column: e, "
+        "source: [8:resid_mid], target: [9:mlp_out]}\n"
+    )
+
+    def read(**flags: Any) -> HarvestConfig:
+        return load_config(HarvestConfig, "harvest", file=file, flags=flags)
+
+    other = read(model="x", dataset="y")
+    assert (other.model, other.revision) == ("x", None)
+    assert (other.dataset, other.dataset_config, other.dataset_revision, other.text_column) == ("y", None, None, "text")
+    assert read(layer=3).source == read(layer=3).target is None
+    one = read(source_site="resid_pre", layer=4)
+    assert (one.source, one.target, one.source_site, one.layer) == (None, None, "resid_pre", 4)
+    assert read(source="8:resid_pre").target == ("9:mlp_out",)
+
+
 def test_a_flag_replaces_what_the_file_says_in_another_way(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "pipeline.yaml").write_text("harvest: {layer: 17, tokens: 100}\n")
     for flags in (("--layers", "1,2"), ("--source", "1:resid_mid", "--target", "2:mlp_out"), ("--layer", "3")):

@@ -35,6 +35,14 @@ def test_what_text_is_taken_for(text: str | Path, wanted: Path | str, name: str)
     assert default_run_path(text, 96) == parent / "runs" / f"{name}-k96"
 
 
+def test_a_run_is_never_inside_its_shard_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "l3" / "val").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "l3")
+    assert default_run_path(".", 4) == tmp_path / "runs" / "l3-k4"
+    monkeypatch.chdir(tmp_path / "l3" / "val")
+    assert default_run_path("..", 4) == tmp_path / "runs" / "l3-k4"
+
+
 def test_places_inside() -> None:
     assert inside("data", "l3") == Path("data/l3")
     assert inside("s3://bucket/sets/", "l3") == "s3://bucket/sets/l3"

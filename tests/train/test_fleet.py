@@ -76,6 +76,17 @@ def test_a_list_and_a_grid_multiply(run_settings: dict[str, Any], tmp_path: Path
     assert one.grid is None
 
 
+def test_a_member_takes_along_what_was_derived_from_what_it_replaces(
+    run_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    shared = {"group_sizes": [8, 16], "d_sae": 24, "group_weights": [1, 2], "steps": 9}
+    fleet = [{"name": "a", "group_sizes": [8, 8, 8]}, {"name": "b", "sampled_prefixes": 3}, {"name": "c", "k": 2}]
+    a, b, c = (member.config for member in members(config_of(run_settings, tmp_path, **shared, fleet=fleet)))
+    assert (a.group_sizes, a.d_sae, a.group_weights, a.steps) == ((8, 8, 8), None, None, 9)
+    assert (b.sampled_prefixes, b.group_weights, b.d_sae) == (3, None, 24)
+    assert (c.group_sizes, c.d_sae, c.group_weights) == ((8, 16), 24, (1, 2))
+
+
 def test_a_run_alone_is_a_fleet_of_one(run_settings: dict[str, Any], tmp_path: Path) -> None:
     (member,) = members(config_of(run_settings, tmp_path / "mine"))
     assert (member.name, member.folder) == ("mine", tmp_path / "mine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,47 @@ def test_a_run_of_another_set_is_refused_by_names(
     with pytest.raises(UserError, match=r"cannot be compared any more \(.*copy is not a shard set"):
         train(config_of(run_settings, tmp_path / "run2", steps=2, shards=str(other.path)))
     assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_a_fleet_of_another_set_is_refused_by_names(
+    random_shards: ShardSet, run_settings: dict[str, Any], make_shards: Any, tmp_path: Path
+) -> None:
+    fleet = ({"name": "a"},)
+    train_any(config_of(run_settings, tmp_path / "fleet", steps=2, fleet=fleet))
+    other = make_shards(torch.randn(15 * 230, 12), torch.randn(15 * 230, 10))
+    again = config_of(run_settings, tmp_path / "fleet", steps=2, fleet=fleet, shards=str(other.path))
+    with pytest.raises(UserError) as error:
+        train_any(again)
+    assert f"({random_shards.path})" in str(error.value)
+    assert f"({other.path})" in str(error.value)
+    assert random_shards.digest not in str(error.value)
+    (tmp_path / "fleet" / "a" / "run.json").unlink()  # as a kill right after fleet.json leaves it
+    with pytest.raises(UserError, match=r"\(unknown\), .* no run of it says where that set is"):
+        train_any(again)
+
+
+def test_a_default_written_out_is_the_same_run(run_settings: dict[str, Any], tmp_path: Path) -> None:
+    """The recipe of a file, in which everything is written out, goes on with `train run --shards` alone."""
+    first = config_of(run_settings, tmp_path / "run", steps=4, group_sizes=(6, 12, 24, 54), d_sae=96)
+    assert train(first).n_steps_taken == 4
+    same = {"group_sizes": None, "d_sae": None, "steps": None, "tokens": 4 * first.batch_tokens}
+    written_out = {"warmup_steps": 0, "k_aux": 2 * first.k, "input": "normalized", "lr_d_sae": 96}
+    for changes in (same, same | written_out):
+        assert train(config_of(run_settings, tmp_path / "run", **changes)).n_steps_taken == 0
+    for other in ({"group_sizes": (12, 6, 24, 54)}, {"warmup_steps": 1}, {"k_aux": 9}, {"input": "resid_mid"}):
+        with pytest.raises(UserError, match=r"with other settings \(plan\."):
+            train(config_of(run_settings, tmp_path / "run", **(same | other)))
+
+
+def test_a_run_of_before_a_setting_is_held_against_its_default(run_settings: dict[str, Any], tmp_path: Path) -> None:
+    train(config_of(run_settings, tmp_path / "run", steps=4))
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    del record["identity"]["plan"]["k_start"]  # as before there was one
+    path.write_text(json.dumps(record))
+    assert train(config_of(run_settings, tmp_path / "run", steps=4)).n_steps_taken == 0
+    with pytest.raises(UserError, match=r"plan\.k_start: null -> 6"):
+        train(config_of(run_settings, tmp_path / "run", steps=4, k_start=6, k_steps=0))
 
 
 def test_a_folder_of_sets_names_them(random_shards: ShardSet, run_settings: dict[str, Any], tmp_path: Path) -> None:

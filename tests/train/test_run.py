@@ -84,7 +84,7 @@ def test_a_finished_run_is_left_alone_and_other_settings_refused(run_settings: d
     assert first.n_steps_taken == 5
     before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
     assert train(config).n_steps_taken == 0
-    with pytest.raises(UserError, match=r"config\.lr: 0\.003 -> 0\.1"):
+    with pytest.raises(UserError, match=r"plan\.lr: 0\.003 -> 0\.1"):
         train(config_of(run_settings, tmp_path / "run", steps=5, lr=0.1))
     assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
 
