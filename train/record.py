@@ -83,18 +83,18 @@ def _described(manifest: Manifest) -> dict[str, Any]:
 
 
 def _with_defaults(saved: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity `saved` as today's: a setting that did not exist yet had its default, one that is gone decided
-    nothing. What a plan does not say yet is as in the plan of `record` where the setting of that name is the same."""
-    config, plan = saved.get("config", {}), saved.get("plan", {})
-    then = {**TrainConfig().model_dump(mode="json"), **config}
-    now = record["config"]
+    """The identity `saved` with the keys of today's, which is that of `record`.
+
+    A setting that did not exist yet had its default, one that is gone decided nothing. A plan of before lr_d_sae and
+    k_start trained at the lr and k of its settings, k the same in every step.
+    """
+    then = {**TrainConfig().model_dump(mode="json"), **saved.get("config", {})}
+    plan = {"lr": then["lr"], "k_start": then["k"], "k_steps": 0, **saved.get("plan", {})}
+    now = record["identity"]
     return {
         **saved,
-        "config": {key: then[key] for key in record["identity"]["config"]},
-        "plan": {
-            key: plan.get(key, value if then.get(key) == now.get(key) else then.get(key))
-            for key, value in record["identity"]["plan"].items()
-        },
+        "config": {key: then[key] for key in now["config"]},
+        "plan": {key: plan.get(key) for key in now["plan"]},
     }
 
 

@@ -71,15 +71,23 @@ def test_a_default_written_out_is_the_same_run(run_settings: dict[str, Any], tmp
             train(config_of(run_settings, tmp_path / "run", **(same | other)))
 
 
-def test_a_run_of_before_a_setting_is_held_against_its_default(run_settings: dict[str, Any], tmp_path: Path) -> None:
-    train(config_of(run_settings, tmp_path / "run", steps=4))
+def test_a_run_of_before_a_setting_is_held_against_what_it_did(run_settings: dict[str, Any], tmp_path: Path) -> None:
+    first = config_of(run_settings, tmp_path / "run", steps=4)
+    train(first)
     path = tmp_path / "run" / "run.json"
     record = json.loads(path.read_text())
-    del record["identity"]["plan"]["k_start"]  # as before there was one
+    for name in ("k_start", "k_steps", "lr"):
+        del record["identity"]["plan"][name]
+    record["identity"]["config"]["lr"] = first.lr  # where runs of that time have it
     path.write_text(json.dumps(record))
     assert train(config_of(run_settings, tmp_path / "run", steps=4)).n_steps_taken == 0
-    with pytest.raises(UserError, match=r"plan\.k_start: null -> 6"):
-        train(config_of(run_settings, tmp_path / "run", steps=4, k_start=6, k_steps=0))
+    assert train(config_of(run_settings, tmp_path / "run", steps=4, k_start=first.k, k_steps=0)).n_steps_taken == 0
+    for other, what in (
+        ({"k_start": 6, "k_steps": 0}, r"plan\.k_start: 4 -> 6"),
+        ({"lr": 0.1}, r"plan\.lr: 0\.003 -> 0"),
+    ):
+        with pytest.raises(UserError, match=what):
+            train(config_of(run_settings, tmp_path / "run", steps=4, **other))
 
 
 def test_a_folder_of_sets_names_them(random_shards: ShardSet, run_settings: dict[str, Any], tmp_path: Path) -> None:
