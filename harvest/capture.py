@@ -125,7 +125,8 @@ class HostCopies:
         ready = None
         if here.is_cuda:
             ready = torch.cuda.Event()
-            ready.record()
+            # Of the copy's device: with no stream it would be recorded on the current device's, and wait for nothing.
+            ready.record(torch.cuda.current_stream(here.device))
         self._batches[-1].append(_Copy(staged, ready, into))
 
     def next_batch(self) -> None:

@@ -8,7 +8,11 @@ from matryoshka.errors import UserError
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """A torch device; "auto" is CUDA if there is one, else MPS, else CPU. Raises UserError for an absent one."""
+    """A torch device; "auto" is CUDA if there is one, else MPS, else CPU. Raises UserError for an absent one.
+
+    A numbered GPU becomes the current one of this process: what is not told a device (an event, a stream, a kernel's
+    workspace, a collective) then takes the same.
+    """
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -21,6 +25,8 @@ def resolve_device(device: str = "auto") -> torch.device:
             f'The device "{device}" cannot be used here ({reason}). Use auto, cpu, cuda, cuda:1 or mps, whichever '
             "this machine and this build of torch have."
         ) from error
+    if resolved.type == "cuda" and resolved.index is not None:
+        torch.cuda.set_device(resolved)
     return resolved
 
 
