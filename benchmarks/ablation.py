@@ -48,7 +48,7 @@ def choices() -> list[dict[str, Any]]:
         for condition in ("none", "centre", "standardise")
     ]
     members += [{"lr": lr, "init": init} for lr in (4e-4, 1.5e-3, 3e-3, 6e-3) for init in ("pairs", "tied")]
-    return [*members, {"auxk_coef": 0.0}, {"auxk_coef": 1 / 32}, {"init_scale": 2.0}]
+    return [*members, {"auxk_coef": 0.0}, {"auxk_coef": 1 / 32}]
 
 
 def close_calls() -> list[dict[str, Any]]:

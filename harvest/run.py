@@ -24,7 +24,6 @@ from matryoshka.shards.committed_text import CommittedText
 from matryoshka.shards.records import read_records
 
 from .background import background
-from .batch_memory import forget, remember, remembered
 from .capture import Capture
 from .config import HarvestConfig
 from .estimate import Estimate, estimate, together
@@ -85,22 +84,9 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
             bad_lines = BadLines()
             lm, sets, passes = _prepare(config, todo, ranks, bad_lines)
             capture = Capture(lm, _FIRST_BATCH if config.batch_size == "auto" else config.batch_size)
-            if config.batch_size != "auto":
-                capture.batch_size = remembered(todo[0].place, config.batch_size, lm.device) or config.batch_size
-            else:
-                # The first rank's answer, be it remembered or measured: all ranks ask for it alike.
-                found = 0
-                if ranks.is_first:
-                    found = remembered(todo[0].place, "auto", lm.device) or _tuned(capture, passes[0])
-                capture.batch_size = ranks.agree(found)
-            n_noted = capture.batch_size
-
-            def note() -> None:
-                nonlocal n_noted
-                if capture.batch_size != n_noted:
-                    n_noted = capture.batch_size
-                    for target in todo:
-                        remember(target.place, config.batch_size, lm.device, n_noted)
+            if config.batch_size == "auto":
+                # The first rank measures; all ranks ask for its answer alike.
+                capture.batch_size = ranks.agree(_tuned(capture, passes[0]) if ranks.is_first else 0)
 
             with ExitStack() as stack:
                 rest = None
@@ -113,14 +99,12 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
                 writers = _open(sets, lm, ranks)
                 if rest is not None:
                     progress.started(rest, sum(max(s.n_tokens for s in one.sets) for one in passes))
-                note()
                 for one in passes:
-                    written |= _run_jobs(one, writers, capture, ranks, progress, note)
+                    written |= _run_jobs(one, writers, capture, ranks, progress)
                 ranks.wait()
                 if ranks.is_first:
                     for target in todo:
                         writers[target.folder].finish(bad_lines.counts())
-                        forget(target.place)
             ranks.wait()
         return [target.result(written[target.folder]) for target in targets]
 
@@ -285,9 +269,8 @@ def _run_jobs(
     capture: Capture,
     ranks: Ranks,
     progress: Progress,
-    captured: Callable[[], None],
 ) -> dict[Any, int]:
-    """Make the shards of this rank; folder -> how many were written by it. `captured` is called after each one."""
+    """Make the shards of this rank; folder -> how many were written by it."""
     written = {s.target.folder: 0 for s in one.sets}
 
     def advanced(n_tokens: int) -> None:
@@ -306,7 +289,6 @@ def _run_jobs(
                 advanced(job.tokens.numel())
                 continue
             found = capture.shard(job.tokens, _hook_points(missing), advanced)
-            captured()
             # One shard is written while one is captured, never more: this bounds the memory.
             _settle(pending)
             for s in missing:

@@ -56,6 +56,8 @@ class Config(BaseModel):
 
     REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Setting -> settings of a weaker source that it takes the place of, since both say the same or follow from it."""
+    GONE: ClassVar[Mapping[str, str]] = {}
+    """Setting of an earlier version -> what to do without it."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
@@ -255,8 +257,7 @@ def explain(error: ValidationError, model: type[BaseModel] | None = None) -> str
     for item in error.errors():
         message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
         if item["type"] == "extra_forbidden":
-            place = _model_at(model, item["loc"][:-1])
-            message = "unknown key" + ("" if place is None else f"; known keys: {', '.join(place.model_fields)}")
+            message = unknown_key(_model_at(model, item["loc"][:-1]), str(item["loc"][-1]))
         messages.setdefault(_name_at(item["loc"]), []).append(message)
     parts = []
     for name, found in messages.items():
@@ -264,6 +265,14 @@ def explain(error: ValidationError, model: type[BaseModel] | None = None) -> str
         message = ", or ".join(dict.fromkeys(found))
         parts.append(f"{name}: {message}" if name else message)
     return "; ".join(parts)
+
+
+def unknown_key(model: type[BaseModel] | None, key: str) -> str:
+    """What is wrong with `key` in settings that do not have it: it is gone, or never was."""
+    gone = model.GONE.get(key) if model is not None and issubclass(model, Config) else None
+    if gone is not None:
+        return f"unknown key, this setting is gone: {gone}"
+    return "unknown key" + ("" if model is None else f"; known keys: {', '.join(model.model_fields)}")
 
 
 def _name_at(path: Sequence[int | str]) -> str:

@@ -36,7 +36,6 @@ _RESOLVED = frozenset(
         "steps",
         "tokens",
         "lr",
-        "lr_d_sae",
         "warmup_steps",
         "decay_fraction",
         "input",
@@ -63,6 +62,10 @@ class TrainConfig(Config):
         "tokens": ("steps",),
         "group_weights": ("sampled_prefixes",),
         "sampled_prefixes": ("group_weights",),
+    }
+    GONE: ClassVar[Mapping[str, str]] = {
+        "init_scale": "the encoder starts at scale 1, since 2 was worse in every layer measured; leave it out",
+        "lr_d_sae": "give the lr of this width itself: lr x sqrt(lr_d_sae / d_sae)",
     }
 
     shards: Location | None = None
@@ -103,9 +106,6 @@ class TrainConfig(Config):
     """Threads that read ahead; the batches do not depend on it."""
     lr: Positive = 4e-4
     """Peak learning rate of Adam."""
-    lr_d_sae: Count | None = None
-    """lr is meant for this many latents, and a run with d_sae of them takes lr x sqrt(lr_d_sae / d_sae); off by
-    default."""
     warmup_steps: CountOrZero | None = None
     """Steps from 0 to lr, linear; by default 1000, but at most a twentieth of the run."""
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
@@ -121,8 +121,6 @@ class TrainConfig(Config):
     """Fixed affine map of the input, folded into the weights on save."""
     init: Literal["pairs", "tied"] = "pairs"
     """pairs: latent i starts from a random training pair. tied: random unit decoder rows, encoder their transpose."""
-    init_scale: Positive = 1.0
-    """Factor on the encoder's initial norm."""
     skip: bool = False
     """Add an affine path from input to output (skip transcoder)."""
     auxk_coef: PositiveOrZero = 1 / 8

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from matryoshka.config import explain, overlaid
+from matryoshka.config import explain, overlaid, unknown_key
 from matryoshka.errors import UserError
 from matryoshka.locations import location_name
 from matryoshka.runs import default_run_path
@@ -110,6 +110,9 @@ def _check_keys(name: str, changes: Mapping[str, Any]) -> None:
             "train.fleet"
         )
     unknown = [key for key in changes if key not in TrainConfig.model_fields]
+    gone = [f"{key}: {unknown_key(TrainConfig, key)}" for key in unknown if key in TrainConfig.GONE]
+    if gone:
+        raise UserError(f"bad settings of the fleet's member {name}: {'; '.join(gone)}")
     if unknown:
         own = [key for key in TrainConfig.model_fields if key not in (*STREAM_SETTINGS, *_COMMAND_SETTINGS)]
         raise UserError(

@@ -19,7 +19,6 @@ def initial_state(
     target: Tensor,
     conditioning: Conditioning,
     init: str,
-    init_scale: float,
     skip: bool,
     generator: torch.Generator,
     latents: range | None = None,
@@ -27,8 +26,8 @@ def initial_state(
     """A fresh StepState, or its part for some of the `latents`, with the same values.
 
     pairs: latent i starts from training row i of `source` [rows, d_in] and `target` [rows, d_out]: W_dec[i] is the
-    centred target and W_enc[i] the conditioned source, both of unit norm, the latter times init_scale / sqrt(d_in).
-    tied: W_dec rows are random and of unit norm and W_enc their copy times the same factor (when d_in == d_out, else
+    centred target and W_enc[i] the conditioned source, both of unit norm, the latter divided by sqrt(d_in).
+    tied: W_dec rows are random and of unit norm and W_enc their copy divided likewise (when d_in == d_out, else
     the encoder rows are random too). Rows are used again when there are fewer than d_sae. b_dec = mean(y).
     """
     d_in, d_out = source.shape[1], target.shape[1]
@@ -52,7 +51,7 @@ def initial_state(
         encoder = decoder if d_in == d_out else randn(d_in)
     W_skip = torch.zeros(d_in, d_out, device=source.device) if skip else None
     return StepState.create(
-        W_enc=_unit_rows(encoder, randn(d_in)) * (init_scale / math.sqrt(d_in)),
+        W_enc=_unit_rows(encoder, randn(d_in)) / math.sqrt(d_in),
         b_enc=torch.zeros(len(decoder), device=source.device),
         W_dec=_unit_rows(decoder, randn(d_out)),
         b_dec=conditioning.mean_y / conditioning.s_y,

@@ -241,7 +241,6 @@ class Member:
             target=target.to(device),
             conditioning=self._conditioning,
             init=config.init,
-            init_scale=config.init_scale,
             skip=config.skip,
             generator=torch.Generator().manual_seed(config.seed),
             latents=None if self._held is None else self._held.latents,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -100,8 +99,7 @@ def make_plan(config: TrainConfig, shards: ShardSet, n_rows: int) -> Plan:
         input=config.input or default_input,
         k_aux=min(config.k_aux or 2 * config.k, d_sae),
         dead_after_tokens=config.dead_after_tokens or max(1, min(_DEAD_WINDOW, n_trained // _SHARE)),
-        # What TopK trainers use over widths: 2e-4 / sqrt(d_sae / 2^14).
-        lr=config.lr if config.lr_d_sae is None else config.lr * math.sqrt(config.lr_d_sae / d_sae),
+        lr=config.lr,
         k_start=k_start,
         k_steps=k_steps,
         checkpoint_every=config.checkpoint_every or max(_MIN_CHECKPOINT_STEPS, n_steps // 10),

@@ -26,6 +26,8 @@ from .plan import Plan
 from .stream import ORDER
 
 PARKED_FILE = "parked.json"
+_GONE = {"init_scale": 1.0}
+"""Settings of earlier runs that decided a result -> the value that is what a run does now."""
 
 
 def run_record(config: TrainConfig, plan: Plan, shards: ShardSet) -> dict[str, Any]:
@@ -85,15 +87,16 @@ def _described(manifest: Manifest) -> dict[str, Any]:
 def _with_defaults(saved: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     """The identity `saved` with the keys of today's, which is that of `record`.
 
-    A setting that did not exist yet had its default, one that is gone decided nothing. A plan of before lr_d_sae and
-    k_start trained at the lr and k of its settings, k the same in every step.
+    A setting that did not exist yet had its default; one that is gone is the same where it was what a run does now. A
+    plan of before it had lr and k_start trained at the lr and k of its settings, k the same in every step.
     """
     then = {**TrainConfig().model_dump(mode="json"), **saved.get("config", {})}
     plan = {"lr": then["lr"], "k_start": then["k"], "k_steps": 0, **saved.get("plan", {})}
     now = record["identity"]
+    gone = {key: then[key] for key, value in _GONE.items() if then.get(key, value) != value}
     return {
         **saved,
-        "config": {key: then[key] for key in now["config"]},
+        "config": {key: then[key] for key in now["config"]} | gone,
         "plan": {key: plan.get(key) for key in now["plan"]},
     }
 

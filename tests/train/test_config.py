@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -9,6 +11,7 @@ from matryoshka.config import load_config
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 from train.config import TrainConfig, default_group_sizes
+from train.fleet import members
 from train.plan import make_plan
 
 
@@ -73,11 +76,16 @@ def test_weights_must_fit_the_groups(random_shards: ShardSet) -> None:
         make_plan(config, random_shards, n_rows=2000)
 
 
-def test_the_rate_is_scaled_to_the_width(random_shards: ShardSet) -> None:
-    config = TrainConfig(group_sizes=(16, 48), k=2, lr=1e-3, lr_d_sae=16, batch_tokens=100)
-    plan = make_plan(config, random_shards, n_rows=2000)
-    assert plan.lr == pytest.approx(5e-4)
-    assert plan.schedule(config).at(10) == pytest.approx(5e-4)
+@pytest.mark.parametrize(
+    ("key", "value", "what"), [("lr_d_sae", 16, "give the lr of this"), ("init_scale", 1.0, "leave it out")]
+)
+def test_a_setting_that_is_gone_says_what_to_do(tmp_path: Path, key: str, value: float, what: str) -> None:
+    (tmp_path / "old.yaml").write_text(f"train: {{{key}: {value}}}")
+    with pytest.raises(UserError, match=f"{key}: unknown key, this setting is gone: .*{what}"):
+        load_config(TrainConfig, "train", file=tmp_path / "old.yaml")
+    fleet = TrainConfig(shards="data/l1", fleet=({"name": "a", key: value},))
+    with pytest.raises(UserError, match=f"member a: {key}: unknown key, this setting is gone: .*{what}"):
+        members(fleet)
 
 
 def test_k_over_the_run(random_shards: ShardSet) -> None:

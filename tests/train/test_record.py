@@ -63,7 +63,7 @@ def test_a_default_written_out_is_the_same_run(run_settings: dict[str, Any], tmp
     first = config_of(run_settings, tmp_path / "run", steps=4, group_sizes=(6, 12, 24, 54), d_sae=96)
     assert train(first).n_steps_taken == 4
     same = {"group_sizes": None, "d_sae": None, "steps": None, "tokens": 4 * first.batch_tokens}
-    written_out = {"warmup_steps": 0, "k_aux": 2 * first.k, "input": "normalized", "lr_d_sae": 96}
+    written_out = {"warmup_steps": 0, "k_aux": 2 * first.k, "input": "normalized"}
     for changes in (same, same | written_out):
         assert train(config_of(run_settings, tmp_path / "run", **changes)).n_steps_taken == 0
     for other in ({"group_sizes": (12, 6, 24, 54)}, {"warmup_steps": 1}, {"k_aux": 9}, {"input": "resid_mid"}):
@@ -88,6 +88,23 @@ def test_a_run_of_before_a_setting_is_held_against_what_it_did(run_settings: dic
     ):
         with pytest.raises(UserError, match=what):
             train(config_of(run_settings, tmp_path / "run", steps=4, **other))
+
+
+def test_a_run_with_a_setting_that_is_gone_goes_on_where_it_decided_nothing(
+    run_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = config_of(run_settings, tmp_path / "run", steps=4)
+    train(settings)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    for part in (record["config"], record["identity"]["config"]):
+        part |= {"init_scale": 1.0, "lr_d_sae": None}
+    path.write_text(json.dumps(record))
+    assert train(settings).n_steps_taken == 0
+    record["identity"]["config"]["init_scale"] = 2.0
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"config\.init_scale: 2\.0 -> null"):
+        train(settings)
 
 
 def test_a_folder_of_sets_names_them(random_shards: ShardSet, run_settings: dict[str, Any], tmp_path: Path) -> None:
