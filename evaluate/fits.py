@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
-
 import torch
 
 from matryoshka.errors import UserError
+from matryoshka.locations import portable_name
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
@@ -37,8 +36,3 @@ def check_fits(transcoder: Transcoder, shards: ShardSet, name: str) -> None:
     broken = [key for key, weight in transcoder.named_parameters() if bool(torch.isnan(weight).any())]
     if broken:
         raise UserError(f"the transcoder {name} holds NaN in {', '.join(broken)}: its training diverged; train again")
-
-
-def portable_name(model: str) -> str:
-    """A model's name as it is on every machine: of an absolute path only the last part."""
-    return PurePath(model).name if PurePath(model).is_absolute() else model

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from matryoshka.shards import ShardSet
 from matryoshka.shards.scaled import SINK_NORM
 from matryoshka.shards.writer import measure_codec
@@ -44,7 +42,6 @@ def describe(path: Path | str) -> list[tuple[str, str]]:
         ("train", _split(shards, "train")),
         ("val", _split(shards, "val")),
         ("held out", HELD_OUT[shards.val_unit]),
-        ("documents", f"{_documents(shards):,}"),
         ("on disk", f"{gigabytes(n_bytes)}, {n_bytes / n_tokens:.0f} bytes per token"),
         ("codec", f"{manifest.codec}: {ratio:.3f} of raw bfloat16 ({1 / ratio:.2f}x smaller)"),
     ]
@@ -69,20 +66,14 @@ def _norm(shards: ShardSet) -> str:
 def _split(shards: ShardSet, name: str) -> str:
     split = shards.split(name)
     n_rows = sum(record.n_rows for record in shards.records if record.split == name)
-    return f"{split.n_contexts:,} contexts in {split.n_shards} shards, {n_rows:,} rows without special tokens"
+    return (
+        f"{split.n_contexts:,} contexts in {split.n_shards} shards, {n_rows:,} rows without special tokens, of "
+        f"{split.n_documents:,} documents"
+    )
 
 
 def _commit(dataset: dict[str, object]) -> object:
     return dataset.get("commit") or dataset.get("revision")
-
-
-def _documents(shards: ShardSet) -> int:
-    """A document may be in several shards and, where blocks are held out, in both splits."""
-    found: set[int] = set()
-    for split in (shards.train, shards.val):
-        for shard in range(split.n_shards):
-            found.update(np.unique(split.doc_ids(shard).numpy()).tolist())
-    return len(found)
 
 
 def _statistics(shards: ShardSet, side: str) -> list[tuple[str, str]]:

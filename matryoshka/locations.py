@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 from urllib.parse import unquote, urlparse
 
@@ -81,6 +81,11 @@ def location_name(place: str | Path) -> str:
     if isinstance(found, Path):
         return found.resolve().name
     return found.rpartition("/")[2]
+
+
+def portable_name(name: str) -> str:
+    """The name of a model or a text as it is on every machine: of an absolute path only the last part."""
+    return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
 def inside(place: str | Path, name: str) -> Path | str:

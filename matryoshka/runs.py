@@ -18,6 +18,8 @@ FORMAT_VERSION = 1
 RUN_FILE = "run.json"
 FLEET_FILE = "fleet.json"
 METRICS_FILE = "metrics.jsonl"
+TIMING_FILE = "timing.jsonl"
+"""Seconds and rates. Apart from the metrics, which are the same bytes however often a run was interrupted."""
 CHECKPOINTS = "checkpoints"
 
 _DISTRIBUTIONS = ("matryoshka-transcoders", "torch", "transformer-lens", "transformers", "zarr", "numcodecs", "numpy")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from matryoshka.errors import UserError
 from matryoshka.interop.export import Exported, Material, export
 from matryoshka.interop.neuronpedia import MARK_FILE, Samples
 from matryoshka.interop.origin import Origin
-from matryoshka.locations import location
+from matryoshka.locations import location, portable_name
+from matryoshka.run_facts import read_run_facts
 from matryoshka.runs import RUN_FILE, read_json
 from matryoshka.shards import ShardSet
 from matryoshka.shards.records import has_manifest, read_manifest
@@ -109,7 +110,7 @@ def _origin(folder: Path, n_layers: int | None) -> Origin:
     facts: dict[str, Any] = {}
     if manifest is not None:
         facts = {
-            "dataset": _portable(str(manifest.dataset.get("name", ""))) or None,
+            "dataset": portable_name(str(manifest.dataset.get("name", ""))) or None,
             "ctx_len": manifest.ctx_len,
             "has_bos": manifest.bos_id is not None,
             "n_layers": manifest.model.get("n_layers"),
@@ -117,7 +118,10 @@ def _origin(folder: Path, n_layers: int | None) -> Origin:
         }
     if n_layers is not None:
         facts["n_layers"] = n_layers
-    return Origin(run=(root or folder).resolve().name, step=state.get("step"), **facts)
+    step = state.get("step")
+    if root is not None:
+        facts["used"] = read_run_facts(root, step)
+    return Origin(run=(root or folder).resolve().name, step=step, **facts)
 
 
 def _run_folder(folder: Path) -> Path | None:
@@ -132,8 +136,3 @@ def _shard_folder(folder: Path) -> Path | str | None:
     config = None if root is None else read_json(root / RUN_FILE, what="run").get("config")
     shards = config.get("shards") if isinstance(config, dict) else None
     return location(shards) if isinstance(shards, str) and has_manifest(shards) else None
-
-
-def _portable(name: str) -> str:
-    """A name of the hub as it is; of a path of this machine only the last part."""
-    return PurePath(name).name if PurePath(name).is_absolute() else name

@@ -25,7 +25,7 @@ from .parallel import ParallelStep
 from .plan import Plan
 from .prefixes import sampled_sizes
 from .ranks import Rank
-from .record import publish_parked
+from .record import publish_parked, publish_session
 from .rows import Rows
 from .saving import BackgroundWriter
 from .set_aside import SetAside
@@ -93,6 +93,7 @@ class Member:
         self._aside = aside
         self._conditioning = conditioning
         self._writer = writer
+        self._team = team
         last = max(list_checkpoints(entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
         spread = team is not None and self._config.parallel == "features"
         self._held = LatentSlice(team, entry.plan.d_sae) if team is not None and spread else None
@@ -114,6 +115,21 @@ class Member:
         if self._config.wandb != "off" and self._writes:
             self._sinks.append(self._wandb(group))
         self._logged_step, self._logged_at, self._waited = self.first, time.perf_counter(), 0.0
+
+    def publish_session(self) -> None:
+        """Write down what the steps to come are computed with: not "auto", but what that comes to here."""
+        if not self._writes:
+            return
+        step, config = self._take_step, self._config
+        n_ranks = 1 if self._team is None else self._team.world
+        rows = config.batch_tokens // (n_ranks if config.parallel == "data" else 1)
+        used = {
+            "device": _named(step.device),
+            "precision": "bf16" if step.bf16 else "fp32",
+            "backend": step.backend_for(rows),
+            "n_ranks": n_ranks,
+        }
+        publish_session(self.entry.folder, self.first, used)
 
     def take(self, rows: Rows, waiting: Waiting) -> StepReport | None:
         """Train on the batch of the step `done`; a loss that is not finite parks the run."""
@@ -290,6 +306,11 @@ class Member:
             group=group,
             config=self.entry.record["config"],
         )
+
+
+def _named(device: torch.device) -> str:
+    """cpu, or cuda:0 (NVIDIA H100 80GB HBM3)."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _restored(tensors: Mapping[str, Tensor]) -> StepState:

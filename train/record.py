@@ -18,6 +18,7 @@ from matryoshka.runs import (
     refuse_changes,
 )
 from matryoshka.shards import Manifest, ShardSet
+from matryoshka.shards.manifest import SPLITS
 from matryoshka.shards.records import read_manifest
 
 from .config import TrainConfig
@@ -43,6 +44,26 @@ def run_record(config: TrainConfig, plan: Plan, shards: ShardSet) -> dict[str, A
         },
         "provenance": provenance(),
     }
+
+
+def publish_run(folder: Path, record: Mapping[str, Any], shards: ShardSet) -> None:
+    """Write run.json: the record, and what the shard set is made of, for whoever reads the run without it."""
+    dataset = shards.manifest.dataset
+    data = {
+        "dataset": dataset.get("name"),
+        "revision": dataset.get("commit") or dataset.get("revision"),
+        "val_unit": shards.val_unit,
+        "documents": {split: shards.split(split).n_documents for split in SPLITS},
+    }
+    publish_json(folder / RUN_FILE, {**record, "data": data})
+
+
+def publish_session(folder: Path, first_step: int, used: Mapping[str, Any]) -> None:
+    """Add to run.json what the steps from `first_step` on are computed with, unless it is as before."""
+    record = read_json(folder / RUN_FILE, what="run")
+    sessions = record.get("sessions", [])
+    if not sessions or {**sessions[-1], "first_step": first_step} != {"first_step": first_step, **used}:
+        publish_json(folder / RUN_FILE, {**record, "sessions": [*sessions, {"first_step": first_step, **used}]})
 
 
 def refuse_other_run(folder: Path, record: Mapping[str, Any]) -> None:

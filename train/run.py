@@ -17,7 +17,7 @@ from torch import Tensor
 
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
-from matryoshka.runs import RUN_FILE, exclusive, make_directory, publish_json
+from matryoshka.runs import RUN_FILE, exclusive, make_directory
 from matryoshka.shards import ShardSet
 
 from .checkpoint import list_checkpoints
@@ -30,7 +30,15 @@ from .memory import check_memory, give_back, member_need
 from .plan import make_plan
 from .progress import Progress, Silent, usual_progress
 from .ranks import Rank
-from .record import parked_reason, publish_fleet, refuse_other_fleet, refuse_other_run, run_record, stream_record
+from .record import (
+    parked_reason,
+    publish_fleet,
+    publish_run,
+    refuse_other_fleet,
+    refuse_other_run,
+    run_record,
+    stream_record,
+)
 from .result import FleetResult, TrainResult
 from .rows import Rows
 from .saving import BackgroundWriter
@@ -104,7 +112,7 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
             make_directory(entry.folder)
             held.enter_context(exclusive(entry.folder))
             if not (entry.folder / RUN_FILE).exists():
-                publish_json(entry.folder / RUN_FILE, entry.record)
+                publish_run(entry.folder, entry.record, shards)
         fleet = _Fleet(config, aside, stream, conditionings, device, team)
         if progress is None:
             progress = held.enter_context(usual_progress() if rank.index == 0 else Silent())
@@ -151,6 +159,8 @@ class _Fleet:
                 closing.callback(run.close)
             first_rows.clear()
             give_back()
+            for run in runs:
+                run.publish_session()
             progress.started(entries, [run.first for run in runs])
             self._steps(runs, stop, progress)
             if stop.signal is not None:

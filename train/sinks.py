@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from matryoshka.errors import UserError
-from matryoshka.runs import METRICS_FILE, publish_bytes
+from matryoshka.runs import METRICS_FILE, TIMING_FILE, publish_bytes
 from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE
 from matryoshka.wandb_artifacts import log_folder
-
-TIMING_FILE = "timing.jsonl"
-"""Seconds and rates. Apart from the metrics, which are the same bytes however often a run was interrupted."""
 
 WANDB_ID_FILE = "wandb-id.txt"
 

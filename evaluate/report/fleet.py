@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.errors import UserError
-from matryoshka.runs import FLEET_FILE, METRICS_FILE, RUN_FILE, make_directory
+from matryoshka.run_facts import json_lines, seconds_of
+from matryoshka.runs import FLEET_FILE, METRICS_FILE, RUN_FILE, TIMING_FILE, make_directory
 
 from ..analysis import Progress, answer
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
@@ -17,11 +18,10 @@ from ..report_file import Report
 from ..run import RunAnalysis
 from .build import REPORT_FOLDER, Pages
 from .data_file import write_data
-from .overview import json_lines, run_facts
+from .overview import run_facts
 from .parts import find_parts
 from .site_files import FLEET_SITE, INDEX_FILE, write_site
 
-TIMING_FILE = "timing.jsonl"
 _PLACES = ("out", "device")
 """Settings that every member has its own of, and that decide nothing."""
 
@@ -78,19 +78,6 @@ def differing(configs: list[dict[str, Any]]) -> list[str]:
     """The settings in which the members differ, in their order; one that some lack counts as null there."""
     keys = dict.fromkeys(key for config in configs for key in config)
     return [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
-
-
-def seconds_of(lines: list[dict[str, Any]], batch_tokens: Any) -> float | None:
-    """Seconds that training took, from the rates of timing.jsonl; None where they say nothing."""
-    if not isinstance(batch_tokens, int):
-        return None
-    seconds, before = 0.0, 0
-    for line in lines:
-        rate = line.get("tokens_per_second")
-        if isinstance(rate, int | float) and rate > 0:
-            seconds += (line["step"] - before) * batch_tokens / rate
-        before = line["step"]
-    return float(f"{seconds:.4g}") if seconds > 0 else None
 
 
 def _member(checkpoint: Checkpoint, report: Report, own: Path, page: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matryoshka.run_facts import json_lines, read_run_facts
 from matryoshka.runs import METRICS_FILE, RUN_FILE
 
 from ..checkpoint import Checkpoint
@@ -32,6 +33,7 @@ def overview(checkpoint: Checkpoint, report: Report, mark: SamplesMark, parts: P
         "n_text_files": -(-n_latents // TEXT_LATENTS),
         "metrics": training_curves(checkpoint.run / METRICS_FILE, sizes),
         "run": run_facts(checkpoint.run / RUN_FILE),
+        "used": read_run_facts(checkpoint.run, checkpoint.step).lines() if checkpoint.step is not None else None,
         "comparison": parts.comparison,
         "faithfulness": parts.records.get("faithfulness"),
         "absorption": absorption_facts(parts.records.get("absorption")),
@@ -56,20 +58,6 @@ def training_curves(path: Path, sizes: list[int]) -> dict[str, Any]:
         "fvu": [[_rounded(line.get(f"fvu/prefix_{end}")) for line in lines] for end in prefix_ends(sizes)],
         "dead_share": [_rounded(line.get("dead_share")) for line in lines],
     }
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or timing.jsonl that are whole; none where there is no file."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            # The last line of a run that was killed while it wrote.
-            continue
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def run_facts(path: Path) -> dict[str, Any] | None:

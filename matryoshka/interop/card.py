@@ -8,7 +8,11 @@ from pathlib import PurePath
 
 from matryoshka.interop.hook_names import input_hook
 from matryoshka.interop.origin import Origin
+from matryoshka.run_facts import NOT_RECORDED
 from matryoshka.transcoder import Transcoder
+
+_SAID = ("input convention", "dataset")
+"""Facts of the run that the card has from elsewhere."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -78,8 +82,9 @@ def model_card(transcoders: Sequence[Transcoder], form: str, place: str, origin:
             None if config.k is None else f"{config.k} on average, as trained at full width",
         ),
         ("skip connection", "yes" if config.skip else "no"),
-        ("text", origin.dataset),
+        ("text", origin.dataset or origin.used.dataset),
         ("context", None if origin.ctx_len is None else f"{origin.ctx_len:,} tokens"),
+        *((what, value) for what, value in origin.used.lines() if value != NOT_RECORDED and what not in _SAID),
         ("run", None if origin.run is None else origin.run + ("" if origin.step is None else f", step {origin.step}")),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in facts if value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from matryoshka.run_facts import RunFacts
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
@@ -19,6 +21,8 @@ class Origin:
     """Tokens in a context."""
     has_bos: bool | None = None
     """Whether a context starts with BOS."""
+    used: RunFacts = RunFacts()
+    """What the training used and saw."""
     n_layers: int | None = None
     """Blocks of the language model."""
     norm_kind: str | None = None

@@ -88,6 +88,17 @@ class Split:
         """Document of each token of a shard, int32 [n_contexts, ctx_len]."""
         return torch.from_numpy(self._ids("doc_ids", shard))
 
+    @cached_property
+    def n_documents(self) -> int:
+        """Documents with tokens in this split. Each is counted once, in however many shards it is: they come in order,
+        so that only the last of a shard can go on in the next."""
+        found, last = 0, None
+        for shard in range(self.n_shards):
+            doc_ids = self.doc_ids(shard)
+            found += len(doc_ids.unique()) - (int(doc_ids[0, 0]) == last)
+            last = int(doc_ids[-1, -1])
+        return found
+
     def keep(self, shard: int) -> Tensor:
         """Where a shard's tokens are not special, bool [ctx_len, n_contexts] (position-major, as the activations)."""
         specials = torch.tensor(self._set.manifest.special_ids, dtype=torch.int32)

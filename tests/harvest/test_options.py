@@ -97,8 +97,13 @@ def test_the_batch_size_may_be_left_to_the_harvest(made: Callable[..., ShardSet]
     assert made("--batch-size", "auto").train.n_contexts > 0
 
 
-def test_commit_records_count_documents(made: Callable[..., ShardSet]) -> None:
+def test_documents_are_counted_in_a_shard_and_in_a_split(made: Callable[..., ShardSet]) -> None:
     shards = made()
     for record in shards.records:
         found = shards.split(record.split).doc_ids(record.shard)
         assert record.n_documents == len(set(found.flatten().tolist()))
+    for split in (shards.train, shards.val):
+        ids = [number for shard in range(split.n_shards) for number in split.doc_ids(shard).flatten().tolist()]
+        assert split.n_documents == len(set(ids))
+    of_shards = sum(record.n_documents or 0 for record in shards.records if record.split == "train")
+    assert of_shards > shards.train.n_documents  # documents that cross shards

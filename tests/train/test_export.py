@@ -66,6 +66,20 @@ def test_the_newest_checkpoint_and_the_facts_of_the_shard_set(tmp_path: Path, ra
     assert str(tmp_path) not in text
 
 
+def test_the_card_says_what_the_training_used(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "l3-k4", make())
+    session = {"first_step": 0, "device": "cpu", "precision": "bf16", "backend": "sparse", "n_ranks": 1}
+    data = {"dataset": "me/books", "val_unit": "document", "documents": {"train": 70, "val": 4}}
+    config = {"shards": "gone", "batch_tokens": 128}
+    publish_json(run / "run.json", {"format_version": 1, "config": config, "sessions": [session], "data": data})
+    export_runs([run], "saelens", out=tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    facts = {"text": "me/books", "tokens seen": "51,200", "documents": "train 70, val 4", "held out": "whole documents"}
+    for what, value in {**facts, "precision of the encoder product": "bf16"}.items():
+        assert f"| {what} | {value} |" in text
+    assert "not recorded" not in text
+
+
 def test_a_checkpoint_can_be_named_itself(tmp_path: Path) -> None:
     run = write_run(tmp_path / "l3-k4", make())
     older = run / "checkpoints" / "step-000100"

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from matryoshka.errors import UserError
+from matryoshka.run_facts import read_run_facts
 from matryoshka.shards import ShardSet
+from train.backend import has_fast_bf16
 from train.config import TrainConfig
+from train.record import publish_session
 from train.run import train
 
 
@@ -105,6 +108,35 @@ def test_a_run_with_a_setting_that_is_gone_goes_on_where_it_decided_nothing(
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"config\.init_scale: 2\.0 -> null"):
         train(settings)
+
+
+def test_run_json_says_what_was_used(random_shards: ShardSet, run_settings: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(run_settings, tmp_path / "run", steps=4)
+    train(config)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    ids = {split: set(random_shards.split(split).doc_ids(0).flatten().tolist()) for split in ("train", "val")}
+    for shard in range(1, random_shards.train.n_shards):
+        ids["train"] |= set(random_shards.train.doc_ids(shard).flatten().tolist())
+    assert record["data"]["documents"] == {split: len(found) for split, found in ids.items()}
+    assert record["data"]["val_unit"] == random_shards.val_unit
+    (session,) = record["sessions"]
+    assert session == {
+        "first_step": 0,
+        "device": "cpu",
+        "precision": "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32",
+        "backend": "sparse",
+        "n_ranks": 1,
+    }
+    facts = read_run_facts(path.parent, 4)
+    assert (facts.input, facts.k_aux, facts.tokens) == ("normalized", 2 * config.k, 4 * config.batch_tokens)
+    assert facts.seconds is not None
+    before = path.read_bytes()
+    publish_session(path.parent, 4, {name: session[name] for name in session if name != "first_step"})
+    assert path.read_bytes() == before  # as it was: said once
+    publish_session(path.parent, 4, {**session, "first_step": 4, "device": "cuda:0"})
+    facts = read_run_facts(path.parent, 4)
+    assert (facts.device, facts.backend) == ("cpu, then cuda:0", "sparse")
 
 
 def test_a_folder_of_sets_names_them(random_shards: ShardSet, run_settings: dict[str, Any], tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ Report.pages.run = async (main) => {
   const card = (title, content) => main.append(el("h2", {}, title), facts(flat(content)));
   card("Transcoder", { run: r.transcoder.run, step: r.transcoder.step, sha256: r.transcoder.sha256, ...r.transcoder.config });
   card("Shard set", r.shard_set);
-  if (o.run) { if (o.run.config) card("Training", o.run.config); if (o.run.provenance) card("Provenance", o.run.provenance); }
+  if (o.used) card("What the training used", Object.fromEntries(o.used));
+  if (o.run) { if (o.run.config) card("What was asked for", o.run.config); if (o.run.provenance) card("Provenance", o.run.provenance); }
   card("Evaluation", r.settings);
   card("Samples", { rows: o.samples.n_rows, split: o.samples.split, windows: o.samples.n_windows, tokenizer: o.samples.tokenizer, ...o.samples.settings });
 };

@@ -46,6 +46,9 @@ def test_the_data_is_what_was_measured(val_set: ShardSet, made: Any, tmp_path: P
     assert overview["report"]["threshold"] == report["threshold"]
     assert overview["prefix_ends"] == [6, 17, 48]
     assert overview["metrics"]["step"] == []
+    used = dict(overview["used"])
+    assert used["tokens seen"] == "4,400"  # 400 steps of 11 rows
+    assert used["precision of the encoder product"] == used["dataset"] == "not recorded"
     assert {name: len(column) for name, column in latents.items()} == dict.fromkeys(
         ("density", "max", "mean", "cosine", "words"), 48
     )

@@ -13,7 +13,7 @@ import pytest
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
-from evaluate.report.fleet import differing, is_fleet, make_fleet_report, seconds_of
+from evaluate.report.fleet import differing, is_fleet, make_fleet_report
 from evaluate.run import RunAnalysis
 from matryoshka import launch
 from matryoshka.errors import UserError
@@ -128,13 +128,6 @@ def test_what_is_refused(fleet: Path, config: EvaluateConfig, made: Any, tmp_pat
 def test_settings_that_differ() -> None:
     assert differing([{"k": 1, "a": None}, {"k": 1, "b": 2, "a": None}]) == ["b"]
     assert differing([{"k": 1}]) == []
-
-
-def test_seconds_of_lines_that_say_nothing() -> None:
-    assert seconds_of([], 10) is None
-    assert seconds_of([{"step": 5}], 10) is None
-    assert seconds_of([{"step": 5, "tokens_per_second": 25.0}], None) is None
-    assert seconds_of([{"step": 5, "tokens_per_second": 25.0}, {"step": 6, "tokens_per_second": 0}], 10) == 2.0
 
 
 def test_the_page(browser: Any, fleet: Path, config: EvaluateConfig) -> None:
