@@ -14,47 +14,43 @@ entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .collectives import among_largest, gather, smallest_, sum_
-from .dead import select_dead, select_dead_fixed_shape
+from .communicator import Communicator
 from .entries import Kept
-from .gradients import Gradients
 from .ranks import Rank
-from .selection import select_fixed_shape
 from .slices import LatentSlice
-from .step import StepSettings, StepState, TrainStep
-from .update import Measured, measure
-
-COMMON = ("b_dec", "W_skip")
-"""Trained tensors that every rank holds whole."""
 
 
-class FeatureStep(TrainStep):
-    """TrainStep on this rank's latents; every rank must call it for every batch, with the same rows."""
+class LatentsOverRanks(Communicator):
+    """This rank's latents of `d_sae`; every rank must take every step, with the same rows."""
 
-    def __init__(self, settings: StepSettings, state: StepState, device: torch.device, rank: Rank) -> None:
-        """`state` holds the latents of LatentSlice(rank, d_sae)."""
-        self._slice = LatentSlice(rank, sum(settings.group_sizes))
-        super().__init__(settings, state, device, latents=self._slice.latents)
-        self._rank = rank
-        self._join = sum_
+    common = ("b_dec", "W_skip")
 
-    def _largest(self, x: Tensor) -> Kept:
-        state, n = self.state, self.settings.k * x.shape[0]
-        if self._fixed_shapes:
-            own = select_fixed_shape(x, state.W_enc, state.b_enc, n, bf16=self.bf16)
+    def __init__(self, rank: Rank, d_sae: int) -> None:
+        self._rank, self._slice = rank, LatentSlice(rank, d_sae)
+        self.latents = self._slice.latents
+
+    def sum_over_latents(self, part: Tensor) -> Tensor:
+        return sum_(part)
+
+    def smallest(self, part: Tensor) -> Tensor:
+        return smallest_(part)
+
+    def largest(self, select: Callable[[int], Kept], n: int, batch: int, *, fixed_shapes: bool) -> Kept:  # noqa: ARG002
+        if fixed_shapes:
+            own = select(n)
             return among_largest(own, gather(own.acts, self._rank), n, self._rank)
-        kept = None
         # Twice a rank's fair part nearly always holds all it has among the n largest; where not, it is asked again.
         for n_asked in (min(n, 2 * n // self._rank.world + 64), n):
-            found = self._encoder.select(x, state.W_enc, state.b_enc, n_asked)
-            kept = self._of_all(found, n_asked, n)
+            kept = self._of_all(select(n_asked), n_asked, n)
             if kept is not None:
-                break
-        assert kept is not None
-        return kept
+                return kept
+        raise AssertionError("a rank that is asked for n entries holds no more of the n largest")
 
     def _of_all(self, own: Kept, n_asked: int, n: int) -> Kept | None:
         """Those of this rank's entries that are among the `n` largest of all ranks, ties going to the smallest
@@ -80,47 +76,15 @@ class FeatureStep(TrainStep):
         chosen = above | ties
         return Kept(own.rows[chosen], own.latents[chosen], own.acts[chosen])
 
-    def _select_dead(self, x: Tensor) -> tuple[Kept | None, Tensor | float]:
-        """The own dead latents among the k_aux largest of each row over all ranks, and the aux term's coefficient."""
-        settings, state = self.settings, self.state
-        if settings.auxk_coef == 0:
-            return None, 0.0
-        is_dead = state.tokens_since_fired >= settings.dead_after_tokens
-        n_dead = sum_(is_dead.sum())
-        if self._fixed_shapes:
-            own = select_dead_fixed_shape(x, state.W_enc, state.b_enc, is_dead, settings.k_aux)
-            assert own.selected is not None
-            selected = own.selected & self._largest_of_rows(own.acts.masked_fill(~own.selected, -torch.inf), x.shape[0])
-            dead = Kept(own.rows, own.latents, torch.where(selected, own.acts, 0.0), selected)
-            return dead, settings.auxk_coef * (n_dead / settings.k_aux).clamp_max(1.0)
-        if not int(n_dead):
-            return None, 0.0
-        own = Kept(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0))
-        if bool(is_dead.any()):
-            own = select_dead(x, state.W_enc, state.b_enc, is_dead.nonzero().squeeze(1), settings.k_aux)
-        chosen = self._largest_of_rows(own.acts, x.shape[0])
-        dead = Kept(own.rows[chosen], own.latents[chosen], own.acts[chosen])
-        return dead, settings.auxk_coef * min(int(n_dead) / settings.k_aux, 1.0)
-
-    def _largest_of_rows(self, values: Tensor, batch: int) -> Tensor:
-        """Which of `values` [batch * n_own], in row order, are among the k_aux largest of their row over all ranks."""
-        k = self.settings.k_aux
+    def largest_of_rows(self, own: Kept, batch: int, k: int) -> Kept:
+        values = own.acts if own.selected is None else own.acts.masked_fill(~own.selected, -torch.inf)
         offered = torch.full((batch, k), -torch.inf, device=values.device)
         n_own = values.numel() // batch
         offered[:, :n_own] = values.view(batch, n_own)
         everyone = gather(offered, self._rank).permute(1, 0, 2).reshape(batch, -1)
         chosen = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, everyone.topk(k, dim=1).indices, True)
-        return chosen.view(batch, self._rank.world, k)[:, self._rank.index, :n_own].reshape(-1)
-
-    def _measure(self, gradients: Gradients) -> Measured:
-        return measure(gradients, self.state, over_ranks=sum_, common=COMMON)
-
-    def _smallest(self, acts: Tensor, positive: Tensor) -> Tensor:
-        return smallest_(super()._smallest(acts, positive))
-
-    def _count(self, kept: Kept, batch: int, finite: Tensor) -> Tensor:
-        return sum_(super()._count(kept, batch, finite))
-
-    def _dead_share(self) -> float:
-        n_dead = sum_((self.state.tokens_since_fired >= self.settings.dead_after_tokens).sum())
-        return float(n_dead) / self._slice.d_sae
+        chosen = chosen.view(batch, self._rank.world, k)[:, self._rank.index, :n_own].reshape(-1)
+        if own.selected is None:
+            return Kept(own.rows[chosen], own.latents[chosen], own.acts[chosen])
+        chosen &= own.selected
+        return Kept(own.rows, own.latents, torch.where(chosen, own.acts, 0.0), chosen)

@@ -16,12 +16,12 @@ from matryoshka.transcoder import Transcoder, TranscoderConfig
 from .calibrate import calibrate_threshold
 from .checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
 from .conditioning import Conditioning
-from .features import FeatureStep
+from .features import LatentsOverRanks
 from .fleet import MemberConfig
 from .initial import initial_state
 from .measurements import measurements
 from .memory import give_back
-from .parallel import ParallelStep
+from .parallel import RowsOverRanks
 from .plan import Plan
 from .prefixes import sampled_sizes
 from .ranks import Rank
@@ -100,12 +100,8 @@ class Member:
         """The latents of this rank, when it does not hold all."""
         state = self._fresh(device, first_rows) if last is None else _restored(last.tensors(self._held))
         self._writes = team is None or team.index == 0
-        if team is None:
-            self._take_step = TrainStep(self._step_settings(), state, device)
-        elif spread:
-            self._take_step = FeatureStep(self._step_settings(), state, device, team)
-        else:
-            self._take_step = ParallelStep(self._step_settings(), state, device, team)
+        together = None if team is None else (LatentsOverRanks if spread else RowsOverRanks)(team, entry.plan.d_sae)
+        self._take_step = TrainStep(self._step_settings(), state, device, together)
         self.first = self.done = int(state.step)
         self._saved = self.first
         self._schedule = self._plan.schedule(self._config)

@@ -6,7 +6,6 @@ lies in `StepState`, so a run that saves and loads it goes on as if never interr
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -17,15 +16,15 @@ from torch import Tensor
 from matryoshka.errors import UserError
 
 from .backend import choose_backend, has_fast_bf16
+from .communicator import Communicator
 from .dead import select_dead, select_dead_fixed_shape
 from .dense import dense_gradients
 from .entries import Kept
 from .gradients import Gradients
-from .nested import squared_spread
 from .selection import TileEncoder, select_fixed_shape
 from .sparse import prefix_errors, sparse_gradients
 from .state import StepState
-from .update import Measured, apply, measure
+from .update import apply, measure
 
 __all__ = ["NonFiniteLoss", "StepReport", "StepSettings", "StepState", "TrainStep"]
 
@@ -135,14 +134,20 @@ class TrainStep:
     """
 
     def __init__(
-        self, settings: StepSettings, state: StepState, device: torch.device | str, latents: range | None = None
+        self,
+        settings: StepSettings,
+        state: StepState,
+        device: torch.device | str,
+        communicator: Communicator | None = None,
     ) -> None:
-        """`latents`: which of all latents `state` holds, where others hold the rest; by default it holds all."""
+        """`communicator`: the ranks that take the step together, by default this process alone. `state` holds the
+        latents that are this rank's."""
         self.settings, self.state, self.device = settings, state, torch.device(device)
+        self._ranks = Communicator() if communicator is None else communicator
         state.to(self.device)
         d_sae = state.W_enc.shape[0]
-        self._latents = range(d_sae) if latents is None else latents
-        if len(self._latents) != d_sae or (latents is None and sum(settings.group_sizes) != d_sae):
+        self._latents = range(sum(settings.group_sizes)) if self._ranks.latents is None else self._ranks.latents
+        if len(self._latents) != d_sae:
             raise UserError(
                 f"group_sizes {settings.group_sizes} sum to {sum(settings.group_sizes)}, but the weights have {d_sae} "
                 "latents; group_sizes are disjoint sizes, not prefix ends."
@@ -150,10 +155,6 @@ class TrainStep:
         fast = has_fast_bf16(self.device)
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and fast)
         self._group_ends = self._own_ends(settings.group_sizes)
-        self._join: Callable[[Tensor], Tensor] = lambda planes: planes
-        """Adds what other holders of latents have decoded to the own part."""
-        self._residual_spread: Callable[[Tensor], Tensor] = squared_spread
-        """Gives the variance of the residual, of which other holders of rows have theirs."""
         # CUDA: shapes that never depend on data, so no step waits for the device
         self._fixed_shapes = self.device.type == "cuda"
         self._encoder = TileEncoder(self.bf16)
@@ -179,21 +180,25 @@ class TrainStep:
         wanted = (x.shape[0], state.W_enc.shape[1]), (x.shape[0], state.W_dec.shape[1])
         if (tuple(x.shape), tuple(y.shape)) != wanted:
             raise UserError(f"The batch has shapes {tuple(x.shape)} and {tuple(y.shape)}, expected {wanted}.")
+        # Asked of all ranks before anything is: one that stopped alone would leave the others waiting for ever. Not of
+        # the loss alone, which a NaN input can hide from, as no comparison selects it.
+        finite = self._ranks.is_finite(x)
+        if not self._fixed_shapes and not bool(finite):
+            raise NonFiniteLoss(int(state.step), math.nan)
         kept, dead, aux_coef = self._select(x)
-        gradients = self._gradients(x, y, kept, dead, aux_coef)
+        gradients = self._ranks.gradients(self._gradients(x, y, kept, dead, aux_coef))
         # Measured with the weights that gave the loss: before the update.
         sq_err = self._sq_err(gradients, x, y, kept) if log else None
-        measured = self._measure(gradients)
+        measured = measure(gradients, state, over_ranks=self._ranks.sum_over_latents, common=self._ranks.common)
         loss = gradients.nested.loss
-        # a NaN input can hide from the loss, as no comparison selects it; finite weights and inputs cannot make one
-        finite = torch.isfinite(loss) & torch.isfinite(measured.norm) & self._is_finite(x)
+        finite = finite & torch.isfinite(loss) & torch.isfinite(measured.norm)
         skip = None
         if self._fixed_shapes:
             skip = (~finite).float()
             self._note_bad(finite, loss)
         elif not bool(finite):
             raise NonFiniteLoss(int(state.step), float(loss))
-        l0_sum = self._count(kept, x.shape[0], finite)
+        n_kept = self._count(kept, x.shape[0], finite)
         apply(
             gradients,
             measured,
@@ -204,38 +209,39 @@ class TrainStep:
             eps=settings.adam_eps,
             skip=skip,
         )
-        return None if sq_err is None else self._report(gradients, measured.norm, l0_sum, sq_err, y, lr)
+        return None if sq_err is None else self._report(gradients, measured.norm, n_kept, sq_err, y, lr)
 
     def _select(self, x: Tensor) -> tuple[Kept, Kept | None, Tensor | float]:
         """BatchTopK's entries, the dead latents' entries, and the aux term's coefficient."""
         return self._largest(x), *self._select_dead(x)
 
     def _largest(self, x: Tensor) -> Kept:
-        """The k * batch largest activations of the batch."""
-        state, n = self.state, self.settings.k * x.shape[0]
-        if self._fixed_shapes:
-            return select_fixed_shape(x, state.W_enc, state.b_enc, n, bf16=self.bf16)
-        return self._encoder.select(x, state.W_enc, state.b_enc, n)
+        """This rank's part of the k * batch largest activations of the batch."""
+        state, batch, fixed = self.state, x.shape[0], self._fixed_shapes
+
+        def select(n: int) -> Kept:
+            if fixed:
+                return select_fixed_shape(x, state.W_enc, state.b_enc, n, bf16=self.bf16)
+            return self._encoder.select(x, state.W_enc, state.b_enc, n)
+
+        return self._ranks.largest(select, self.settings.k * batch * self._ranks.row_parts, batch, fixed_shapes=fixed)
 
     def _select_dead(self, x: Tensor) -> tuple[Kept | None, Tensor | float]:
         """The dead latents' entries, and the aux term's coefficient."""
-        settings, state = self.settings, self.state
+        settings, state, batch = self.settings, self.state, x.shape[0]
         if settings.auxk_coef == 0:
             return None, 0.0
         is_dead = state.tokens_since_fired >= settings.dead_after_tokens
+        n_dead = self._ranks.sum_over_latents(is_dead.sum())
         if self._fixed_shapes:
-            dead = select_dead_fixed_shape(x, state.W_enc, state.b_enc, is_dead, settings.k_aux)
-            return dead, settings.auxk_coef * (is_dead.sum() / settings.k_aux).clamp_max(1.0)
-        dead_latents = is_dead.nonzero().squeeze(1)
-        n_dead = dead_latents.shape[0]
-        if n_dead == 0:
+            own = select_dead_fixed_shape(x, state.W_enc, state.b_enc, is_dead, settings.k_aux)
+            coef = settings.auxk_coef * (n_dead / settings.k_aux).clamp_max(1.0)
+        elif int(n_dead):
+            own = select_dead(x, state.W_enc, state.b_enc, is_dead.nonzero().squeeze(1), settings.k_aux)
+            coef = settings.auxk_coef * min(int(n_dead) / settings.k_aux, 1.0)
+        else:
             return None, 0.0
-        dead = select_dead(x, state.W_enc, state.b_enc, dead_latents, settings.k_aux)
-        return dead, settings.auxk_coef * min(n_dead / settings.k_aux, 1.0)
-
-    def _is_finite(self, x: Tensor) -> Tensor:
-        """Whether the whole batch is finite, 0-d bool."""
-        return torch.isfinite(x.sum())
+        return self._ranks.largest_of_rows(own, batch, settings.k_aux), coef
 
     def _gradients(self, x: Tensor, y: Tensor, kept: Kept, dead: Kept | None, aux_coef: Tensor | float) -> Gradients:
         settings, weights = self.settings, self.state.weights()
@@ -251,8 +257,8 @@ class TrainStep:
                 target_variance=settings.target_variance,
                 aux_coef=aux_coef,
                 bf16=self.bf16 and self.device.type == "cuda",
-                join=self._join,
-                residual_spread=self._residual_spread,
+                join=self._ranks.sum_over_latents,
+                residual_spread=self._ranks.residual_spread,
             )
         return sparse_gradients(
             x,
@@ -264,8 +270,8 @@ class TrainStep:
             group_weights=settings.loss_weights,
             target_variance=settings.target_variance,
             aux_coef=aux_coef,
-            join=self._join,
-            residual_spread=self._residual_spread,
+            join=self._ranks.sum_over_latents,
+            residual_spread=self._ranks.residual_spread,
         )
 
     def _own_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -281,10 +287,8 @@ class TrainStep:
         """sum over the batch of ||y_hat_i - y||^2 for the prefixes of group_sizes, [n_groups]."""
         if self.settings.sampled_sizes is None:
             return gradients.nested.sq_err
-        return prefix_errors(x, y, self.state.weights(), kept, self._group_ends, join=self._join)
-
-    def _measure(self, gradients: Gradients) -> Measured:
-        return measure(gradients, self.state)
+        own = prefix_errors(x, y, self.state.weights(), kept, self._group_ends, join=self._ranks.sum_over_latents)
+        return self._ranks.sum_over_rows(own)
 
     def _note_bad(self, finite: Tensor, loss: Tensor) -> None:
         """Remember the first bad batch on the device, for the next log step to raise."""
@@ -294,38 +298,40 @@ class TrainStep:
 
     def _count(self, kept: Kept, batch: int, finite: Tensor) -> Tensor:
         """Dead counters and threshold: the only place that changes them. Returns the number of kept entries."""
-        settings, state = self.settings, self.state
+        settings, state, ranks = self.settings, self.state, self._ranks
         positive = kept.acts > 0
-        since = torch.where(self._times_fired(kept, positive) > 0, 0, state.tokens_since_fired + batch)
+        fired = ranks.sum_over_rows(self._times_fired(kept, positive)) > 0
+        since = torch.where(fired, 0, state.tokens_since_fired + batch * ranks.row_parts)
         state.tokens_since_fired.copy_(torch.where(finite, since, state.tokens_since_fired))
-        smallest = self._smallest(kept.acts, positive)
+        smallest = ranks.smallest(self._smallest(kept.acts, positive))
         decay = settings.threshold_decay
         average = torch.where(state.threshold > 0, decay * state.threshold + (1 - decay) * smallest, smallest)
         moves = finite & torch.isfinite(smallest) & (state.step >= settings.threshold_start_step)
         state.threshold.copy_(torch.where(moves, average, state.threshold))
-        return positive.sum()
+        return ranks.sum_over_latents(ranks.sum_over_rows(positive.sum()))
 
     def _times_fired(self, kept: Kept, positive: Tensor) -> Tensor:
-        """In how many rows of the batch each latent is active, fp32 [d_sae]."""
+        """In how many of the own rows each of the own latents is active, fp32 [d_sae]."""
         return torch.zeros(self.state.W_enc.shape[0], device=self.device).index_add_(0, kept.latents, positive.float())
 
     def _smallest(self, acts: Tensor, positive: Tensor) -> Tensor:
-        """The smallest kept activation, 0-d; infinite when nothing is."""
+        """The smallest activation kept here, 0-d; infinite when nothing is."""
         if not acts.numel():
             return torch.full((), torch.inf, device=self.device)
         return acts.masked_fill(~positive, torch.inf).min()
 
     def _dead_share(self) -> float:
-        return float((self.state.tokens_since_fired >= self.settings.dead_after_tokens).double().mean())
+        n_dead = (self.state.tokens_since_fired >= self.settings.dead_after_tokens).sum()
+        return float(self._ranks.sum_over_latents(n_dead)) / sum(self.settings.group_sizes)
 
     def _report(
         self, gradients: Gradients, norm: Tensor, n_kept: Tensor, sq_err: Tensor, y: Tensor, lr: float
     ) -> StepReport:
-        batch = y.shape[0]
+        batch = y.shape[0] * self._ranks.row_parts
         if int(self._bad_step) >= 0:
             raise NonFiniteLoss(int(self._bad_step), float(self._bad_loss))
         sq_err = sq_err.double()
-        variance = y.double().var(0, correction=0).sum() * batch
+        variance = self._ranks.spread(y.double())
         return StepReport(
             loss=float(gradients.nested.loss),
             aux_loss=float(gradients.nested.aux_loss),

@@ -43,7 +43,7 @@ def measure(
     gradients: Gradients,
     state: StepState,
     *,
-    over_ranks: Callable[[Tensor], Tensor] | None = None,
+    over_ranks: Callable[[Tensor], Tensor] = lambda total: total,
     common: Collection[str] = (),
 ) -> Measured:
     """First walk: project dW_dec off its rows and add up the squared norm of everything.
@@ -64,8 +64,7 @@ def measure(
             if keep:
                 chunks[name, start] = rows
     total = torch.stack(squares).sum(dtype=torch.float64)
-    if over_ranks is not None:
-        total = over_ranks(total)
+    total = over_ranks(total)
     if shared:
         total = total + torch.stack(shared).sum(dtype=torch.float64)
     return Measured(total.sqrt().float(), chunks)

@@ -85,7 +85,7 @@ import torch.distributed as dist
 
 sys.path[:0] = sys.argv[1:3]
 from test_step_gradients import CASES, batch_for
-from train.features import FeatureStep
+from train.features import LatentsOverRanks
 from train.ranks import Rank
 from train.slices import LatentSlice, is_by_latent
 from train.step import StepState, TrainStep
@@ -103,7 +103,8 @@ with rank.together():
                 named = {n: held.part(t) if is_by_latent(n) else t for n, t in whole.weights().items()}
                 part = StepState.create(**named)
                 part.tokens_since_fired.copy_(held.part(whole.tokens_since_fired))
-                steps = [TrainStep(chosen, whole, "cpu"), FeatureStep(chosen, part, torch.device("cpu"), rank)]
+                together = LatentsOverRanks(rank, 48)
+                steps = [TrainStep(chosen, whole, "cpu"), TrainStep(chosen, part, "cpu", together)]
                 for step in steps:
                     step._fixed_shapes = fixed_shapes
                 for _ in range(3):
@@ -129,7 +130,7 @@ def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.Monkey
     """Two ranks with the even and the odd of six latents, the four largest of seven entries, by hand."""
     from train import features
     from train.entries import Kept
-    from train.features import FeatureStep
+    from train.features import LatentsOverRanks
 
     # Of (row, latent): 3.0 at (0, 2), 2.0 at (1, 1); 1.0 at (0, 5), (1, 0), (1, 2), (1, 3); 0.5 at (0, 0).
     own = [
@@ -138,9 +139,7 @@ def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.Monkey
     ]
     found = []
     for index in (0, 1):
-        step = FeatureStep.__new__(FeatureStep)
-        step._rank = Rank(index, 2)
-        step._slice = LatentSlice(Rank(index, 2), 6)
+        ranks = LatentsOverRanks(Rank(index, 2), 6)
         flats = [torch.tensor([1 * 6 + 0, 1 * 6 + 2]), torch.tensor([0 * 6 + 5, 1 * 6 + 3])]
         offers = [torch.cat([one.acts, torch.full((4 - len(one.acts),), -1.0)]) for one in own]
         answers = [offers, flats]
@@ -153,9 +152,9 @@ def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.Monkey
             return torch.stack(everyone)
 
         monkeypatch.setattr(features, "gather", gather)
-        kept = step._of_all(own[index], 4, 4)
+        kept = ranks._of_all(own[index], 4, 4)
         assert kept is not None
-        numbers = step._slice.numbers(kept.latents).tolist()
+        numbers = ranks._slice.numbers(kept.latents).tolist()
         found.append(sorted(zip(kept.rows.tolist(), numbers, kept.acts.tolist(), strict=True)))
     assert found == [[(0, 2, 3.0), (1, 0, 1.0)], [(0, 5, 1.0), (1, 1, 2.0)]]
 
@@ -163,15 +162,14 @@ def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.Monkey
 def test_a_rank_with_more_than_it_was_asked_for_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from train import features
     from train.entries import Kept
-    from train.features import FeatureStep
+    from train.features import LatentsOverRanks
 
-    step = FeatureStep.__new__(FeatureStep)
-    step._rank, step._slice = Rank(0, 2), LatentSlice(Rank(0, 2), 6)
+    ranks = LatentsOverRanks(Rank(0, 2), 6)
     own = Kept(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2]), torch.tensor([3.0, 2.0, 1.5]))
     # The fourth largest of all is 1.5, so this rank may hold more of that size; then it is 2: it holds no more of that.
     for other, again in ((torch.tensor([4.0, 1.0, 0.5]), True), (torch.tensor([4.0, 2.5, 0.5]), False)):
         monkeypatch.setattr(features, "gather", lambda given, _rank, other=other: torch.stack([given, other]))
-        assert (step._of_all(own, 3, 4) is None) is again
+        assert (ranks._of_all(own, 3, 4) is None) is again
 
 
 def test_parts_are_every_nth_latent() -> None:

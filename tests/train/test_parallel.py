@@ -76,7 +76,7 @@ import torch
 
 sys.path[:0] = sys.argv[1:3]
 from test_step_gradients import BATCH, CASES, batch_for
-from train.parallel import ParallelStep
+from train.parallel import RowsOverRanks
 from train.ranks import Rank
 from train.step import NonFiniteLoss, TrainStep
 
@@ -91,10 +91,11 @@ with rank.together():
             for backend in ("sparse", "dense"):
                 chosen = replace(settings, backend=backend)
                 whole, part = make(), make()
-                steps = [TrainStep(chosen, whole, "cpu"), ParallelStep(chosen, part, torch.device("cpu"), rank)]
+                together = RowsOverRanks(rank, 48)
+                together._spare = 0
+                steps = [TrainStep(chosen, whole, "cpu"), TrainStep(chosen, part, "cpu", together)]
                 for step in steps:
                     step._fixed_shapes = fixed_shapes
-                step._spare = 0
                 for number in range(4):
                     x, y = batch_for(case)
                     if number > 1 and "ties" not in case:
@@ -112,7 +113,7 @@ with rank.together():
         # One bad row, of the first rank: nobody's weights change, and all ranks say so.
         settings, make = next(iter(CASES.values()))
         state = make()
-        step = ParallelStep(settings, state, torch.device("cpu"), rank)
+        step = TrainStep(settings, state, "cpu", RowsOverRanks(rank, 48))
         step._fixed_shapes = fixed_shapes
         before = {name: tensor.clone() for name, tensor in state.tensors().items()}
         x, y = batch_for("")
@@ -134,14 +135,14 @@ def test_one_step_of_every_kind(step_on_ranks: Callable[[str, int], None], world
 
 
 def test_a_rank_that_may_hold_more_is_seen() -> None:
-    from train.parallel import ParallelStep
+    from train.parallel import RowsOverRanks
 
-    step = ParallelStep.__new__(ParallelStep)
+    ranks = RowsOverRanks(Rank(0, 2), 6)
     offers = torch.tensor([[5.0, 4.0, 3.0], [2.0, 1.0, 0.0]])
-    assert bool(step._may_hold_more(offers, 3))  # the first may have a fourth above 3
-    assert bool(step._may_hold_more(offers, 4))  # or one between 2 and 3
-    assert not bool(step._may_hold_more(torch.tensor([[5.0, 4.0, 1.5], [2.0, 1.0, 0.0]]), 3))
-    assert not bool(step._may_hold_more(torch.tensor([[5.0, 0.0, 0.0], [2.0, 1.0, 0.0]]), 6))
+    assert bool(ranks._may_hold_more(offers, 3))  # the first may have a fourth above 3
+    assert bool(ranks._may_hold_more(offers, 4))  # or one between 2 and 3
+    assert not bool(ranks._may_hold_more(torch.tensor([[5.0, 4.0, 1.5], [2.0, 1.0, 0.0]]), 3))
+    assert not bool(ranks._may_hold_more(torch.tensor([[5.0, 0.0, 0.0], [2.0, 1.0, 0.0]]), 6))
 
 
 def test_ties_go_to_the_first_of_the_whole_batch(
@@ -151,7 +152,7 @@ def test_ties_go_to_the_first_of_the_whole_batch(
     """Two ranks of two rows each, the four largest of eight equal or smaller values, by hand."""
     from train import parallel
     from train.entries import Kept
-    from train.parallel import ParallelStep
+    from train.parallel import RowsOverRanks
 
     acts = [torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor([3.0, 1.0, 1.0])]
     padded = [torch.cat([one, torch.full((4 - len(one),), -1.0)]) for one in acts]
@@ -161,9 +162,7 @@ def test_ties_go_to_the_first_of_the_whole_batch(
     latents = [torch.tensor([0, 3, 5, 1]), torch.tensor([2, 4, 0])]
     found = []
     for index in (0, 1):
-        step = ParallelStep.__new__(ParallelStep)
-        step._rank = Rank(index, 2)
-        step.state = type("State", (), {"W_enc": torch.zeros(6, 3)})()  # pyright: ignore[reportAttributeAccessIssue]
-        kept = step._of_all(Kept(rows[index].int(), latents[index].int(), acts[index]), 4)
+        own = Kept(rows[index].int(), latents[index].int(), acts[index])
+        kept = RowsOverRanks(Rank(index, 2), 6)._of_all(own, 4)
         found.append(sorted(zip(kept.rows.tolist(), kept.latents.tolist(), kept.acts.tolist(), strict=True)))
     assert found == [[(0, 5, 1.0), (1, 0, 2.0), (1, 3, 1.0)], [(0, 2, 3.0)]]
