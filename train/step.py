@@ -152,8 +152,8 @@ class TrainStep:
                 f"group_sizes {settings.group_sizes} sum to {sum(settings.group_sizes)}, but the weights have {d_sae} "
                 "latents; group_sizes are disjoint sizes, not prefix ends."
             )
-        fast = has_fast_bf16(self.device)
-        self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and fast)
+        auto = settings.precision == "auto"
+        self.bf16 = settings.precision == "bf16" or (auto and has_fast_bf16(self.device))
         self._group_ends = self._own_ends(settings.group_sizes)
         # CUDA: shapes that never depend on data, so no step waits for the device
         self._fixed_shapes = self.device.type == "cuda"
