@@ -53,7 +53,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="A B",
-            help="Two or more of: RUN, RUN@PREFIX (its first PREFIX latents), or a folder that "
+            help="Two or more of: RUN, RUN@2 (its first two nested groups), or a folder that "
             "Transcoder.from_pretrained opens: Gemma Scope (1, 2), SAELens, circuit-tracer, ours.",
         ),
     ],
@@ -255,7 +255,12 @@ def probing(
 
 @app.command()
 def match(
-    one: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@PREFIX, or what `evaluate compare` takes.")],
+    one: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="RUN, RUN@2 for its first two nested groups, or what `evaluate compare` takes."
+        ),
+    ],
     other: Annotated[str, typer.Argument(metavar="B", help="The same, of the same layer or another one.")],
     shards: Shards = None,
     other_shards: Annotated[

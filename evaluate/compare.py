@@ -76,7 +76,9 @@ def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None 
     """
     progress = progress or Silent()
     if config.prefix is not None:
-        raise UserError("a prefix in a comparison is named with its run, RUN@LATENTS such as data/runs/l17-k96@2304")
+        raise UserError(
+            "a prefix in a comparison is named with its run, as data/runs/l17-k96@2 for the first two groups"
+        )
     if len(texts) < 2:
         raise UserError("a comparison needs two transcoders or more; for one there is `evaluate run`")
     shards, scales = shards_of_all(texts, config.shards, progress.noted), config.compare.scales

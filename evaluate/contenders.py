@@ -40,13 +40,13 @@ class Contender:
 
 
 def load_contender(text: str, shards: ShardSet) -> Contender:
-    """Read RUN or a folder of any format that `Transcoder.from_pretrained` opens, @PREFIX for its first latents alone.
+    """Read RUN or a folder of any format that `Transcoder.from_pretrained` opens, @2 for its first two nested groups.
 
     `gemma-scope:` before the folder is how Gemma Scope's are shown, and may be left out. Raises UserError when nothing
     of the kind is there or it does not fit the shard set.
     """
     match = _PREFIX.fullmatch(text)
-    path, end = (match[1], int(match[2])) if match is not None else (text, None)
+    path, n_groups = (match[1], int(match[2])) if match is not None else (text, None)
     folder = local_path(path.removeprefix(GEMMA_SCOPE))
     form = "ours"
     if folder.exists() and not (folder / RUN_FILE).is_file():
@@ -61,8 +61,8 @@ def load_contender(text: str, shards: ShardSet) -> Contender:
         parts = [part for part in folder.resolve().parts[-4:] if re.match(r"layer_|width_|average_l0_", part)]
         name = GEMMA_SCOPE + ("/".join(parts) or name)
     check_fits(transcoder, shards, text)
-    if end is not None:
-        name, transcoder = f"{name}@{end}", cut_prefix(transcoder, end, text)
+    if n_groups is not None:
+        name, transcoder = f"{name}@{n_groups}", cut_prefix(transcoder, n_groups)
     return Contender(name, transcoder)
 
 
@@ -120,12 +120,9 @@ def _last(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2]
 
 
-def cut_prefix(transcoder: Transcoder, end: int, name: str) -> Transcoder:
-    """The first `end` latents as a transcoder of one group; `end` must be the end of a nested group."""
-    config = transcoder.config
-    if end not in config.prefix_ends:
-        raise UserError(f"{name}: {end} is not the end of a nested group; they are {config.prefix_ends}")
-    shorter = transcoder.prefix(config.prefix_ends.index(end) + 1)
+def cut_prefix(transcoder: Transcoder, n_groups: int) -> Transcoder:
+    """The latents of the first `n_groups` groups as a transcoder of one group."""
+    shorter = transcoder.prefix(n_groups)
     # What is compared is the whole of it, not its own prefixes.
-    shorter.config = shorter.config.model_copy(update={"group_sizes": (end,)})
+    shorter.config = shorter.config.model_copy(update={"group_sizes": (shorter.config.d_sae,)})
     return shorter

@@ -266,7 +266,8 @@ class Transcoder(nn.Module):
         n_available = len(self.config.group_sizes)
         n_groups = n_available if n_groups is None else n_groups
         if not 1 <= n_groups <= n_available:
-            raise UserError(f"n_groups = {n_groups}, but this transcoder has {n_available} nested groups")
+            listed = ", ".join(f"{i} ({end:,} latents)" for i, end in enumerate(self.prefix_ends, start=1))
+            raise UserError(f"there is no prefix {n_groups}: this transcoder has {n_available} nested groups, {listed}")
         return self.prefix_ends[n_groups - 1]
 
     def _base(self, acts: Tensor, x: Tensor | None) -> Tensor:

@@ -42,7 +42,7 @@ def export_runs(
     for run in runs:
         folder = checkpoint_folder(run)
         transcoder = Transcoder.load(folder)
-        transcoders.append(transcoder if prefix is None else _cut(transcoder, prefix, run))
+        transcoders.append(transcoder if prefix is None else transcoder.prefix(prefix))
         origins.append(_origin(folder, n_layers))
     if not transcoders:
         raise UserError("no run was named; give one, such as data/runs/l17-k96")
@@ -89,14 +89,6 @@ def checkpoint_folder(run: Path) -> Path:
     if not checkpoints:
         raise UserError(f"{run} has no checkpoint yet; let `train run` reach its first one, then export again")
     return checkpoints[-1].folder
-
-
-def _cut(transcoder: Transcoder, prefix: int, run: Path) -> Transcoder:
-    ends = transcoder.prefix_ends
-    if not 1 <= prefix <= len(ends):
-        listed = ", ".join(f"{i} ({end:,} latents)" for i, end in enumerate(ends, start=1))
-        raise UserError(f"{run} has no prefix {prefix}; its nested prefixes are {listed}")
-    return transcoder.prefix(prefix)
 
 
 def _origin(folder: Path, n_layers: int | None) -> Origin:

@@ -94,7 +94,7 @@ def match(
     """
     progress = progress or Silent()
     if config.prefix is not None:
-        raise UserError("a prefix is named with its run here, RUN@LATENTS such as data/runs/l17-k96@2304")
+        raise UserError("a prefix is named with its run here, as data/runs/l17-k96@2 for the first two groups")
     sets = _shard_sets(one, other, config, other_shards, progress)
     contenders = [load_contender(text, shards) for text, shards in zip((one, other), sets, strict=True)]
     if config.out is not None:

@@ -106,7 +106,7 @@ def test_hierarchy_match_and_layers_as_typed(
     shards = ["--shards", str(val_set.path), "--device", "cpu"]
     for words, shown in (
         (["hierarchy", run, *shards, "--no-clusters", "--prefix", "2"], ("FVU without any latent", "implied", "17")),
-        (["match", run, f"{run}@17", *shards, "--out", str(tmp_path / "out")], ("one@17", "correlation", "mutual")),
+        (["match", run, f"{run}@2", *shards, "--out", str(tmp_path / "out")], ("one@2", "correlation", "mutual")),
         (["run", run, *shards, "--split", "train"], ("TRAIN rows",)),
         (["run", run, *shards], ("held-out rows",)),
         (["layers", run, "--out", str(tmp_path / "out")], ("layer", "one", "48")),
@@ -129,4 +129,6 @@ def test_a_prefix_that_is_not_there_is_a_sentence(
     with pytest.raises(SystemExit) as ended:
         launch.evaluate()
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("error: n_groups = 9, but this transcoder has 3 nested groups")
+    assert capsys.readouterr().err.startswith(
+        "error: there is no prefix 9: this transcoder has 3 nested groups, 1 (6 latents), "
+    )

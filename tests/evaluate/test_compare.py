@@ -94,12 +94,15 @@ def test_no_extrapolation(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
 def test_a_prefix_is_the_transcoder_of_its_latents(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     transcoder = made.transcoder(skip=True)
     run = made.run(tmp_path / "a", transcoder)
-    contender = load_contender(f"{run}@17", val_set)
-    assert contender.name == "a@17"
+    contender = load_contender(f"{run}@2", val_set)
+    assert contender.name == "a@2"
     x = torch.randn(9, made.d_in, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(contender.transcoder(x), transcoder(x, 2))
-    with pytest.raises(UserError, match="18 is not the end of a nested group"):
-        load_contender(f"{run}@18", val_set)
+    with pytest.raises(
+        UserError,
+        match=r"there is no prefix 17: this transcoder has 3 nested groups, 1 \(6 latents\), 2 \(17 latents\)",
+    ):
+        load_contender(f"{run}@17", val_set)
 
 
 def test_refusals(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
@@ -118,15 +121,15 @@ def test_the_shard_set_is_that_of_the_runs(val_set: ShardSet, made: Any, tmp_pat
     one, two = (str(made.run(tmp_path / name, made.transcoder(seed=7), shards=val_set)) for name in ("one", "two"))
     bare = str(made.run(tmp_path / "bare", made.transcoder()))
     unnamed = settings(val_set).model_copy(update={"shards": None})
-    expected = compare([one, f"{bare}@17"], settings(val_set))
-    assert compare([one, f"{bare}@17"], unnamed) == expected
-    assert compare([bare, f"{two}@17"], unnamed).shard_set_digest == val_set.digest
+    expected = compare([one, f"{bare}@2"], settings(val_set))
+    assert compare([one, f"{bare}@2"], unnamed) == expected
+    assert compare([bare, f"{two}@2"], unnamed).shard_set_digest == val_set.digest
     other = made.shards(tmp_path / "l2", seed=5)
     strange = str(made.run(tmp_path / "strange", made.transcoder(), shards=other))
     with pytest.raises(UserError, match=r"several shard sets \(.*l1, .*l2\); name the one to measure all of them on"):
         compare([one, strange], unnamed)
     with pytest.raises(UserError, match="no shard set was named, and none of"):
-        compare([bare, f"{bare}@17"], unnamed)
+        compare([bare, f"{bare}@2"], unnamed)
 
 
 def test_train_rows_are_named_in_the_table(val_set: ShardSet, made: Any, tmp_path: Path) -> None:

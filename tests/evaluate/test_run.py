@@ -294,5 +294,5 @@ def test_a_prefix_alone_is_the_prefix_of_the_whole(val_set: ShardSet, made: Any,
     assert alone.result.batch_topk is None
     assert alone.result.total.n_latents == 17
     assert "its first 2 groups alone" in str(prefix_table(alone.result).title)
-    with pytest.raises(UserError, match="n_groups = 4, but this transcoder has 3"):
+    with pytest.raises(UserError, match="no prefix 4: this transcoder has 3"):
         answer(RunAnalysis(), [run], settings(val_set, prefix=4))

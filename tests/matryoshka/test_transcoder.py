@@ -112,7 +112,7 @@ def test_a_prefix_is_a_slice(n_groups: int, x: Tensor) -> None:
 def test_no_such_prefix(n_groups: int, x: Tensor) -> None:
     t = make()
     for call in (lambda: t(x, n_groups), lambda: t.encode(x, n_groups), lambda: t.decode(t.encode(x), n_groups)):
-        with pytest.raises(UserError, match=f"n_groups = {n_groups}, but this transcoder has 3 nested groups"):
+        with pytest.raises(UserError, match=f"no prefix {n_groups}: this transcoder has 3 nested groups"):
             call()
 
 

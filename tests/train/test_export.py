@@ -110,7 +110,8 @@ def test_a_set_of_several_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "message"), [(0, "no prefix 0"), (4, r"no prefix 4; .* are 1 \(5 latents\), 2 \(16 latents\), 3 \(48")]
+    ("prefix", "message"),
+    [(0, "no prefix 0"), (4, r"no prefix 4: .* groups, 1 \(5 latents\), 2 \(16 latents\), 3 \(48")],
 )
 def test_prefixes_that_are_not_there(tmp_path: Path, prefix: int, message: str) -> None:
     with pytest.raises(UserError, match=message):

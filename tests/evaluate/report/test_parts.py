@@ -156,16 +156,16 @@ def test_a_comparison_is_taken_when_it_is_of_these_weights(
     config = EvaluateConfig(shards=val_set.path, device="cpu", bootstrap=5)
     folder = make_report(run, config).index.parent
     into = config.model_copy(update={"out": folder.parent})
-    compared = compare([f"{run}@17", str(other)], into)
+    compared = compare([f"{run}@2", str(other)], into)
     pages = make_report(run, config)
     assert pages.notes[1:] == ()
     assert '"comparison":{"entries":' in (folder / "data" / "overview.js").read_text()
     page = browser.on(pages.index)
     page.go()
     rows = page.cells("#comparison")
-    assert [row[0] for row in rows] == ["run@17", "other"]
+    assert [row[0] for row in rows] == ["run@2", "other"]
     assert [row[3] for row in rows] == [f"{entry.fvu:.4f}" for entry in compared.entries]
-    compare([f"{other}@17", str(other)], into)
+    compare([f"{other}@2", str(other)], into)
     pages = make_report(run, config)
     assert "comparison is of other weights and was left out" in pages.notes[1]
     assert '"comparison":null' in (folder / "data" / "overview.js").read_text()
