@@ -98,7 +98,7 @@ class Member:
         spread = team is not None and self._config.parallel == "features"
         self._held = LatentSlice(team, entry.plan.d_sae) if team is not None and spread else None
         """The latents of this rank, when it does not hold all."""
-        state = self._fresh(device, first_rows) if last is None else _restored(last.tensors(self._held))
+        state = self._fresh(first_rows) if last is None else _restored(last.tensors(self._held))
         self._writes = team is None or team.index == 0
         together = None if team is None else (LatentsOverRanks if spread else RowsOverRanks)(team, entry.plan.d_sae)
         self._take_step = TrainStep(self._step_settings(), state, device, together)
@@ -244,13 +244,13 @@ class Member:
         whole = self._held.whole(tensor.cpu())
         return whole if self._writes else torch.empty(0)
 
-    def _fresh(self, device: torch.device, first_rows: FirstRows) -> StepState:
+    def _fresh(self, first_rows: FirstRows) -> StepState:
         config, plan = self._config, self._plan
         source, target = first_rows(config.seed, plan.d_sae)
         return initial_state(
             d_sae=plan.d_sae,
-            source=source.to(device),
-            target=target.to(device),
+            source=source,
+            target=target,
             conditioning=self._conditioning,
             init=config.init,
             skip=config.skip,

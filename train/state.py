@@ -34,9 +34,16 @@ class StepState:
 
     @classmethod
     def create(
-        cls, *, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, W_skip: Tensor | None = None
+        cls,
+        *,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        W_skip: Tensor | None = None,
+        copy: bool = True,
     ) -> Self:
-        """A fresh state at step 0 from copies of the weights.
+        """A fresh state at step 0 from copies of the weights; without `copy` from fp32 weights that it may change.
 
         W_enc [d_sae, d_in] (rows!), b_enc [d_sae], W_dec [d_sae, d_out] with rows of unit norm, b_dec [d_out],
         W_skip [d_in, d_out] or None. Raises UserError when shapes disagree, a value is not finite, or a decoder
@@ -68,7 +75,7 @@ class StepState:
                 f"A row of W_dec has a norm {worst:.3g} away from 1; decoder rows must have unit norm. Divide each "
                 "row by its norm and multiply the matching row of W_enc and entry of b_enc by it."
             )
-        own = {n: t.detach().to(torch.float32, copy=True).contiguous() for n, t in weights.items()}
+        own = {n: t.detach().to(torch.float32, copy=copy).contiguous() for n, t in weights.items()}
         device = own["W_enc"].device
         return cls(
             **own,

@@ -114,7 +114,7 @@ def start(recipe: Recipe, device: torch.device, *, precision: str, backend: str)
         target_variance=float(d),
     )
     generator = torch.Generator().manual_seed(0)
-    first = torch.randn(2, plan.d_sae, d, generator=generator).bfloat16().to(device)
+    first = torch.randn(2, plan.d_sae, d, generator=generator).bfloat16()
     state = initial_state(
         d_sae=plan.d_sae,
         source=first[0],
