@@ -157,14 +157,24 @@ class Member:
             self._take_step.settings = replace(settings, k=k, sampled_sizes=sizes)
 
     def save(self) -> None:
-        """Write a checkpoint of this moment in the background, unless there is one."""
-        if self._saved != self.done:
+        """Write a checkpoint of this moment in the background, unless there is one.
+
+        A batch that was skipped on the device parks the run instead: this moment is not that of step `done`.
+        """
+        if self._saved == self.done:
+            return
+        try:
+            self._take_step.check()
+        except NonFiniteLoss as error:
+            self._park(error)
+        else:
             self._save(None)
 
     def stop(self) -> None:
         """Leave off here, with a checkpoint."""
         self.save()
-        self.outcome = "stopped"
+        if self.outcome == "training":
+            self.outcome = "stopped"
 
     def close(self) -> None:
         """Close the sinks; nothing may be written in the background any more."""

@@ -130,7 +130,7 @@ class TrainStep:
 
     On the CPU a batch whose loss, gradient norm or input is not finite raises NonFiniteLoss at once. On CUDA no step
     waits for the device: such a batch changes nothing (every update is masked on the device) and the next step with
-    log=True raises.
+    log=True raises, or `check`.
     """
 
     def __init__(
@@ -210,6 +210,11 @@ class TrainStep:
             skip=skip,
         )
         return None if sq_err is None else self._report(gradients, measured.norm, n_kept, sq_err, y, lr)
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss when a batch was skipped since the last step that logged. Waits for the device."""
+        if int(self._bad_step) >= 0:
+            raise NonFiniteLoss(int(self._bad_step), float(self._bad_loss))
 
     def _select(self, x: Tensor) -> tuple[Kept, Kept | None, Tensor | float]:
         """BatchTopK's entries, the dead latents' entries, and the aux term's coefficient."""
@@ -328,8 +333,7 @@ class TrainStep:
         self, gradients: Gradients, norm: Tensor, n_kept: Tensor, sq_err: Tensor, y: Tensor, lr: float
     ) -> StepReport:
         batch = y.shape[0] * self._ranks.row_parts
-        if int(self._bad_step) >= 0:
-            raise NonFiniteLoss(int(self._bad_step), float(self._bad_loss))
+        self.check()
         sq_err = sq_err.double()
         variance = self._ranks.spread(y.double())
         return StepReport(

@@ -123,6 +123,26 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
     assert [c.step for c in module.list_checkpoints(tmp_path / "run")] == [7]
 
 
+def test_a_batch_that_a_gpu_skipped_is_in_no_checkpoint(
+    run_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA the host learns of a bad batch when it asks: before it writes what it takes for the step after it."""
+
+    class Poisoned(module.TrainStep):
+        def __call__(self, x: Tensor, y: Tensor, *, lr: float, log: bool = False) -> StepReport | None:
+            self._fixed_shapes = True
+            if int(self.state.step) == 10:
+                x = x.clone()
+                x[3, 2] = float("nan")
+            return super().__call__(x, y, lr=lr, log=log)
+
+    monkeypatch.setattr(module, "TrainStep", Poisoned)
+    with pytest.raises(UserError, match=r"stopped before step 11.*step-000007"):
+        train(config_of(run_settings, tmp_path / "run", log_every=1000))
+    assert [c.step for c in module.list_checkpoints(tmp_path / "run")] == [7]
+    assert json.loads((tmp_path / "run" / "parked.json").read_text())["step"] == 11
+
+
 def test_missing_and_unfinished_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pass --shards"):
         train(TrainConfig())
