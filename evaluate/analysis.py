@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+import torch
+
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
 from matryoshka.runs import changed_fields
@@ -237,7 +239,15 @@ def _answers(
         if existing is not None and config.out is not None:
             _refuse_other_run(existing, checkpoint, path)
         with unfinished(path, identity, config.save_minutes) as saved:
-            result = part.make(Job(checkpoint, transcoder, shards, config, facts, saved, progress))
+            try:
+                result = part.make(Job(checkpoint, transcoder, shards, config, facts, saved, progress))
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(
+                    f"the memory of the device is not enough for `evaluate {analysis.name}` of {checkpoint.name} "
+                    f"({reason}). Use a smaller --set evaluate.batch_rows=N (it is {config.batch_rows}) or --device "
+                    "cpu; what was measured and saved is gone on from"
+                ) from error
             result.publish(path, saved.folder)
         answers.append(Answer(checkpoint, path, result, is_new=True, replaced=changes, n_resumed=saved.n_resumed))
     return answers

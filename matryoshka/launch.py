@@ -130,12 +130,23 @@ def _launch(name: str, module: str, packages: tuple[str, ...] = ()) -> None:
         raise
     except UserError as error:
         _fail(str(error))
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        _fail(f"the memory of the device is not enough: {reason}; use smaller batches or --device cpu, then run again")
     except OSError as error:
         if error.errno not in _USER_OS_ERRORS:
             raise
         _fail(
             f"{error.strerror}: {error.filename or 'a file'}; free some space or mend the permissions, then run again"
         )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the memory of a device ended; torch is not imported for it: without it none can."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _fail(message: str) -> None:

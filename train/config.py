@@ -25,9 +25,12 @@ _OPERATIONAL = frozenset(
         "wandb",
         "wandb_project",
         "device",
+        "precision",
+        "backend",
     }
 )
-"""Settings that change how a run is carried out, not what it computes; a resumed run may change them."""
+"""Settings that change how a run is carried out, not what it computes but for rounding; a resumed run may change them.
+What they come to is in the sessions of run.json."""
 
 _RESOLVED = frozenset(
     {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +50,7 @@ def member_need(
     n_prefixes = config.sampled_prefixes or len(plan.group_sizes)
     step = 4 * batch * (2 * d_in + (2 * n_prefixes + 3) * d_out) + 48 * batch * (k + plan.k_aux)
     step += 4 * n_weights
-    # On a CPU `auto` goes dense for small dictionaries only.
-    if config.backend == "dense" or (config.backend == "auto" and device.type == "cuda"):
+    if _may_be_dense(config, device):
         step += 12 * batch * d_sae
     n_rows = config.calibration_tokens
     calibration = 20 * config.k * n_rows + 12 * min(n_rows, rows_at_once(d_sae)) * d_sae
@@ -75,6 +75,44 @@ def check_memory(needs: Mapping[str, Need], stream: int, device: torch.device) -
         on_device = sum(need.held for need in each) + max(need.step for need in each)
         _refuse(needs, on_device, torch.cuda.mem_get_info(device)[0], str(device))
     _refuse(needs, stream + max(need.snapshot for need in each), free_memory(), "the CPU")
+
+
+@contextmanager
+def memory_of(
+    name: str, config: TrainConfig, plan: Plan, *, d_in: int, d_out: int, device: torch.device
+) -> Iterator[None]:
+    """While the run `name` starts or takes a step: raise UserError where the device's memory ends, with what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        batch, dense = config.batch_tokens, _may_be_dense(config, device)
+        buffers = {
+            f"the gradient of a side's weights, {plan.d_sae} latents x {max(d_in, d_out)}": plan.d_sae
+            * max(d_in, d_out),
+            f"the reconstructions of all prefixes of {batch} rows": batch * d_out * (len(plan.group_sizes) + 1),
+        }
+        if dense:
+            buffers[f"the activations of {batch} rows x {plan.d_sae} latents, of the dense backend"] = (
+                batch * plan.d_sae
+            )
+        largest = max(buffers, key=lambda buffer: buffers[buffer])
+        ways = ["fewer runs at once", "in a new run, smaller group_sizes or batch_tokens"]
+        if dense:
+            ways.insert(0, "--set train.backend=sparse, with which the run goes on")
+        raise UserError(
+            f"the memory of {device} is not enough for the run {name} ({_first_line(error)}). The largest part of a "
+            f"step is {largest}: {4 * buffers[largest] / 1e9:.2f} GB, several times. What was saved is good. Use "
+            f"{'; or '.join(ways)}"
+        ) from error
+
+
+def _may_be_dense(config: TrainConfig, device: torch.device) -> bool:
+    """On a CPU `auto` goes dense for small dictionaries only."""
+    return config.backend == "dense" or (config.backend == "auto" and device.type == "cuda")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def give_back() -> None:

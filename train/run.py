@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .fleet import MemberConfig, fleet_folder, is_fleet, members
 from .interrupt import SharedStopRequest
 from .member import Entry, Member, Waiting
-from .memory import check_memory, give_back, member_need
+from .memory import check_memory, give_back, member_need, memory_of
 from .plan import make_plan
 from .progress import Progress, Silent, usual_progress
 from .ranks import Rank
@@ -152,9 +152,10 @@ class _Fleet:
             first_rows = _FirstRows(self._config, self._aside)
             for entry in entries:
                 conditioning = self._conditionings[entry.plan.input, entry.settings.config.condition]
-                run = Member(
-                    entry, self._aside, conditioning, self._device, writer, first_rows, group=group, team=self._team
-                )
+                with self._memory_of(entry):
+                    run = Member(
+                        entry, self._aside, conditioning, self._device, writer, first_rows, group=group, team=self._team
+                    )
                 runs.append(run)
                 closing.callback(run.close)
             first_rows.clear()
@@ -170,6 +171,11 @@ class _Fleet:
                         run.stop()
                         progress.ended(run.entry.name, run.outcome)
         return {run.entry.name: run.done - run.first for run in runs}
+
+    def _memory_of(self, entry: Entry) -> AbstractContextManager[None]:
+        shards = self._aside.shards
+        widths = {"d_in": shards.d_in, "d_out": shards.d_out}
+        return memory_of(entry.name, entry.settings.config, entry.plan, **widths, device=self._device)
 
     def _steps(self, runs: Sequence[Member], stop: SharedStopRequest, progress: Progress) -> None:
         """One pass over the stream: each batch goes through every run whose step it is."""
@@ -189,7 +195,8 @@ class _Fleet:
                     rows = Rows(next(batches), self._device)
                     waiting.seconds += time.perf_counter() - asked
                     for run in taking:
-                        report = run.take(rows, waiting)
+                        with self._memory_of(run.entry):
+                            report = run.take(rows, waiting)
                         progress.advanced(run.entry.name, run.done, report)
                         if run.outcome != "training":
                             active.remove(run)

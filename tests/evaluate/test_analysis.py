@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from evaluate import sampling
 from evaluate.analyses import ANALYSES, Entry
@@ -236,6 +237,20 @@ def test_killed_after_any_batch_it_goes_on_to_the_same_bytes(bench: Bench) -> No
     if bench.case.n_parts == 1:
         # The later it was killed, the more was done.
         assert n_resumed == sorted(n_resumed)
+
+
+@pytest.mark.parametrize("name", ["run", "hierarchy"])
+def test_memory_that_ends_is_told_with_the_run_and_what_helps(bench: Bench) -> None:
+    class Full(Silent):
+        def advanced(self, n_rows: int) -> None:  # noqa: ARG002
+            raise torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation")
+
+    with pytest.raises(UserError) as error:
+        bench.answer([bench.run()], Full())
+    assert str(error.value).startswith(
+        f"the memory of the device is not enough for `evaluate {bench.name}` of run (CUDA out of memory.). Use a "
+        "smaller --set evaluate.batch_rows=N (it is 11)"
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)

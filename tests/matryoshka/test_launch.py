@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from matryoshka import launch
 from matryoshka.errors import UserError
@@ -54,6 +55,10 @@ def run(error: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> None:
             "error: No space left on device: a/b; free some space",
         ),
         (PermissionError(errno.EACCES, "Permission denied"), "error: Permission denied: a file; "),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation"),
+            "error: the memory of the device is not enough: CUDA out of memory. Tried to allocate 2 GiB.; use smaller",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_one_paragraph(

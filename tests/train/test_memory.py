@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from matryoshka.errors import UserError
+from matryoshka.runs import read_json
 from matryoshka.shards import ShardSet
+from train import member
 from train import memory as module
 from train.config import TrainConfig
 from train.memory import Need, check_memory, free_memory, give_back, member_need, reckoned
 from train.plan import make_plan
 from train.run import train_fleet
+from train.step import StepReport
 
 CPU = torch.device("cpu")
 
@@ -82,3 +86,34 @@ def test_free_memory_is_less_than_all() -> None:
     free = free_memory()
     if free is not None:
         assert 0 < free < 2**50
+
+
+@pytest.mark.parametrize("where", ["start", "step"])
+def test_memory_that_ends_is_told_with_the_run_and_what_helps(
+    where: str, run_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with the sparse backend the same run goes on."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+
+    class Full(member.TrainStep):
+        def __call__(self, x: Tensor, y: Tensor, *, lr: float, log: bool = False) -> StepReport | None:
+            return super().__call__(x, y, lr=lr, log=log) if int(self.state.step) < 9 else full()
+
+    monkeypatch.setattr(member, *(("initial_state", full) if where == "start" else ("TrainStep", Full)))
+    settings = run_settings | {"out": tmp_path / "fleet", "fleet": [{"name": "first"}], "backend": "dense"}
+    with pytest.raises(UserError) as error:
+        train_fleet(TrainConfig.model_validate(settings))
+    said = str(error.value)
+    assert said.startswith(
+        "the memory of cpu is not enough for the run first (CUDA out of memory. Tried to allocate 2 GiB.). The largest "
+        "part of a step is the activations of 128 rows x 48 latents, of the dense backend: 0.00 GB, several times."
+    )
+    assert "--set train.backend=sparse, with which the run goes on; or fewer runs at once" in said
+    monkeypatch.undo()
+    (run,) = train_fleet(TrainConfig.model_validate(settings | {"backend": "sparse", "precision": "fp32"})).runs
+    assert run.outcome == "finished"
+    assert run.n_steps_taken == (24 if where == "start" else 17)
+    used = [session["backend"] for session in read_json(run.path / "run.json", what="run")["sessions"]]
+    assert used == (["sparse"] if where == "start" else ["dense", "sparse"])
