@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from matryoshka.metrics import FvuSums
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 from train.config import TrainConfig
 from train.member import Member

@@ -33,8 +33,8 @@ from evaluate.measure import Measurement
 from evaluate.rows import count_rows, input_and_target, row_batches
 from evaluate.sampling import Choice, Sampling, context_blocks, count_contexts
 from evaluate.windows import WindowShape
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 T = TypeVar("T")

@@ -17,8 +17,8 @@ import torch
 from evaluate.checkpoint import find_checkpoint
 from evaluate.sampling import Choice, Sampling, context_blocks
 from evaluate.windows import WindowShape
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 BATCH_ROWS = 4096

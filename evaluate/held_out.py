@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-ValUnit = Literal["document", "block"]
+from matryoshka.held_out import ValUnit
 
 _ROWS = {
     ("val", "document"): "held-out rows",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import Block, ShardSet, Split
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 

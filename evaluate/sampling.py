@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet, Split
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 from .activation_histogram import ActivationHistogram

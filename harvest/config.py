@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from matryoshka.config import Config, Count, Layer, Layers, Seed, Share
 from matryoshka.errors import UserError
+from matryoshka.held_out import FIRST_VAL_UNIT, ValUnit
 from matryoshka.locations import Location, Name, inside, location
-from matryoshka.shards.manifest import FIRST_VAL_UNIT
 from matryoshka.sites import HookPair, Site
 
 _OPERATIONAL = frozenset({"out", "batch_size", "device", "skip_bad_lines"})
@@ -71,7 +71,7 @@ class HarvestConfig(Config):
     """Tokens in one model input, the BOS token included."""
     val_fraction: Share = 0.05
     """Share of the text held out for evaluation, by a hash of each document."""
-    val_unit: Literal["document", "block"] = "document"
+    val_unit: ValUnit = "document"
     """What is held out: whole documents, or, for a text of a few long ones, blocks of 16 contexts of any document. Then
     val has text of documents that train has too, and whatever is measured on it says so."""
     bos: Literal["auto", "none"] | Annotated[int, Field(ge=0, lt=2**31)] = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matryoshka.held_out import HELD_OUT
 from matryoshka.shards import ShardSet
 from matryoshka.shards.scaled import SINK_NORM
 from matryoshka.shards.writer import measure_codec
@@ -11,11 +12,6 @@ from matryoshka.shards.writer import measure_codec
 from .estimate import gigabytes
 
 SIDES = ("source", "target")
-HELD_OUT = {
-    "document": "whole documents, which train never saw",
-    "block": "blocks of documents; train has other parts of the same documents",
-}
-"""`val_unit` in words."""
 FP16_LIMIT = 65504.0
 """The largest number that float16 holds (IEEE 754 binary16)."""
 

@@ -14,12 +14,12 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from matryoshka.held_out import ValUnit
 from matryoshka.shards import SplitPlan
 
 SPLIT_ORDER = ("val", "train")
@@ -60,7 +60,7 @@ class Packing:
     """Fills up the last context of each document; None lays documents end to end."""
     max_doc_tokens: int | None = None
     """Tokens of a document beyond these are left out."""
-    val_unit: Literal["document", "block"] = "document"
+    val_unit: ValUnit = "document"
     """What is held out: whole documents, or blocks of BLOCK_CONTEXTS contexts of any document."""
 
     @property

@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from matryoshka.errors import UserError
+from matryoshka.held_out import ValUnit
 from matryoshka.lm import LanguageModel
+from matryoshka.norms import Norm
 from matryoshka.runs import changed_fields, provenance, refuse_changes
 from matryoshka.shards import Manifest, ShardSet, SiteFacts, SplitPlan, extend_splits, plan_splits
 from matryoshka.shards.manifest import NormFacts
 from matryoshka.shards.place import Place, place_of
 from matryoshka.shards.records import has_manifest, read_manifest, read_records
 from matryoshka.shards.writer import check_place
-from matryoshka.sites import HookPair, Norm, Site
+from matryoshka.sites import HookPair, Site
 
 from .config import HarvestConfig
 from .same_model import model_facts, same_spelling
@@ -34,7 +36,7 @@ class HarvestResult:
     bytes_on_disk: int
     measured: dict[str, float]
     """As in the manifest: compression ratio, and errors of a lossy codec."""
-    val_unit: Literal["document", "block"] = "document"
+    val_unit: ValUnit = "document"
     """As in the manifest: what val is made of."""
     skipped_lines: Mapping[str, int] = field(default_factory=dict)
     """As in the manifest: broken lines of each file that were left out."""

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matryoshka.errors import UserError
     from matryoshka.lm import LanguageModel
+    from matryoshka.norms import Norm
     from matryoshka.shards import ShardSet
-    from matryoshka.sites import HookPair, Norm, Site
+    from matryoshka.sites import HookPair, Site
     from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 _HOMES = {
     "HookPair": "matryoshka.sites",
     "LanguageModel": "matryoshka.lm",
-    "Norm": "matryoshka.sites",
+    "Norm": "matryoshka.norms",
     "ShardSet": "matryoshka.shards",
     "Site": "matryoshka.sites",
     "Transcoder": "matryoshka.transcoder",

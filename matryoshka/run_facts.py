@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matryoshka.held_out import HELD_OUT
 from matryoshka.locations import portable_name
 from matryoshka.progress import duration
 from matryoshka.runs import RUN_FILE, TIMING_FILE
 
 NOT_RECORDED = "not recorded"
 """Of a fact that older runs did not write down."""
-
-_HELD_OUT = {"document": "whole documents", "block": "blocks: train has other parts of the same documents"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +58,7 @@ class RunFacts:
             "wall time": None if self.seconds is None else duration(self.seconds),
             "dataset": self.dataset,
             "documents": documents,
-            "held out": None if self.val_unit is None else _HELD_OUT.get(self.val_unit),
+            "held out": None if self.val_unit is None else HELD_OUT.get(self.val_unit),
         }
         return [(what, NOT_RECORDED if value is None else value) for what, value in found.items()]
 

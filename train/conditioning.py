@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
+from matryoshka.norms import Norm, apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import Norm, apply_convention, input_conventions
+from matryoshka.sites import input_conventions
 
 _MIN_DEVIATION = 1e-6
 """Of the mean deviation: a constant dimension is not blown up."""

@@ -10,7 +10,7 @@ import torch
 from benchmarks.ledger.counting import Counter, Operation, by_file
 from benchmarks.ledger.fake_cuda import fake_device
 from benchmarks.ledger.recipes import Recipe
-from matryoshka.sites import Norm
+from matryoshka.norms import Norm
 from train.conditioning import Conditioning
 from train.initial import initial_state
 from train.memory import member_need

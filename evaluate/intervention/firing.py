@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet, Split
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 from ..analysis import Progress, Silent

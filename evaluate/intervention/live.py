@@ -10,8 +10,8 @@ from torch import Tensor
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.lm.splice import check_model
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 from .model import text_of_tokens

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 

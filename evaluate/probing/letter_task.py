@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.tokens import TokenTexts
 from matryoshka.transcoder import Transcoder
 

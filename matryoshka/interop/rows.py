@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention, input_conventions
+from matryoshka.sites import input_conventions
 
 if TYPE_CHECKING:
     import pyarrow as pa

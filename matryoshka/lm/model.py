@@ -28,7 +28,8 @@ from matryoshka.lm.loading import load_model, quiet
 from matryoshka.lm.unembedding import Unembedding
 from matryoshka.lm.weights_digest import weights_digest
 from matryoshka.locations import expand
-from matryoshka.sites import SITES, Norm, fit_norm, hook_point
+from matryoshka.norms import Norm, fit_norm
+from matryoshka.sites import SITES, hook_point
 
 _PROBE_TOKENS = 8
 # Relative L2 difference up to which logits are those of the same tokens: two rows of a batch may take other kernels.

@@ -14,7 +14,7 @@ from matryoshka.errors import UserError
 from matryoshka.interop.hook_names import input_hook, output_hook, split_hook
 from matryoshka.lm.hooks import ModuleHook
 from matryoshka.lm.model import LanguageModel
-from matryoshka.sites import Norm, apply_convention, fit_norm
+from matryoshka.norms import Norm, apply_convention, fit_norm
 from matryoshka.transcoder import Transcoder
 
 _SAME_NORM = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

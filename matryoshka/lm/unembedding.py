@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matryoshka.errors import UserError
-from matryoshka.sites import Norm, fit_norm
+from matryoshka.norms import Norm, fit_norm
 
 _SAME_NORM = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Rank correlation with the model's own logits, above which what follows W_U is monotone; 16-bit logits have many ties.

@@ -10,13 +10,11 @@ from pydantic import Field
 
 from matryoshka.config import Config, digest
 from matryoshka.errors import UserError
+from matryoshka.held_out import FIRST_VAL_UNIT, ValUnit
 
 FORMAT = "matryoshka-shard-set"
 SPLITS = ("train", "val")
 MANIFEST_FOLDER = "manifest"
-
-FIRST_VAL_UNIT = "block"
-"""The `val_unit` of sets whose settings name none: those made before there was a choice."""
 
 SHARD_BYTES = 304_000_000
 """A shard is at most this large a side, uncompressed: 64 contexts of 1024 at width 2304 are 302 MB."""
@@ -111,7 +109,7 @@ class Manifest(Config):
     complete: bool = False
 
     @property
-    def val_unit(self) -> Literal["document", "block"]:
+    def val_unit(self) -> ValUnit:
         """What was held out: whole documents, or blocks of documents that train has parts of too."""
         return "document" if self.settings.get("val_unit", FIRST_VAL_UNIT) == "document" else "block"
 

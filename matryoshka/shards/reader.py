@@ -7,20 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
+from matryoshka.held_out import ValUnit
+from matryoshka.norms import Norm
 from matryoshka.shards import layout
 from matryoshka.shards.direct import ShardFiles, open_files
 from matryoshka.shards.manifest import MANIFEST_FOLDER, SPLITS, CommitRecord, FileRecord, Manifest, record_name
 from matryoshka.shards.place import Place, place_of
 from matryoshka.shards.records import held, read_manifest, read_records
 from matryoshka.shards.scaled import unscale
-from matryoshka.sites import Norm
 
 if TYPE_CHECKING:
     import zarr
@@ -243,7 +244,7 @@ class ShardSet:
         return self.manifest.ctx_len
 
     @property
-    def val_unit(self) -> Literal["document", "block"]:
+    def val_unit(self) -> ValUnit:
         """What val is made of: documents that train never saw, or blocks of documents that may be in train too."""
         return self.manifest.val_unit
 

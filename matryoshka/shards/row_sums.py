@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from matryoshka.sites import Norm
+from matryoshka.norms import Norm
 
 _BLOCK_VALUES = 2**17
 """1 MB in float64."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
+from matryoshka.norms import Norm
 from matryoshka.runs import changed_fields, refuse_changes
 from matryoshka.shards import layout
 from matryoshka.shards.committed_text import check_same_text
@@ -34,7 +35,6 @@ from matryoshka.shards.quantiles import quantiles
 from matryoshka.shards.records import ROOT_FILE, has_manifest, read_manifest, read_records
 from matryoshka.shards.row_sums import row_sums
 from matryoshka.shards.scaled import to_scaled
-from matryoshka.sites import Norm
 
 if TYPE_CHECKING:
     import zarr

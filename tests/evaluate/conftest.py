@@ -22,10 +22,10 @@ from evaluate.probing.first_letter import is_test_word
 from evaluate.result import Result
 from evaluate.structure.hierarchy_file import Hierarchy
 from matryoshka.lm import LanguageModel
+from matryoshka.norms import Norm
 from matryoshka.runs import publish_json
 from matryoshka.shards import Manifest, ShardSet, ShardSetWriter, SiteFacts, SplitPlan
 from matryoshka.shards.manifest import NormFacts
-from matryoshka.sites import Norm
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 D_IN, D_OUT = 12, 10

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from evaluate.contenders import Contender, load_contender
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 D_SAE = 21

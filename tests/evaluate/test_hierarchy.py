@@ -21,8 +21,8 @@ from evaluate.structure.hierarchy import HierarchyAnalysis
 from evaluate.structure.hierarchy_file import CLUSTERS_FILE, COFIRING_FILE, EDGES_FILE, Hierarchy
 from evaluate.structure.pair_sums import PairBlock
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 
 
 def make_hierarchy(run: Path, config: EvaluateConfig) -> Answer[Hierarchy]:

@@ -18,8 +18,8 @@ from evaluate.rows import row_batches
 from evaluate.run import RunAnalysis
 from matryoshka.config import load_config
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 
 
 def settings(shards: ShardSet, **changes: Any) -> EvaluateConfig:

@@ -15,8 +15,8 @@ from evaluate.config import EvaluateConfig
 from evaluate.samples import SamplesAnalysis, find_samples
 from evaluate.samples_file import MARK_FILE, SamplesMark, Window, read_histograms, read_windows
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 BEFORE, AFTER = 3, 2

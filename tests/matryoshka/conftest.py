@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from matryoshka.lm import LanguageModel
+from matryoshka.norms import Norm
 from matryoshka.shards import Manifest, ShardSetWriter, SiteFacts, plan_splits
 from matryoshka.shards.manifest import NormFacts
-from matryoshka.sites import Norm
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 D_IN, D_OUT, CTX_LEN = 12, 10, 6

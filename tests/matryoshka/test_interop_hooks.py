@@ -14,7 +14,8 @@ from matryoshka.errors import UserError
 from matryoshka.interop.hook_names import InputSite, input_hook, output_hook, read_input_hook, split_hook
 from matryoshka.lm import LanguageModel
 from matryoshka.lm.splice import check_model, spliced_between
-from matryoshka.sites import apply_convention, input_conventions
+from matryoshka.norms import apply_convention
+from matryoshka.sites import input_conventions
 from matryoshka.transcoder import Transcoder
 
 LAYER = 1

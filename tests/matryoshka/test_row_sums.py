@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from matryoshka.norms import Norm
 from matryoshka.shards import row_sums as module
 from matryoshka.shards.row_sums import row_blocks, row_sums
-from matryoshka.sites import Norm
 
 SHAPE = (7, 5, 12)
 

@@ -42,7 +42,7 @@ def test_what_was_used_and_not_what_was_asked_for(tmp_path: Path) -> None:
         "wall time": "1:08:20",
         "dataset": "books",
         "documents": "train 1,200, val 31",
-        "held out": "whole documents",
+        "held out": "whole documents, which train never saw",
     }
 
 

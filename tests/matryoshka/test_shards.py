@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 
 EXPECTED_ARRAYS = {
     "train/tokens": ((9, 2, 6), "int32"),

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from matryoshka.norms import Norm
 from matryoshka.shards import Manifest, ShardSet, ShardSetWriter, SiteFacts, plan_splits
 from matryoshka.shards.manifest import NormFacts
-from matryoshka.sites import Norm
 
 BOS = 2
 CTX_LEN = 16

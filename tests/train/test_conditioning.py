@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 from train.conditioning import Conditioning
 

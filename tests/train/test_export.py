@@ -74,7 +74,12 @@ def test_the_card_says_what_the_training_used(tmp_path: Path) -> None:
     publish_json(run / "run.json", {"format_version": 1, "config": config, "sessions": [session], "data": data})
     export_runs([run], "saelens", out=tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    facts = {"text": "me/books", "tokens seen": "51,200", "documents": "train 70, val 4", "held out": "whole documents"}
+    facts = {
+        "text": "me/books",
+        "tokens seen": "51,200",
+        "documents": "train 70, val 4",
+        "held out": "whole documents, which train never saw",
+    }
     for what, value in {**facts, "precision of the encoder product": "bf16"}.items():
         assert f"| {what} | {value} |" in text
     assert "not recorded" not in text

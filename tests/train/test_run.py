@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 import train.member as module
 from matryoshka.errors import UserError
 from matryoshka.metrics import FvuSums
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 from train.config import TrainConfig
 from train.result import TrainResult

@@ -19,8 +19,8 @@ from evaluate.intervention.firing import find_firing
 from evaluate.report.ablation import ablation_facts
 from evaluate.screen import Screen
 from matryoshka.errors import UserError
+from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 
 MODELS = ("gemma2", "llama", "gpt2")
 LATENTS = (0, 7, 20)

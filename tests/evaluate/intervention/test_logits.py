@@ -17,7 +17,7 @@ from evaluate.intervention import logits as module
 from evaluate.intervention.logit_effects import token_effects
 from evaluate.intervention.logits import Logits, LogitsAnalysis
 from matryoshka.lm.unembedding import Unembedding
-from matryoshka.sites import Norm
+from matryoshka.norms import Norm
 
 MODELS = ("gemma2", "llama", "gpt2")
 

@@ -27,9 +27,9 @@ from evaluate.report.window_search import WindowIndex
 from evaluate.samples_file import all_windows
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
+from matryoshka.norms import apply_convention
 from matryoshka.runs import publish_json
 from matryoshka.shards import ShardSet
-from matryoshka.sites import apply_convention
 from matryoshka.transcoder import Transcoder
 
 ROOT = Path(__file__).parents[3]

@@ -16,7 +16,8 @@ import torch
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
-from matryoshka.sites import SITES, apply_convention, hook_point
+from matryoshka.norms import apply_convention
+from matryoshka.sites import SITES, hook_point
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,

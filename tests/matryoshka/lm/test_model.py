@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
-from matryoshka.sites import SITES, Norm, apply_convention, hook_point
+from matryoshka.norms import Norm, apply_convention
+from matryoshka.sites import SITES, hook_point
 
 MODELS = ("tiny_gemma2", "tiny_llama", "tiny_gpt2")
 # site -> (module of the block, "in" or "out"), written down from transformers' modeling files.
