@@ -103,6 +103,8 @@ class LogitsConfig(Config):
 
     top: Number = 10
     """Tokens kept of each latent, on either side."""
+    scale_tokens: Count = 4096
+    """Val rows over which the median scale of the final norm is taken, the first ones, in whole contexts."""
 
 
 class AblateConfig(Config):

@@ -6,6 +6,7 @@ import itertools
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -67,22 +68,40 @@ def show_latent(
 def _facts(folder: Path, mark: SamplesMark, latent: int, text_of: Callable[[int], str]) -> list[tuple[str, str]]:
     """What `evaluate logits` and `evaluate hierarchy` found of the same weights, where they were run."""
     d_sae, found = sum(mark.transcoder.config["group_sizes"]), []
-    if _is_there("logits", folder, mark):
+    logits = _result("logits", folder, mark)
+    if logits is not None:
         sides = LogitTokens(folder / LOGITS_FILE, d_sae).of(latent)
         for name, pairs in zip(("raises the logits of", "lowers the logits of"), sides, strict=True):
-            words = " ".join(repr(visible(text_of(token))) for token, _ in pairs[:_SHOWN])
-            found.append((name, words or "no token"))
-    if _is_there("hierarchy", folder, mark):
+            words = [_effect(visible(text_of(token)), effect, logits.scale) for token, effect in pairs[:_SHOWN]]
+            found.append((name, ", ".join(words) or "no token"))
+        found.append(("logit effects", _which_is_which(logits)))
+    if _result("hierarchy", folder, mark) is not None:
         parents = Relations(folder, d_sae, with_clusters=False).of(latent).get("parents", [])
         words = ", ".join(f"{parent} (on {inside:.0%} of its rows)" for parent, inside, *_ in parents[:_SHOWN])
         found.append(("parents", words or "none"))
     return found
 
 
-def _is_there(name: str, folder: Path, mark: SamplesMark) -> bool:
-    """Whether the result of the analysis `name` is in `folder`, of the weights of the samples."""
+def _effect(word: str, effect: float, scale: float | None) -> str:
+    logit = "" if scale is None else f"{effect * scale:+.2g} "
+    return f"{word!r} {logit}({effect:+.2f})"
+
+
+def _which_is_which(logits: Any) -> str:
+    own = "in brackets the direction's own, without the scale of the final norm"
+    if logits.scale is None:
+        return f"{own}; run evaluate logits again for the change in logits"
+    cap = "" if logits.soft_cap is None else f" before the soft cap at {logits.soft_cap:g}"
+    return (
+        f"per unit of activation{cap}, at the median scale of the final norm ({logits.scale:.3g}, over "
+        f"{logits.scale_rows:,} rows); {own}"
+    )
+
+
+def _result(name: str, folder: Path, mark: SamplesMark) -> Any:
+    """The result of the analysis `name` in `folder`; None unless it is there and of the weights of the samples."""
     found = load_analysis(name).result.read(folder)
-    return found is not None and found.transcoder.sha256 == mark.transcoder.sha256
+    return found if found is not None and found.transcoder.sha256 == mark.transcoder.sha256 else None
 
 
 def token_text(

@@ -22,7 +22,7 @@ from ..rows import check_rows
 from ..sampling import count_contexts
 from .ablation_file import ABLATIONS_FOLDER, Ablation, TokenChange
 from .contexts import Contexts, context_batches
-from .firing import check_latents, find_firing
+from .firing import Firing, add_firing, check_latents, latent_acts
 from .model import load_model, text_of_tokens, weight_dtype
 from .recovered import DocumentSums, Estimates, increase, mean_of
 from .scores import score
@@ -113,8 +113,11 @@ class _OfLatent(AblateAnalysis):
 
 @dataclass
 class _Drawn:
-    """The contexts of one latent, and the sums over those that are done."""
+    """Where all latents fire; the contexts of one of them, and the sums over those that are done."""
 
+    latents: Tensor
+    """int64 [latents]: those that were asked for together."""
+    firing: Firing
     n_firing: int | None = None
     """Contexts in which it fires; None before that is known."""
     numbers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -135,29 +138,18 @@ class _Ablating:
         self._transcoder = job.transcoder.to(self._model.device)
         self._shards, self._config, self._sha256 = job.shards, job.config, job.checkpoint.sha256
         self._latents, self._scale = list(latents), scale
-        self._firing: dict[int, Tensor] = {}
+        self._n_contexts, self._n_rows = count_contexts(job.shards.split(job.config.split), job.config.tokens)
+        self._firing = Firing.empty(len(self._latents), self._n_contexts)
 
     def is_of(self, job: Job) -> bool:
         """Whether it was made for this run and shard set."""
         return self._shards is job.shards and self._sha256 == job.checkpoint.sha256
 
-    def firing(self, job: Job) -> dict[int, Tensor]:
-        """Latent -> numbers of the contexts in which it fires."""
-        if not self._firing:
-            split = self._shards.split(self._config.split)
-            n_contexts, n_rows = count_contexts(split, self._config.tokens)
-            job.progress.started(f"{job.name}: where they fire", n_rows)
-            found = find_firing(self._transcoder, self._shards, split, self._latents, n_contexts, job.progress)
-            numbers = [counts.nonzero()[:, 0] for counts in found.counts]
-            self._firing = dict(zip(self._latents, numbers, strict=True))
-        return self._firing
-
     def of(self, latent: int, job: Job) -> Ablation:
         """Ablate one latent in contexts drawn from those where it fires."""
-        config, done = self._config, _Drawn()
-        job.saved.load(done)
+        config, done = self._config, self._begun(job)
         if done.n_firing is None:
-            firing = self.firing(job)[latent]
+            firing = done.firing.counts[self._latents.index(latent)].nonzero()[:, 0]
             order = torch.randperm(len(firing), generator=torch.Generator().manual_seed(config.seed))
             done.n_firing, done.numbers = len(firing), firing[order[: config.ablate.contexts]].sort().values
         numbers = done.numbers.tolist()
@@ -172,6 +164,24 @@ class _Ablating:
             job.saved.save_when_due(done, done.n_done)
             job.progress.advanced(contexts.tokens.numel())
         return self._ablation(latent, done, job.facts)
+
+    def _begun(self, job: Job) -> _Drawn:
+        """What was saved of this latent, with where all of them fire: that is found out once, and saved with each."""
+        done = _Drawn(torch.tensor(self._latents), Firing.empty(len(self._latents), self._n_contexts))
+        job.saved.load(done)
+        if self._firing.n_rows < self._n_rows and done.latents.tolist() == self._latents:
+            self._firing = done.firing
+        # What was saved may be of latents that were asked for beside this one then.
+        done.latents, done.firing = torch.tensor(self._latents), self._firing
+        if done.n_firing is None and self._firing.n_rows < self._n_rows:
+            job.progress.started(f"{job.name}: where they fire", self._n_rows)
+            job.progress.advanced(self._firing.n_rows)
+            split = self._shards.split(self._config.split)
+            for n_rows in add_firing(self._firing, self._transcoder, self._shards, split, self._latents):
+                job.saved.save_when_due(done, 0)
+                job.progress.advanced(n_rows)
+        job.saved.save(done, done.n_done)
+        return done
 
     def _sums(self, latent: int, contexts: Contexts) -> tuple[Tensor, Tensor]:
         """_COLUMNS of each of `contexts.documents()`, float64 [documents, columns], and log q - log p of every token
@@ -247,9 +257,3 @@ class _Ablating:
         found = (sign * effect).topk(min(self._config.ablate.top, len(effect)))
         pairs = zip(found.indices.tolist(), (sign * found.values).tolist(), strict=True)
         return tuple(TokenChange(token=token, text=self._text_of(token), effect=value) for token, value in pairs)
-
-
-def latent_acts(transcoder: Transcoder, latent: int, x: Tensor) -> Tensor:
-    """Activations [...] of one latent for inputs x [..., d_in] in the transcoder's convention; float32."""
-    pre_acts = x @ transcoder.W_enc[:, latent] + transcoder.b_enc[latent]
-    return torch.where(pre_acts > transcoder.threshold[latent].clamp_min(0), pre_acts, 0.0)

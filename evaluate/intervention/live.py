@@ -37,19 +37,19 @@ class TextProbe:
     def __init__(self, model: LanguageModel, transcoder: Transcoder, shards: ShardSet) -> None:
         """Raises UserError when the three do not belong together."""
         self._norm = check_model(transcoder, model)
-        self._model, self._transcoder = model, transcoder.to(model.device)
+        self.model, self.transcoder = model, transcoder.to(model.device)
         self._bos_id, self._special_ids = shards.manifest.bos_id, shards.manifest.special_ids
         self._text_of = text_of_tokens(model)
 
     def tokens(self, text: str) -> Tensor:
         """[1, n] int64, with BOS where the shard set has it. Raises UserError for a text without tokens or too long."""
-        ids = self._model.tokenizer([text], add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids = self.model.tokenizer([text], add_special_tokens=False, split_special_tokens=True, verbose=False)
         found: list[int] = ids["input_ids"][0]
         if not found:
             raise UserError("the text has no tokens; give at least one word")
         front = [] if self._bos_id is None else [self._bos_id]
-        if len(found) + len(front) > self._model.n_ctx:
-            raise UserError(f"the text has {len(found)} tokens, and {self._model.name} takes {self._model.n_ctx}")
+        if len(found) + len(front) > self.model.n_ctx:
+            raise UserError(f"the text has {len(found)} tokens, and {self.model.name} takes {self.model.n_ctx}")
         return torch.tensor([front + found])
 
     def replaced(self, tokens: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ class TextProbe:
 
     def acts(self, tokens: Tensor) -> Tensor:
         """Activations [n, d_sae] of the tokens [1, n], float32; 0 at special ones."""
-        config = self._transcoder.config
-        raw = self._model.capture(tokens, [config.source_hook])[config.source_hook][0]
+        config = self.transcoder.config
+        raw = self.model.capture(tokens, [config.source_hook])[config.source_hook][0]
         x = apply_convention(raw, config.input, source_site=config.source_site, norm=self._norm)
-        return self._transcoder.encode(x) * self.replaced(tokens)[0, :, None].to(x.device)
+        return self.transcoder.encode(x) * self.replaced(tokens)[0, :, None].to(x.device)
 
     @torch.inference_mode()
     def top_latents(self, text: str, n: int = 5) -> list[TokenLatents]:
@@ -71,7 +71,7 @@ class TextProbe:
         [{"token": "a", "latents": [{"latent": 17, "act": 3.2}]}, {"token": " word", "latents": []}]
         """
         tokens = self.tokens(text)
-        best = self.acts(tokens).topk(min(n, self._transcoder.config.d_sae), dim=1)
+        best = self.acts(tokens).topk(min(n, self.transcoder.config.d_sae), dim=1)
         found: list[TokenLatents] = []
         for token, acts, latents in zip(tokens[0].tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
             pairs = zip(latents, acts, strict=True)

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from matryoshka.lm import LanguageModel
 from matryoshka.runs import publish_bytes
 from matryoshka.shards import ShardSet
+from matryoshka.sites import hook_point
 from matryoshka.tables import ResultTable
 
 from ..analysis import Analysis, Job
 from ..config import EvaluateConfig
 from ..result import Result
-from .logit_effects import TokenEffects, token_effects
+from ..sampling import count_contexts
+from .contexts import context_batches
+from .logit_effects import TokenEffects, effect_tiles
 from .model import load_model, weight_dtype
 
 LOGITS_FILE = "logits.parquet"
@@ -28,7 +35,7 @@ RAISED, LOWERED = 1, -1
 
 
 class Logits(Result):
-    """The content of logits.json. The shard set tells which language model; none of its rows are read."""
+    """The content of logits.json. The shard set tells which language model."""
 
     FILE = "logits.json"
     TABLES = (LOGITS_FILE,)
@@ -37,6 +44,26 @@ class Logits(Result):
     """The final norm: its gain is folded in, and for a LayerNorm the mean of the row is taken off."""
     n_tokens: int
     """Tokens that were compared: those of the tokenizer."""
+    scale: float | None = None
+    """An `effect` times this is what the latent adds to the logit per unit of activation, before a soft cap, at the
+    median position: the median of 1 / rms of the final residual, times what the model multiplies its logits with. Null
+    where it was not measured (in files of before), or something unknown is done to the logits."""
+    scale_rows: int | None = None
+    """Held-out rows that the median is over."""
+    soft_cap: float | None = None
+    """The model's own on its logits, which no effect includes."""
+
+
+@dataclass
+class _Done:
+    """What is done: the effects of the first latents, then the scales of the first contexts."""
+
+    effects: TokenEffects
+    scales: Float[Tensor, " rows"] = field(default_factory=lambda: torch.zeros(0))
+    n_contexts: int = 0
+
+    def __len__(self) -> int:
+        return len(self.effects) + len(self.scales)
 
 
 class LogitsAnalysis(Analysis[Logits]):
@@ -46,6 +73,7 @@ class LogitsAnalysis(Analysis[Logits]):
     result = Logits
     # Neither the rows nor the prefix change what a latent does to the logits.
     apart = ()
+    unit = "latents and rows"
 
     def asked(self, shards: ShardSet, config: EvaluateConfig) -> dict[str, Any]:
         """The weights are rounded to this."""
@@ -56,13 +84,52 @@ class LogitsAnalysis(Analysis[Logits]):
         model = load_model(job.shards, job.config)
         unembedding = model.unembedding
         n_tokens = min(len(model.tokenizer), len(unembedding.W_U))
-        effects = token_effects(job.transcoder.W_dec, unembedding, n_tokens, job.config.logits.top)
-        write_logits(job.saved.folder / LOGITS_FILE, effects)
-        return Logits(**job.facts, norm=unembedding.norm.kind, n_tokens=n_tokens)
+        top = min(job.config.logits.top, n_tokens)
+        done = _Done(TokenEffects.empty(top))
+        job.saved.load(done)
+        W_dec = job.transcoder.W_dec.detach()
+        job.progress.started(f"{job.name}: decoder rows", len(W_dec))
+        job.progress.advanced(len(done.effects))
+        for tile in effect_tiles(W_dec, unembedding, n_tokens, top, len(done.effects)):
+            done.effects.extend(tile)
+            job.progress.advanced(len(tile))
+            job.saved.save_when_due(done, len(done))
+        if unembedding.factor is not None:
+            _measure_scales(model, job, done)
+        write_logits(job.saved.folder / LOGITS_FILE, done.effects)
+        return Logits(
+            **job.facts,
+            norm=unembedding.norm.kind,
+            n_tokens=n_tokens,
+            scale=_median(done.scales) if len(done.scales) else None,
+            scale_rows=len(done.scales) or None,
+            soft_cap=unembedding.soft_cap,
+        )
 
     def tables(self, results: Sequence[Logits]) -> list[ResultTable]:  # noqa: ARG002 -- too long to be printed
         """None: there is a page for each latent."""
         return []
+
+
+def _measure_scales(model: LanguageModel, job: Job, done: _Done) -> None:
+    """The scale of the final norm at the rows that are not special of the first val contexts."""
+    split, config = job.shards.val, job.config
+    n_contexts, n_rows = count_contexts(split, config.logits.scale_tokens)
+    last = hook_point("resid_post", model.n_layers - 1)
+    job.progress.started(f"{job.name}: scale of the final norm", n_rows)
+    job.progress.advanced(len(done.scales))
+    for contexts in context_batches(job.shards, split, range(done.n_contexts, n_contexts), config.lm.batch_tokens):
+        residual = model.capture(contexts.tokens, [last])[last]
+        scales = model.unembedding.scales(residual).cpu()[contexts.replaced]
+        done.scales = torch.cat([done.scales, scales])
+        done.n_contexts += len(contexts.numbers)
+        job.progress.advanced(len(scales))
+        job.saved.save_when_due(done, len(done))
+
+
+def _median(values: Tensor) -> float:
+    ordered = values.double().sort().values
+    return float(ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]].mean())
 
 
 def write_logits(path: Path, effects: TokenEffects) -> None:

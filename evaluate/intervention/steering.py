@@ -1,4 +1,7 @@
-"""`evaluate steer`: let the model go on with a text, as it is and with one latent's direction added throughout."""
+"""`evaluate steer`: let the model go on with a text, as it is and with one latent's direction added throughout.
+
+The pages of `evaluate serve` do the same, and scale the latent where it fires (0 takes it out).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from ..checkpoint import Checkpoint, find_checkpoint
 from ..config import EvaluateConfig
 from ..sampling import count_contexts
 from ..shard_set import open_shards
-from .firing import check_latents, find_firing
+from .firing import check_latents, find_firing, latent_acts
 from .live import TextProbe
 from .model import load_model
 
@@ -76,9 +79,8 @@ def steer(
     model = load_model(shards, config)
     probe = TextProbe(model, transcoder, shards)
     tokens = probe.tokens(text)
-    addition = (scale * max_act * transcoder.W_dec[latent]).to(model.device)
     plain = continuation(model, tokens, writing)
-    steered = continuation(model, tokens, writing, adding(addition, transcoder, model, probe))
+    steered = continuation(model, tokens, writing, adding(scale * max_act * transcoder.W_dec[latent], probe))
     return Steered(text, plain, steered, latent, scale, max_act)
 
 
@@ -86,12 +88,30 @@ During = Callable[[Tensor], AbstractContextManager[None]]
 """What a forward of these tokens runs in."""
 
 
-def adding(addition: Tensor, transcoder: Transcoder, model: LanguageModel, probe: TextProbe) -> During:
+def adding(addition: Tensor, probe: TextProbe) -> During:
     """Forwards in which `addition` [d_out] is added to the target at every position but special ones (BOS)."""
+    addition = addition.to(probe.model.device)
 
     def during(tokens: Tensor) -> AbstractContextManager[None]:
         where = probe.replaced(tokens)[..., None].to(addition.device)
-        return edited(transcoder, model, lambda _x, target: target + where * addition)
+        return edited(probe.transcoder, probe.model, lambda _x, target: target + where * addition)
+
+    return during
+
+
+def scaling(latent: int, factor: float, probe: TextProbe) -> During:
+    """Forwards in which the activation of `latent` is multiplied with `factor` wherever it fires; the error term
+    stays, as in `evaluate ablate`."""
+    transcoder = probe.transcoder
+
+    def during(tokens: Tensor) -> AbstractContextManager[None]:
+        where = probe.replaced(tokens).to(transcoder.device)
+
+        def scaled(x: Tensor, target: Tensor) -> Tensor:
+            act = latent_acts(transcoder, latent, x.to(transcoder.device)) * where
+            return target + (factor - 1) * act[..., None] * transcoder.W_dec[latent]
+
+        return edited(transcoder, probe.model, scaled)
 
     return during
 

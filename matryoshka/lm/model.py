@@ -25,7 +25,7 @@ from matryoshka.lm.hook_points import HookPoints
 from matryoshka.lm.hooks import ModuleHook, Recorder
 from matryoshka.lm.identities import Checked, check_sites
 from matryoshka.lm.loading import load_model, quiet
-from matryoshka.lm.unembedding import Unembedding
+from matryoshka.lm.unembedding import Unembedding, soft_cap_of
 from matryoshka.lm.weights_digest import weights_digest
 from matryoshka.locations import expand
 from matryoshka.norms import Norm, fit_norm
@@ -176,7 +176,8 @@ class LanguageModel:
         """The final norm and W_U. Raises UserError for a model whose logits are made in another way."""
         probe = self.capture(self._probe_tokens(), [hook_point("resid_post", self.n_layers - 1)]).popitem()[1]
         logits = self.logits(self._probe_tokens())
-        return Unembedding.fit(self._points.final_norm, self._model.get_output_embeddings(), probe, logits, self.name)
+        head, cap = self._model.get_output_embeddings(), soft_cap_of(self._model.config)
+        return Unembedding.fit(self._points.final_norm, head, probe, logits, self.name, cap)
 
     @cached_property
     def weights_digest(self) -> str:

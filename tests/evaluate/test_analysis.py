@@ -16,6 +16,7 @@ from evaluate.analyses import ANALYSES, Entry
 from evaluate.analysis import Answer, Silent, answer
 from evaluate.cli import app
 from evaluate.config import EvaluateConfig
+from evaluate.intervention import logit_effects
 from evaluate.screen import Screen
 from matryoshka.errors import UserError
 from matryoshka.runs import publish_json
@@ -24,8 +25,6 @@ from matryoshka.transcoder import Transcoder
 
 ROOT = Path(__file__).parents[2]
 EVERY = [entry.name for entry in ANALYSES]
-PASSES = [name for name in EVERY if name != "logits"]
-"""Those with something to go on with: `logits` is one product of matrices."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,8 @@ def case(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPa
         # Latent 30 never fires.
         return of_model(other={"seed": 4}, change="settings.seed: 0 -> 4", arguments={"latents": [7, 0, 30]}, n_parts=3)
     assert name == "logits"
+    # Tiles of two latents, so that there are several.
+    monkeypatch.setattr(logit_effects, "_TILE_BYTES", 2 * 4 * logit_effects._TOKENS_AT_ONCE)
     return of_model(other={"logits": {"top": 3}}, change="settings.top: 10 -> 3")
 
 
@@ -218,7 +219,7 @@ def stops(n_reports: int) -> Iterator[int]:
     yield from range(1, n_reports, max(1, n_reports // 8))
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", EVERY)
 def test_killed_after_any_batch_it_goes_on_to_the_same_bytes(bench: Bench) -> None:
     whole, counting = bench.run("whole/run"), Counting()
     bench.answer([whole], counting)

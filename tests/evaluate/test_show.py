@@ -104,8 +104,17 @@ def test_what_other_results_say_of_it(run: Path, made: Any, tmp_path: Path) -> N
     for name, result in results.items():
         publish_json(folder / f"{name}.json", result.model_dump(mode="json"))
     text = plain(run, tmp_path)
-    assert "raises the logits of  ' w7' ' w5'\n" in text
-    assert "lowers the logits of  '[red]x[/]'\n" in text
+    assert "raises the logits of  ' w7' (+0.90), ' w5' (+0.50)\n" in text
+    assert "run evaluate logits again for the change in logits" in text
+    scaled = {"scale": 0.02, "scale_rows": 4099, "soft_cap": 30.0}
+    publish_json(folder / "logits.json", results["logits"].model_copy(update=scaled).model_dump(mode="json"))
+    text = plain(run, tmp_path)
+    assert "raises the logits of  ' w7' +0.018 (+0.90), ' w5' +0.01 (+0.50)\n" in text
+    assert "lowers the logits of  '[red]x[/]' -0.008 (-0.40)\n" in text
+    assert (
+        "per unit of activation before the soft cap at 30, at the median scale of the final norm (0.02, over 4,099"
+        in text
+    )
     assert "parents               2 (on 75% of its rows), 1 (on 25% of its rows)\n" in text
     # those of other weights are not shown
     other = mark.transcoder.model_copy(update={"sha256": "0" * 64})

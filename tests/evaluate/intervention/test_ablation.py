@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from evaluate.analysis import Answer, answer
+from evaluate.analysis import Answer, Silent, answer
 from evaluate.config import EvaluateConfig
 from evaluate.intervention import ablation as module
 from evaluate.intervention.ablation import AblateAnalysis
 from evaluate.intervention.ablation_file import Ablation
-from evaluate.intervention.firing import find_firing
+from evaluate.intervention.firing import Firing, add_firing, find_firing
 from evaluate.report.ablation import ablation_facts
 from evaluate.screen import Screen
 from matryoshka.errors import UserError
@@ -27,6 +28,22 @@ LATENTS = (0, 7, 20)
 NEVER = 30
 
 
+class Stopped(Exception):
+    """Ends a command as a kill would."""
+
+
+class Stopping(Silent):
+    """Raises at the n-th report of progress."""
+
+    def __init__(self, n: int) -> None:
+        self.n_left, self.n_reports = n, 0
+
+    def advanced(self, n_rows: int) -> None:  # noqa: ARG002
+        self.n_reports += 1
+        if self.n_reports > self.n_left:
+            raise Stopped
+
+
 def ablate(run: Path, latents: list[int], config: EvaluateConfig, *, scale: float = 0.0) -> list[Answer[Ablation]]:
     return answer(AblateAnalysis(latents, scale), [run], config)
 
@@ -35,6 +52,7 @@ def twin(subject: Any, latent: int, scale: float) -> dict[str, Any]:
     """All val contexts in which the latent fires, position by position, in float64."""
     transcoder = subject.transcoder
     sums = dict.fromkeys(("n", "act", "loss", "kl", "top1", "later", "later_loss", "later_kl"), 0.0)
+    documents: dict[int, list[float]] = {}
     contexts, ratio = 0, torch.zeros(len(subject.model.tokenizer), dtype=torch.float64)
     for tokens, docs in subject.contexts():
         special = torch.tensor([token in subject.special_ids for token in tokens])
@@ -66,6 +84,7 @@ def twin(subject: Any, latent: int, scale: float) -> dict[str, Any]:
                     sums["n"] += 1
                     sums["act"] += float(act[p])
                     sums["loss"] += loss
+                    documents.setdefault(docs[p], []).append(loss)
                     sums["kl"] += kl
                     sums["top1"] += float(int(log_p[p].argmax()) != int(log_q[p].argmax()))
                     ratio += (log_q[p] - log_p[p])[: len(ratio)]
@@ -74,7 +93,7 @@ def twin(subject: Any, latent: int, scale: float) -> dict[str, Any]:
                     sums["later_loss"] += loss
                     sums["later_kl"] += kl
             fired = fired or fires
-    return {**sums, "contexts": contexts, "ratio": ratio}
+    return {**sums, "contexts": contexts, "ratio": ratio, "documents": documents}
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
@@ -105,6 +124,67 @@ def test_against_plain_hooks(kind: str, scale: float, subject: Callable[[str], A
             assert [change.effect for change in side] == pytest.approx(
                 [effects[t] for t in best[:3]], rel=1e-2, abs=1e-4
             )
+
+
+@pytest.mark.parametrize(("kind", "latent"), [("llama", 7), ("gemma2", 20)])
+def test_the_interval_draws_documents(kind: str, latent: int, subject: Callable[[str], Any], tmp_path: Path) -> None:
+    """Ninety draws, document by document and position by position."""
+    one = subject(kind)
+    found = ablate(one.run, [latent], one.config(tmp_path, bootstrap=90, seed=6))[0].result
+    losses = twin(one, latent, 0.0)["documents"]
+    names, means, generator = sorted(losses), [], torch.Generator().manual_seed(6)
+    assert found.n_documents == len(names) > 4
+    assert len({len(positions) for positions in losses.values()}) > 1
+    for _ in range(90):
+        drawn: list[float] = []
+        for number in torch.randint(len(names), (len(names),), generator=generator).tolist():
+            drawn += losses[names[number]]
+        means.append(sum(drawn) / len(drawn))
+    assert found.loss_change_interval == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-3, abs=1e-5)
+    # A context may hold parts of several documents, and a document of several contexts: drawing contexts differs.
+    assert found.n_documents != found.n_contexts
+
+
+def test_the_pass_that_finds_where_they_fire_goes_on_after_a_kill(
+    subject: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No chunk of the shard set is encoded twice, whenever the command ends, also between two latents."""
+    one, chunks = subject("gemma2"), []
+
+    def counted(found: Firing, *arguments: Any) -> Iterator[int]:
+        for n_rows in add_firing(found, *arguments):
+            chunks.append(found.n_chunks)
+            yield n_rows
+
+    monkeypatch.setattr(module, "add_firing", counted)
+    n_shards = one.shards.val.n_shards
+    assert n_shards == 3
+
+    def command(out: Path, latents: list[int], stop: int | None) -> None:
+        config = one.config(out, save_minutes=0.0, lm={"batch_tokens": 2 * 13})
+        if stop is None:
+            answer(AblateAnalysis(latents), [one.run], config)
+            return
+        with pytest.raises(Stopped):
+            answer(AblateAnalysis(latents), [one.run], config, Stopping(stop))
+
+    whole = Stopping(10**6)
+    answer(AblateAnalysis([7, 0]), [one.run], one.config(tmp_path / "whole", lm={"batch_tokens": 2 * 13}), whole)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "ablations").iterdir()}
+    for stop in range(1, whole.n_reports):
+        chunks.clear()
+        command(tmp_path / str(stop), [7, 0], stop)
+        command(tmp_path / str(stop), [7, 0], None)
+        assert chunks == list(range(1, n_shards + 1))
+        found = {path.name: path.read_bytes() for path in (tmp_path / str(stop) / "ablations").iterdir()}
+        assert found == expected
+    # Asked for beside another one, it is known which contexts the first one had, and not where the other one fires.
+    chunks.clear()
+    command(tmp_path / "other", [7, 0], whole.n_reports - 2)
+    command(tmp_path / "other", [0, 20], None)
+    assert chunks == [1, 2, 3, 1, 2, 3]
+    alone = ablate(one.run, [0], one.config(tmp_path / "alone"))[0].result
+    assert alone.kl == pytest.approx(Ablation.read(tmp_path / "other", "ablations/0.json").kl)  # type: ignore[union-attr]
 
 
 def test_a_factor_of_one_changes_nothing(subject: Callable[[str], Any], tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,21 @@ import torch
 from evaluate.analysis import Answer, answer
 from evaluate.intervention import logit_effects
 from evaluate.intervention import logits as module
-from evaluate.intervention.logit_effects import token_effects
+from evaluate.intervention.logit_effects import TokenEffects, effect_tiles
 from evaluate.intervention.logits import Logits, LogitsAnalysis
 from matryoshka.lm.unembedding import Unembedding
 from matryoshka.norms import Norm
+from matryoshka.runs import publish_json
 
 MODELS = ("gemma2", "llama", "gpt2")
+
+
+def token_effects(W_dec: torch.Tensor, unembedding: Unembedding, n_tokens: int, top: int) -> TokenEffects:
+    """All tiles in one."""
+    found = TokenEffects.empty(min(top, n_tokens))
+    for tile in effect_tiles(W_dec, unembedding, n_tokens, top):
+        found.extend(tile)
+    return found
 
 
 def make_logits(one: Any, *place: Path, **settings: Any) -> Answer[Logits]:
@@ -100,21 +111,76 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert token_effects(rows, unembedding, 3, 6).raised.shape == (11, 3)
 
 
-def test_the_effect_is_that_of_the_model(subject: Callable[[str], Any]) -> None:
-    """A little of a latent's row, added to the last residual, moves the logits as the table says."""
-    one = subject("llama")
-    tokens = torch.tensor([one.contexts()[0][0]])
-    point = f"blocks.{one.model.n_layers - 1}.hook_resid_post"
-    r = one.model.capture(tokens, [point])[point][0, -1].double()
-    row = one.transcoder.W_dec[3].double()
-    row = row - r * (row @ r) / (r @ r)  # across r, so that the norm's scale stays the same in first order
-    effects = token_effects(row.float()[None], one.model.unembedding, len(one.model.tokenizer), 5)
-    step = 0.01
-    moved = one.model.logits(tokens, {point: lambda t: t + step * row.float()})[0, -1].double()
-    change = (moved - one.model.logits(tokens)[0, -1].double()) / step * r.pow(2).mean().sqrt()
-    change = change - change.mean()
-    assert change.topk(5).indices.tolist() == effects.raised[0].tolist()
-    assert change.topk(5).values.tolist() == pytest.approx(effects.raised_by[0].tolist(), rel=0.05)
+@torch.no_grad()
+def last_residuals(one: Any, n_contexts: int) -> list[torch.Tensor]:
+    """What the final norm of the plain model reads at the ordinary positions of the first val contexts, float64."""
+    plain, seen = one.plain(), []
+    norm = plain.transformer.ln_f if one.kind == "gpt2" else plain.model.norm
+    handle = norm.register_forward_pre_hook(lambda _m, given: seen.append(given[0][0].double()))
+    found = []
+    for tokens, _ in one.contexts()[:n_contexts]:
+        plain(torch.tensor([tokens]))
+        found += [r for token, r in zip(tokens, seen.pop(), strict=True) if token not in one.special_ids]
+    handle.remove()
+    return found
+
+
+def size(one: Any, r: torch.Tensor) -> float:
+    """What the final norm divides by."""
+    values = r.tolist()
+    mean = sum(values) / len(values) if one.kind == "gpt2" else 0.0
+    return (sum((x - mean) ** 2 for x in values) / len(values) + one.model.unembedding.norm.eps) ** 0.5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_scale_is_the_median_over_held_out_rows(kind: str, subject: Callable[[str], Any], tmp_path: Path) -> None:
+    one = subject(kind)
+    for name, tokens, n_contexts in (("all", 4096, 8), ("first", 30, 3)):
+        found = make_logits(one, tmp_path / name, logits={"scale_tokens": tokens}, lm={"batch_tokens": 30}).result
+        inverse = [1 / size(one, r) for r in last_residuals(one, n_contexts)]
+        assert found.scale == pytest.approx(statistics.median(inverse), rel=1e-4)
+        assert found.scale_rows == len(inverse)
+        assert found.soft_cap == (30.0 if kind == "gemma2" else None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_effect_times_the_scale_is_what_the_model_does(
+    kind: str, subject: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """A little of a decoder row is added to the last residual of the plain model, at rows of known size."""
+    one = subject(kind)
+    found = make_logits(one, tmp_path).result
+    assert found.scale is not None
+    plain, eps = copy.deepcopy(one.plain()).double(), 1e-2
+    norm, n_tokens = (plain.transformer.ln_f if kind == "gpt2" else plain.model.norm), len(one.model.tokenizer)
+
+    def logits(r: torch.Tensor) -> torch.Tensor:
+        """Of the last residual r, before the soft cap, less their mean."""
+        handle = norm.register_forward_pre_hook(lambda _m, given: (r.expand_as(given[0]),))
+        # The norms of transformers work in float32: a smaller step would be lost in rounding.
+        capped = plain(torch.tensor([[5]])).logits[0, 0, :n_tokens]
+        handle.remove()
+        free = 30 * torch.atanh(capped / 30) if kind == "gemma2" else capped
+        return free - free.mean()
+
+    table = pq.read_table(tmp_path / "logits.parquet").to_pylist()
+    rows = sorted(last_residuals(one, 8), key=lambda r: size(one, r))
+    median = rows[len(rows) // 2]
+    for latent in (3, 17):
+        row = one.transcoder.W_dec[latent].double()
+        effects = {each["token"]: each["effect"] for each in table if each["latent"] == latent}
+        assert len(effects) == 20
+        for r in (median, *rows[::25]):
+            change = (logits(r + eps * row) - logits(r - eps * row)) / (2 * eps)
+            # The row makes r longer or shorter too, which is no part of the effect: there the scale is held fixed.
+            centred = r - r.mean() if kind == "gpt2" else r
+            longer = row @ centred / len(r) / size(one, r) ** 2
+            change = change + longer * (logits(r) - logits(0 * r))
+            for token, effect in effects.items():
+                assert float(change[token]) == pytest.approx(effect / size(one, r), rel=3e-3, abs=3e-4)
+                if r is median:
+                    assert float(change[token]) == pytest.approx(effect * found.scale, rel=0.02, abs=1e-4)
 
 
 def test_it_is_made_once_and_its_bytes_are_equal(
@@ -137,5 +203,10 @@ def test_it_is_made_once_and_its_bytes_are_equal(
     assert again.result == first.result
     other = make_logits(one, tmp_path / "a", logits={"top": 2})
     assert other.replaced == ("settings.top: 10 -> 2",)
+    # a file of before there was a scale is made again
+    old = other.result.model_dump(mode="json", exclude={"scale", "scale_rows", "soft_cap"})
+    del old["settings"]["scale_tokens"]
+    publish_json(other.path, old)
+    assert make_logits(one, tmp_path / "a", logits={"top": 2}).replaced == ("settings.scale_tokens: null -> 4096",)
     (tmp_path / "a" / "logits.json").write_text("{}")
     assert make_logits(one, tmp_path / "a", logits={"top": 2}).is_new

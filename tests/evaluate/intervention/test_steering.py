@@ -12,7 +12,7 @@ import torch
 from evaluate.config import EvaluateConfig
 from evaluate.intervention.live import TextProbe
 from evaluate.intervention.screen import show_steered
-from evaluate.intervention.steering import Writing, adding, continuation, steer
+from evaluate.intervention.steering import Writing, adding, continuation, scaling, steer
 from matryoshka.errors import UserError
 
 MODELS = ("gemma2", "llama", "gpt2")
@@ -66,6 +66,34 @@ def test_greedy_text_against_plain_hooks(kind: str, subject: Callable[[str], Any
         texts.append([f"w{token - (1 if kind == 'gpt2' else 4)}" for token in tokens[n_prompt:]])
     assert [found.plain.split(), found.steered.split()] == texts
     assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("factor", [0.0, 30.0])
+@pytest.mark.parametrize("kind", MODELS)
+def test_text_with_a_latent_scaled_against_plain_hooks(kind: str, factor: float, subject: Callable[[str], Any]) -> None:
+    one = subject(kind)
+    probe, latent, n_tokens = TextProbe(one.model, one.transcoder, one.shards), 7, 6
+    found = continuation(one.model, probe.tokens(TEXT), Writing(n_tokens), scaling(latent, factor, probe))
+    tokens = [one.shards.manifest.bos_id, *ids_of(one, TEXT)]
+    n_prompt, n_fires = len(tokens), 0
+    while len(tokens) < n_prompt + n_tokens:
+        special = torch.tensor([token in one.special_ids for token in tokens])
+
+        def edit(u: torch.Tensor, target: torch.Tensor, special: torch.Tensor = special) -> torch.Tensor:
+            nonlocal n_fires
+            acts = one.transcoder.encode(u)
+            acts[special] = 0
+            n_fires += int((acts[:, latent] > 0).sum())
+            changed = acts.clone()
+            changed[:, latent] *= factor
+            return target + one.transcoder.decode(changed) - one.transcoder.decode(acts)
+
+        token = int(one.logits(tokens, edit)[-1, : len(one.model.tokenizer)].argmax())
+        if token in one.special_ids:
+            break
+        tokens.append(token)
+    assert found.split() == [f"w{token - (1 if kind == 'gpt2' else 4)}" for token in tokens[n_prompt:]]
+    assert n_fires > 0
 
 
 def test_nothing_added_is_nothing_changed(subject: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +153,7 @@ def test_special_positions_keep_their_value(subject: Callable[[str], Any]) -> No
     tokens = torch.tensor([[0, 5, 0, 9]])
     target = f"blocks.{1}.hook_mlp_out"
     clean = one.model.capture(tokens, [target])[target]
-    with adding(torch.ones(one.d), one.transcoder, one.model, probe)(tokens):
+    with adding(torch.ones(one.d), probe)(tokens):
         added = one.model.capture(tokens, [target])[target] - clean
     torch.testing.assert_close(added[0], torch.tensor([0.0, 1, 0, 1])[:, None].expand(4, one.d))
 

@@ -11,7 +11,7 @@ import torch
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
-from matryoshka.lm.unembedding import Unembedding, _rank_correlation
+from matryoshka.lm.unembedding import Unembedding, _factor, _rank_correlation
 
 MODELS = {"tiny_gemma2": "rms", "tiny_llama": "rms", "tiny_gpt2": "layer"}
 
@@ -53,6 +53,45 @@ def test_what_a_direction_adds(name: str, load: Callable[..., LanguageModel]) ->
     with_v, without = (centred(x) / scale * gain for x in (r + v, r))
     expected = (with_v - without) * scale
     torch.testing.assert_close(model.unembedding.effect_directions(v).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_after_the_matrix(name: str, load: Callable[..., LanguageModel]) -> None:
+    for dtype in ("float32", "bfloat16"):
+        found = load(name, dtype).unembedding
+        # final_logit_softcapping of its configuration
+        assert (found.factor, found.soft_cap) == (1.0, 30.0 if name == "tiny_gemma2" else None)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_scale_of_each_row(name: str, load: Callable[..., LanguageModel]) -> None:
+    found = load(name).unembedding
+    rows = 3 * torch.randn(2, 5, found.norm.gain.shape[0], generator=torch.Generator().manual_seed(4)) + 1
+    for i in range(2):
+        for j in range(5):
+            row = rows[i, j].tolist()
+            mean = sum(row) / len(row) if found.norm.kind == "layer" else 0.0
+            square = sum((x - mean) ** 2 for x in row) / len(row)
+            assert float(found.scales(rows)[i, j]) == pytest.approx((square + found.norm.eps) ** -0.5, rel=1e-5)
+
+
+def test_a_factor_a_cap_and_something_else_after_the_matrix(load: Callable[..., LanguageModel]) -> None:
+    model = load("tiny_llama")
+    tokens = torch.arange(4, 12)[None]
+    point = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    residual, logits = model.capture(tokens, [point])[point], model.logits(tokens)
+    parts: tuple[Any, Any] = (model._points.final_norm, model._model.get_output_embeddings())
+    # Granite divides its logits, Cohere multiplies them.
+    divided = Unembedding.fit(*parts, residual, logits / 8, "it")
+    assert divided.factor == pytest.approx(1 / 8, rel=1e-4)
+    assert divided.scales(residual) == pytest.approx(model.unembedding.scales(residual) / 8, rel=1e-4)
+    cap = float(logits.abs().max()) / 2
+    capped = cap * torch.tanh(logits / cap)
+    found = Unembedding.fit(*parts, residual, capped, "it", cap)
+    assert (found.factor, found.soft_cap) == (1.0, cap)
+    assert Unembedding.fit(*parts, residual, capped, "it").factor is None
+    wanted = logits.index_fill(-1, torch.tensor([3]), -torch.inf)  # an id that is never wanted
+    assert _factor(2 * logits, wanted, None) == pytest.approx(0.5)
 
 
 def test_a_model_that_does_more_is_refused(load: Callable[..., LanguageModel]) -> None:
