@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from warm_processes import WarmProcess, WarmPython, warm_python_in
 
 # Before torch is imported anywhere: threads cost more than they bring on tensors of a few rows, up to 20 times as much
 # when the cores are busy. The commands that tests start inherit it.
@@ -154,6 +155,35 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """Starts `python ...` without the cold start of an interpreter."""
+    with warm_python_in(tmp_path_factory.mktemp("warm")) as python:
+        yield python
+
+
+@pytest.fixture
+def typed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function: the words of a command line, typed in `tmp_path` at 120 columns and run in this process."""
+    from matryoshka import launch
+
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        line = list(map(str, words))
+        monkeypatch.setattr(sys, "argv", line)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            getattr(launch, line[0])()
+        code, shown = ended.value.code, capsys.readouterr()
+        assert isinstance(code, int | None)
+        return subprocess.CompletedProcess(line, code or 0, shown.out, shown.err)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    return run
+
+
 class Shown:
     """What a command left on a terminal: its exit code, and what came on each of its two streams."""
 
@@ -166,8 +196,8 @@ class Shown:
         return [line.rstrip() for line in re.split(r"[\r\n]+", _plain(self.out + self.err))]
 
 
-def _in_terminal(command: list[str], columns: int, *, cwd: Path | None = None, **variables: str) -> Shown:
-    """Run a command with both of its streams on pseudo-terminals of this width."""
+def _in_terminal(start: Callable[[int, int, dict[str, str]], Any], columns: int, **variables: str) -> Shown:
+    """Start a process with (stdin and stdout, stderr, environment) on pseudo-terminals of this width."""
     dropped = {"COLUMNS", "LINES", "NO_COLOR", "JPY_PARENT_PID"}
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= {"TERM": "xterm-256color", **variables}
@@ -175,7 +205,7 @@ def _in_terminal(command: list[str], columns: int, *, cwd: Path | None = None, *
     for _, theirs in ends:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     (out, their_out), (err, their_err) = ends
-    process = subprocess.Popen(command, stdin=their_out, stdout=their_out, stderr=their_err, env=environment, cwd=cwd)
+    process = start(their_out, their_err, environment)
     os.close(their_out)
     os.close(their_err)
     said = {out: b"", err: b""}
@@ -197,7 +227,14 @@ def _in_terminal(command: list[str], columns: int, *, cwd: Path | None = None, *
 @pytest.fixture(scope="session")
 def in_terminal() -> Callable[..., Shown]:
     """A function (command, columns) -> what it shows there."""
-    return _in_terminal
+
+    def run(command: list[str], columns: int, **variables: str) -> Shown:
+        def start(out: int, err: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+            return subprocess.Popen(command, stdin=out, stdout=out, stderr=err, env=environment)
+
+        return _in_terminal(start, columns, **variables)
+
+    return run
 
 
 _ONE_AFTER_THE_OTHER = """
@@ -213,18 +250,22 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def _check_readable(commands: list[list[str]], cwd: Path) -> None:
+def _check_readable(commands: list[list[str]], cwd: Path, python: WarmPython) -> None:
     """Run commands (in one process) on terminals of 60, 80 and 400 columns: the same words on all, none broken.
 
     On a narrow one columns may be left out and intervals be said as +-; what is longer than the terminal stays whole.
     """
-    program = [sys.executable, "-c", _ONE_AFTER_THE_OTHER, json.dumps(commands)]
-    wide = _in_terminal(program, 400, cwd=cwd)
+    program = ["-c", _ONE_AFTER_THE_OTHER, json.dumps(commands)]
+
+    def start(out: int, err: int, environment: dict[str, str]) -> WarmProcess:
+        return python.start(program, cwd, streams=(out, out, err), environment=environment)
+
+    wide = _in_terminal(start, 400)
     assert wide.code == 0, wide.err
     known = _words(wide.out) | set(["Left", "out", "at", "this", "width"])
     assert wide.out.count("# ") >= len(commands)
     for columns in (60, 80):
-        narrow = _in_terminal(program, columns, cwd=cwd)
+        narrow = _in_terminal(start, columns)
         assert narrow.code == 0, narrow.err
         new = {word for word in _words(narrow.out) - known if not word.startswith("+-")}
         assert new == set(), f"broken at {columns} columns: {new}"
@@ -243,9 +284,9 @@ def _words(text: str) -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def check_readable() -> Callable[[list[list[str]], Path], None]:
+def check_readable(warm_python: WarmPython) -> Callable[[list[list[str]], Path], None]:
     """A function (commands, folder): runs them on terminals of 60 and 80 columns and reads what they print."""
-    return _check_readable
+    return lambda commands, cwd: _check_readable(commands, cwd, warm_python)
 
 
 def _wandb_records(path: Path) -> Iterator[Any]:

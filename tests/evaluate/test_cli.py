@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,18 @@ from matryoshka.shards import ShardSet
 ROOT = Path(__file__).parents[2]
 
 
-def command(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    code = "from matryoshka.launch import evaluate; evaluate()"
-    return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code, *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "120"},
-        check=False,
-    )
-
-
-def test_run_prints_a_table_and_then_has_nothing_left_to_do(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
+def test_run_prints_a_table_and_then_has_nothing_left_to_do(
+    val_set: ShardSet, made: Any, tmp_path: Path, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     made.run(tmp_path / "l1-k9", made.transcoder(), finished=False)
-    words = ("run", "l1-k9", "--shards", val_set.path, "--tokens", "50", "--device", "cpu")
-    first = command(*words, "--set", "evaluate.batch_rows=16", cwd=tmp_path)
+    words = ("evaluate", "run", "l1-k9", "--shards", val_set.path, "--tokens", "50", "--device", "cpu")
+    first = typed(*words, "--set", "evaluate.batch_rows=16")
     assert first.returncode == 0, first.stderr
     for text in ("FVU", "L0", "cosine", "dead", "50 held-out rows", "l1-k9, step 400"):
         assert text in first.stdout
     assert "not trained to its end: this is step 400" in first.stderr
     assert "written" in first.stderr
-    again = command(*words, "--set", "evaluate.batch_rows=16", cwd=tmp_path)
+    again = typed(*words, "--set", "evaluate.batch_rows=16")
     assert again.stdout == first.stdout
     assert "nothing left to do" in again.stderr
 

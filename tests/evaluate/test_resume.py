@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from warm_processes import WarmPython
 
 from evaluate import sampling as sampling_module
 from evaluate.analysis import Silent, answer
@@ -24,8 +22,6 @@ from evaluate.structure.hierarchy import HierarchyAnalysis
 from matryoshka.errors import UserError
 from matryoshka.metrics import FvuSums
 from matryoshka.shards import ShardSet
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Stopped(Exception):
@@ -219,13 +215,12 @@ else:
 """
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("kind", ["run", "hierarchy"])
-def test_kill_9(val_set: ShardSet, made: Any, tmp_path: Path, kind: str) -> None:
+def test_kill_9(val_set: ShardSet, made: Any, tmp_path: Path, kind: str, warm_python: WarmPython) -> None:
     def start(run: Path, kill_at: int) -> int:
-        words = [str(run), settings(val_set).model_dump_json(exclude={"shards"}), str(kill_at), str(val_set.path)]
-        command = [sys.executable, "-c", DRIVER, kind, *words]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False).returncode
+        words = [run, settings(val_set).model_dump_json(exclude={"shards"}), str(kill_at), val_set.path]
+        return warm_python.run(["-c", DRIVER, kind, *words], tmp_path).returncode
 
     # All in processes of their own: another number of threads in this one would mean other last bits.
     whole = made.run(tmp_path / "whole" / "run", made.transcoder())

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shlex
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_processes import WarmPython
 
 from matryoshka.shards import ShardSet
+
+pytestmark = pytest.mark.kill
 
 DRIVER = """
 import os, sys
@@ -33,10 +36,10 @@ evaluate()
 """
 
 
-def evaluate(folder: Path, number: int, after: int, *words: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def evaluate(warm_python: WarmPython, folder: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The command in a process that sends itself a signal when it has been told of progress `after` times."""
-    command = [sys.executable, "-c", DRIVER, str(int(number)), str(after), *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    return lambda number, after, *words: warm_python.run(["-c", DRIVER, int(number), after, *words], folder)
 
 
 @pytest.fixture
@@ -53,30 +56,37 @@ def folder(val_set: ShardSet, made: Any, tmp_path: Path) -> Path:
     [(signal.SIGINT, "run", "report.json", 11), (signal.SIGTERM, "hierarchy", "hierarchy.json", 13)],
 )
 def test_a_pass_goes_on_after_the_batch_in_hand(
-    folder: Path, number: signal.Signals, command: str, result: str, batch_rows: int
+    folder: Path,
+    evaluate: Callable[..., subprocess.CompletedProcess[str]],
+    number: signal.Signals,
+    command: str,
+    result: str,
+    batch_rows: int,
 ) -> None:
     options = ["--shards", "l1", "--device", "cpu", "--set", "evaluate.batch_rows=13"]
     options += ["--set", "evaluate.save_minutes=60"]
     if command == "hierarchy":
         options.append("--no-clusters")
-    assert evaluate(folder, number, -1, command, "whole", *options).returncode == 0
-    stopped = evaluate(folder, number, 4, command, "stopped run", *options)
+    assert evaluate(number, -1, command, "whole", *options).returncode == 0
+    stopped = evaluate(number, 4, command, "stopped run", *options)
     assert stopped.returncode == 128 + number, stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert stopped.stdout == ""
     assert not list(folder.glob(f"stopped run/eval/*/{result}"))
     words = shlex.split(stopped.stderr.splitlines()[-1])
     assert words[:4] == ["next:", "evaluate", command, "stopped run"]
-    again = evaluate(folder, number, -1, *words[2:])
+    again = evaluate(number, -1, *words[2:])
     assert again.returncode == 0, again.stderr
     assert f"went on after {3 * batch_rows} rows" in again.stderr
     one, other = (next(folder.glob(f"{name}/eval/*/{result}")) for name in ("whole", "stopped run"))
     assert other.read_text().replace("stopped run", "whole") == one.read_text()
 
 
-def test_a_command_without_a_pass_of_its_own_writes_nothing(folder: Path) -> None:
+def test_a_command_without_a_pass_of_its_own_writes_nothing(
+    folder: Path, evaluate: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     words = ["compare", "whole", "stopped run", "--shards", "l1", "--out", "out"]
-    stopped = evaluate(folder, signal.SIGINT, 2, *words, "--set", "evaluate.batch_rows=13")
+    stopped = evaluate(signal.SIGINT, 2, *words, "--set", "evaluate.batch_rows=13")
     assert stopped.returncode == 130
     assert "Traceback" not in stopped.stderr
     assert not (folder / "out").exists()

@@ -2,51 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import socket
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from warm_processes import WarmPython
 
 from harvest.ranks import Ranks
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
-
-FAR = 240.0
-"""Seconds after which processes that should have ended are given up."""
 
 
 def files(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-def torchrun(n: int, arguments: list[str], cwd: Path) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-addr", "127.0.0.1"]
-    del cwd
-    return [sys.executable, *launcher, "--master-port", str(port), "-m", "harvest", *arguments]
-
-
-def start(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+def torchrun(n: int, arguments: list[str], cwd: Path) -> str:
+    """The same, as a user starts it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
     # torchrun gives several processes one thread each; one process must have as many for the bits to be the same.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=FAR)
+    done = subprocess.run(
+        [*launcher, "-m", "harvest", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
-def test_the_set_does_not_depend_on_the_number_of_processes(arguments: list[str], tmp_path: Path) -> None:
+def harvest(n: int, arguments: list[str], cwd: Path, python: WarmPython) -> str:
+    """On so many ranks; what they said."""
+    return python.run_ranks(["-m", "harvest", *arguments], cwd, n)
+
+
+@pytest.mark.torchrun
+def test_the_set_does_not_depend_on_the_number_of_processes(
+    arguments: list[str], tmp_path: Path, warm_python: WarmPython
+) -> None:
+    """Two of them as a user starts them."""
     base = [*arguments[:1], "--layers", "0,1", *arguments[3:]]
     found = {}
     for n in (1, 2, 3):
         out = tmp_path / f"n{n}"
-        done = start(torchrun(n, [*base, "--out", str(out)], tmp_path), tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("\nnext: ") == 1  # the first rank speaks for all
+        words = [*base, "--out", str(out)]
+        said = torchrun(n, words, tmp_path) if n == 2 else harvest(n, words, tmp_path, warm_python)
+        assert said.count("\nnext: ") == 1  # the first rank speaks for all
         found[n] = files(out)
     assert set(found[1]) == set(found[2]) == set(found[3])
     for name, content in found[1].items():
@@ -54,23 +58,22 @@ def test_the_set_does_not_depend_on_the_number_of_processes(arguments: list[str]
     ShardSet.open(tmp_path / "n3" / "l1", verify=True)
 
 
-def test_killed_ranks_are_continued_by_another_number_of_them(arguments: list[str], tmp_path: Path) -> None:
-    wanted = tmp_path / "wanted"
-    assert start(torchrun(1, [*arguments, "--out", str(wanted)], tmp_path), tmp_path).returncode == 0
-    out = tmp_path / "out"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = torchrun(2, [*arguments, "--out", str(out)], tmp_path)
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + FAR
-        while not list(out.glob("manifest/*.json")):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end
-            time.sleep(0.005)
-        process.terminate()  # torchrun ends its ranks
-        process.communicate(timeout=FAR)
-    again = start(torchrun(3, [*arguments, "--out", str(out)], tmp_path), tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert files(out) == files(wanted)
+@pytest.mark.kill
+def test_ended_ranks_are_continued_by_another_number_of_them(
+    arguments: list[str], finished: Path, tmp_path: Path, warm_python: WarmPython
+) -> None:
+    """torchrun ends its ranks with SIGTERM."""
+    out = tmp_path / "l1"
+    words = [*arguments, "--out", str(out)]
+    with contextlib.ExitStack() as stack:
+        ranks = [stack.enter_context(rank) for rank in warm_python.start_ranks(["-m", "harvest", *words], tmp_path, 2)]
+        ranks[0].until(lambda: list(out.glob("manifest/*.json")))
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+        codes = [rank.wait() for rank in ranks]
+    assert all(codes), "they had finished"
+    harvest(3, words, tmp_path, warm_python)
+    assert files(out) == files(finished)
 
 
 def test_jobs_are_dealt_in_turn() -> None:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from warm_processes import WarmPython
 
 from harvest.packing import Packing, assign_split, document_hash
 from matryoshka.errors import UserError
@@ -25,8 +25,6 @@ from matryoshka.runs import exclusive
 from matryoshka.shards import ShardSet
 
 LAYER, CTX_LEN, BATCH = 1, 16, 3
-FAR = 120.0
-"""Seconds after which a process that should have done something is given up."""
 
 Harvest = Callable[..., tuple[int, str]]
 
@@ -36,20 +34,14 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def command(arguments: list[str], out: Path) -> list[str]:
-    return [sys.executable, "-m", "harvest", *arguments, "--out", str(out)]
-
-
-def start(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run to the end, away from the checkout and its pipeline.yaml."""
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=FAR)
+    return ["-m", "harvest", *arguments, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
-def done(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An uninterrupted harvest in a process of its own, and what it said."""
+def done(arguments: list[str], warm_python: WarmPython, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted harvest in a process of its own, and what it said; away from the checkout's pipeline.yaml."""
     folder = tmp_path_factory.mktemp("done")
-    finished = start(command(arguments, folder / "l1"), folder)
+    finished = warm_python.run(command(arguments, folder / "l1"), folder)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == ""
     return folder / "l1", finished.stderr
@@ -138,33 +130,30 @@ def test_activations_equal_forward_hooks_on_the_hugging_face_model(
 
 
 def test_again_there_is_nothing_left_to_do(done: tuple[Path, str], arguments: list[str], tmp_path: Path) -> None:
-    """Through the console script."""
+    """Through the console script, in an interpreter of its own."""
     path, _ = done
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in path.rglob("*") if p.is_file()}
-    script = Path(sys.executable).with_name("harvest")
-    again = start([str(script), *arguments, "--out", str(path)], tmp_path)
+    words = [Path(sys.executable).with_name("harvest"), *arguments, "--out", path]
+    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "nothing left to do (4,000 tokens" in again.stderr
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.kill
 def test_killed_and_continued_equals_uninterrupted(
-    done: tuple[Path, str], arguments: list[str], tmp_path: Path
+    done: tuple[Path, str], arguments: list[str], tmp_path: Path, warm_python: WarmPython
 ) -> None:
     path = tmp_path / "l1"
-    with subprocess.Popen(command(arguments, path), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + FAR
-        while not list(path.glob("manifest/*.json")):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end
-            time.sleep(0.002)
+    with warm_python.start(command(arguments, path), tmp_path) as process:
+        process.until(lambda: list(path.glob("manifest/*.json")))
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     n_committed = len(list(path.glob("manifest/*.json")))
     assert 1 <= n_committed < 10
     with pytest.raises(UserError, match="unfinished"):
         ShardSet.open(path)
-    continued = start(command(arguments, path), tmp_path)
+    continued = warm_python.run(command(arguments, path), tmp_path)
     assert continued.returncode == 0, continued.stderr
     assert f"{10 - n_committed} shards written" in continued.stderr
     assert files(path) == files(done[0])
@@ -413,9 +402,9 @@ def test_a_model_of_nan_is_refused(
 
 def test_unreachable_model(arguments: list[str], tmp_path: Path) -> None:
     """In a process of its own, because the hub's client reads the variable once."""
-    result = start(
-        command([*arguments, "--model", "nobody/no-such-model"], tmp_path / "out"), tmp_path, HF_HUB_OFFLINE="1"
-    )
+    words = [sys.executable, *command([*arguments, "--model", "nobody/no-such-model"], tmp_path / "out")]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(words, cwd=tmp_path, env=offline, capture_output=True, text=True, check=False)
     message = refused((result.returncode, result.stderr))
     for part in ("nobody/no-such-model", "HF_TOKEN", "local folder"):
         assert part in message

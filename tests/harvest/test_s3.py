@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from warm_processes import WarmPython
 
 from matryoshka import launch
 from matryoshka.shards import ShardSet
@@ -18,7 +17,6 @@ from matryoshka.shards.object_place import ObjectPlace
 from matryoshka.shards.place import place_of
 
 Cli = Callable[..., tuple[int, str, str]]
-FAR = 120.0
 
 
 def content(url: str) -> dict[str, bytes | None]:
@@ -84,18 +82,18 @@ def test_more_tokens_and_several_sets(cli: Cli, arguments: list[str], s3_bucket:
         assert content(f"{s3_bucket}/sets/{name}") == files(tmp_path / "sets" / name)
 
 
-def test_killed_and_continued(arguments: list[str], finished: Path, s3_bucket: str, tmp_path: Path) -> None:
+@pytest.mark.kill
+def test_killed_and_continued(
+    arguments: list[str], finished: Path, s3_bucket: str, tmp_path: Path, warm_python: WarmPython
+) -> None:
     url = f"{s3_bucket}/l1"
     place = place_of(url)
-    command = [sys.executable, "-m", "harvest", *arguments, "--out", url]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + FAR
-        while not [key for key in place.keys("manifest") if key.endswith(".json")]:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end
+    command = ["-m", "harvest", *arguments, "--out", url]
+    with warm_python.start(command, tmp_path) as process:
+        process.until(lambda: [key for key in place.keys("manifest") if key.endswith(".json")])
         process.send_signal(signal.SIGKILL)
     assert place.read("manifest/.lock") is not None  # nobody gave it back
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    again = warm_python.run(command, tmp_path)
     assert again.returncode == 0, again.stderr
     assert content(url).keys() == files(finished).keys()
     for key, value in content(url).items():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from warm_processes import WarmPython
 
 from matryoshka.norms import Norm
 from matryoshka.shards import Manifest, ShardSet, ShardSetWriter, SiteFacts, plan_splits
@@ -21,8 +22,7 @@ BOS = 2
 CTX_LEN = 16
 
 MakeShards = Callable[..., ShardSet]
-OnRanks = Callable[[list[str], int], None]
-TrainOnRanks = Callable[[dict[str, Any], int], None]
+TrainOnRanks = Callable[..., None]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -102,36 +102,30 @@ def run_settings(random_shards: ShardSet) -> dict[str, Any]:
 
 
 @pytest.fixture
-def on_ranks() -> OnRanks:
-    """Run a command in so many processes, as a user would start them."""
+def train_on_ranks(warm_python: WarmPython, tmp_path: Path) -> TrainOnRanks:
+    """`train run` with these settings, "parallel" among them, in so many processes; `torchrun`: by torchrun itself."""
 
-    def run(command: list[str], world: int) -> None:
+    def run(settings: dict[str, Any], world: int, torchrun: bool = False) -> None:
+        config = tmp_path / "p.yaml"
+        config.write_text(json.dumps({"train": settings}))
+        words = ["-m", "train", "run", "--config", str(config), "--parallel", settings["parallel"]]
+        if not torchrun:
+            warm_python.run_ranks(words, ROOT, world)
+            return
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        done = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+        done = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     return run
 
 
 @pytest.fixture
-def train_on_ranks(on_ranks: OnRanks, tmp_path: Path) -> TrainOnRanks:
-    """`train run` with these settings, "parallel" among them, in so many processes."""
-
-    def run(settings: dict[str, Any], world: int) -> None:
-        config = tmp_path / "p.yaml"
-        config.write_text(json.dumps({"train": settings}))
-        on_ranks(["-m", "train", "run", "--config", str(config), "--parallel", settings["parallel"]], world)
-
-    return run
-
-
-@pytest.fixture
-def step_on_ranks(on_ranks: OnRanks, tmp_path: Path) -> Callable[[str, int], None]:
+def step_on_ranks(warm_python: WarmPython, tmp_path: Path) -> Callable[[str, int], None]:
     """A script in so many processes; it finds the checkout and tests/train in its first two arguments."""
 
     def run(script: str, world: int) -> None:
         driver = tmp_path / "driver.py"
         driver.write_text(script)
-        on_ranks([str(driver), str(ROOT), str(Path(__file__).parent)], world)
+        warm_python.run_ranks([driver, ROOT, Path(__file__).parent], ROOT, world)
 
     return run

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from matryoshka.runs import publish_json
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 from train.export import checkpoint_folder, export_runs
-
-ROOT = Path(__file__).parents[2]
 
 
 def make(seed: int = 0, *, layer: int = 3, d_out: int = 10) -> Transcoder:
@@ -133,29 +130,18 @@ def test_what_is_not_a_run(tmp_path: Path) -> None:
         export_runs([], "saelens")
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, typed: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     write_run(tmp_path / "runs" / "l3-k4", make())
-
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        code = "from matryoshka.launch import train; train()"
-        return subprocess.run(
-            [sys.executable, "-W", "error::UserWarning", "-c", code, "export", "runs/l3-k4", *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
-            check=False,
-        )
-
-    done = command("--format", "gemma-scope", "--prefix", "2")
+    export = ("train", "export", "runs/l3-k4", "--format")
+    done = typed(*export, "gemma-scope", "--prefix", "2")
     assert (done.returncode, done.stderr) == (0, "")
     first, *dropped = done.stdout.splitlines()
     assert first == "data/exports/l3-k4-gemma-scope-prefix2 written"
     assert "not in it: k = 4" in dropped
     assert (tmp_path / "data/exports/l3-k4-gemma-scope-prefix2/layer_3/width_16/canonical/params.npz").is_file()
-    again = command("--format", "gemma-scope", "--prefix", "2")
+    again = typed(*export, "gemma-scope", "--prefix", "2")
     assert again.stdout.splitlines() == ["data/exports/l3-k4-gemma-scope-prefix2 is there already", *dropped]
-    wrong = command("--format", "onnx")
+    wrong = typed(*export, "onnx")
     assert wrong.returncode == 2
     assert "error: there is no format 'onnx'" in wrong.stderr
     assert "Traceback" not in wrong.stderr

@@ -231,6 +231,7 @@ def test_ranks_share_the_fleet(run_settings: dict[str, Any], tmp_path: Path) -> 
         assert trained(run) == trained(whole[name])
 
 
+@pytest.mark.torchrun
 def test_torchrun_spreads_the_runs_over_its_ranks(run_settings: dict[str, Any], tmp_path: Path) -> None:
     whole = by_name(train_fleet(config_of(run_settings, tmp_path / "whole", fleet=LIST)))
     config = tmp_path / "sweep.yaml"

@@ -9,17 +9,16 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_processes import WarmPython
 
 from train.checkpoint import list_checkpoints
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.kill
 N_KILLS = int(os.environ.get("MATRYOSHKA_KILLS", "2"))
 LIST = [
     {"name": "plain"},
@@ -58,13 +57,17 @@ sys.exit(7 if result.stopped_by is not None else 0)
 """
 
 
-def start(settings: dict[str, Any], step: int = -1, delay: float = 0.0, number: int = signal.SIGKILL) -> int:
+@pytest.fixture
+def start(warm_python: WarmPython, tmp_path: Path) -> Callable[..., int]:
     """Train in a process of its own that sends itself a signal `delay` seconds after its `step`-th step."""
-    command = [sys.executable, "-c", DRIVER, json.dumps(settings), str(step), str(delay), str(int(number))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode in (0, 7, -signal.SIGKILL), done.stderr
-    return done.returncode
+
+    def run(settings: dict[str, Any], step: int = -1, delay: float = 0.0, number: int = signal.SIGKILL) -> int:
+        words = ["-c", DRIVER, json.dumps(settings), str(step), str(delay), str(int(number))]
+        done = warm_python.run(words, tmp_path)
+        assert done.returncode in (0, 7, -signal.SIGKILL), done.stderr
+        return done.returncode
+
+    return run
 
 
 def learned(folder: Path) -> dict[str, bytes]:
@@ -82,7 +85,7 @@ def learned(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("fleet", [None, LIST], ids=["one", "three"])
 @pytest.mark.timeout(3600)
 def test_killed_at_random_steps_and_resumed(
-    run_settings: dict[str, Any], tmp_path: Path, fleet: list[dict[str, Any]] | None
+    run_settings: dict[str, Any], tmp_path: Path, fleet: list[dict[str, Any]] | None, start: Callable[..., int]
 ) -> None:
     n_steps = 10 * N_KILLS
     settings = run_settings | {"steps": n_steps, "log_every": 1, "checkpoint_every": 4, "fleet": fleet}
@@ -104,7 +107,9 @@ def test_killed_at_random_steps_and_resumed(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_saves_the_step_in_hand(run_settings: dict[str, Any], tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_the_step_in_hand(
+    run_settings: dict[str, Any], tmp_path: Path, number: signal.Signals, start: Callable[..., int]
+) -> None:
     settings = run_settings | {"checkpoint_every": 1000, "log_every": 1, "fleet": LIST[:2]}
     assert start(settings | {"out": str(tmp_path / "whole")}) == 0
     stopped = settings | {"out": str(tmp_path / "stopped")}
@@ -115,7 +120,9 @@ def test_a_signal_saves_the_step_in_hand(run_settings: dict[str, Any], tmp_path:
     assert learned(tmp_path / "stopped") == learned(tmp_path / "whole")
 
 
-def test_the_command_says_that_it_was_stopped(run_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_command_says_that_it_was_stopped(
+    run_settings: dict[str, Any], tmp_path: Path, warm_python: WarmPython
+) -> None:
     """`pipeline run` must not take an interrupted training for a finished one."""
     config = tmp_path / "p.yaml"
     settings = run_settings | {
@@ -125,13 +132,11 @@ def test_the_command_says_that_it_was_stopped(run_settings: dict[str, Any], tmp_
         "log_every": 1,
     }
     config.write_text(json.dumps({"train": settings}))
-    command = [sys.executable, "-m", "train", "run", "--config", str(config)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-            time.sleep(0.05)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with warm_python.start(["-m", "train", "run", "--config", config], tmp_path) as process:
+        process.until(lambda: metrics.exists() and metrics.stat().st_size)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, said
+        assert process.wait() == 128 + signal.SIGTERM, process.stderr
+    said = process.stderr
     (checkpoint,) = list_checkpoints(tmp_path / "run")
     assert f"stopped after step {checkpoint.step} of 100000" in " ".join(said.split())

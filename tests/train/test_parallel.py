@@ -25,12 +25,11 @@ FLEET = [
 ]
 
 
-def test_two_ranks_equal_one(
-    run_settings: dict[str, Any], tmp_path: Path, train_on_ranks: Callable[[dict[str, Any], int], None]
-) -> None:
+@pytest.mark.torchrun
+def test_two_ranks_equal_one(run_settings: dict[str, Any], tmp_path: Path, train_on_ranks: Callable[..., None]) -> None:
     settings = run_settings | {"steps": 50, "fleet": FLEET, "log_every": 5, "checkpoint_every": 20, "precision": "fp32"}
     train_fleet(TrainConfig.model_validate(settings | {"out": tmp_path / "one"}))
-    train_on_ranks(settings | {"out": str(tmp_path / "two"), "parallel": "data"}, 2)
+    train_on_ranks(settings | {"out": str(tmp_path / "two"), "parallel": "data"}, 2, torchrun=True)
     for entry in FLEET:
         one, two = (list_checkpoints(tmp_path / folder / str(entry["name"])) for folder in ("one", "two"))
         assert [c.step for c in one] == [c.step for c in two] == [40, 50]

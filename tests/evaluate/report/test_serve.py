@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from warm_processes import WarmPython
 
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
@@ -32,16 +31,17 @@ from matryoshka.runs import publish_json
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
-ROOT = Path(__file__).parents[3]
-
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_text: Path, made: Any) -> Path:
+def place(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_text: Path, made: Any, warm_python: WarmPython
+) -> Path:
     """A folder with a shard set l1 that was harvested from a tiny model, and a run with a report."""
     folder = tmp_path_factory.mktemp("served")
     words = ["--model", tiny_llama, "--dataset", tiny_text, "--layer", "1", "--tokens", "3k", "--out", "l1"]
     words += ["--set", "harvest.ctx_len=32", "--set", "harvest.val_fraction=0.3", "--device", "cpu", "--dtype", "fp32"]
-    command(folder, "harvest", "run", *words)
+    done = warm_python.run(["-m", "harvest", "run", *words], folder)
+    assert done.returncode == 0, done.stderr
     hooks = {"source_hook": "blocks.1.hook_resid_mid", "target_hook": "blocks.1.hook_mlp_out"}
     model = {"model": str(tiny_llama), "model_revision": None, "input": "normalized"}
     run = made.run(folder / "l1-k9", made.transcoder(d_in=24, d_out=24, **hooks, **model))
@@ -49,15 +49,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_text:
     config = EvaluateConfig.model_validate({"shards": folder / "l1", "device": "cpu", "samples": {"before": 6}})
     assert make_report(run, config).notes == ()
     return folder
-
-
-def command(folder: Path, *words: Any) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    line = [sys.executable, "-m", *map(str, words)]
-    done = subprocess.run(
-        line, cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -291,25 +282,23 @@ def test_no_port_that_is_free(server: PageServer, place: Path, monkeypatch: pyte
         serve_report(place / "l1-k9", EvaluateConfig(device="cpu"))
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_ctrl_c_is_the_ordinary_end(number: signal.Signals, place: Path) -> None:
-    line = [sys.executable, "-c", "from matryoshka.launch import evaluate; evaluate()", "serve", "l1-k9"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        line, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
+def test_ctrl_c_is_the_ordinary_end(number: signal.Signals, place: Path, warm_python: WarmPython) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with warm_python.start(["-m", "evaluate", "serve", "l1-k9"], place, environment=environment) as process:
+        process.until(lambda: process.stdout.count("\n") == 2)
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout)
         assert found is not None
         connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
         connection.request("GET", "/data/overview.js")
         assert connection.getresponse().status == 200
         process.send_signal(number)
-        assert process.wait(60) == 0
-        assert process.stdout.readline().startswith(f"from another machine: ssh -N -L {found[1]}:127.0.0.1:{found[1]} ")
-        assert process.stdout.read() == "stopped\n"
-        assert "Traceback" not in process.stderr.read()
+        assert process.wait() == 0
+    _, tunnel, end = process.stdout.splitlines()
+    assert tunnel.startswith(f"from another machine: ssh -N -L {found[1]}:127.0.0.1:{found[1]} ")
+    assert end == "stopped"
+    assert "Traceback" not in process.stderr
 
 
 @pytest.fixture
