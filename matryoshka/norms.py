@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from matryoshka.errors import UserError
 from matryoshka.sites import input_conventions
 
+_SAME_NORM = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Relative L2 difference up to which our formula of a norm is the model's; 1e-5 in other types."""
+
 
 @dataclass(frozen=True, eq=False)
 class Norm:
@@ -80,12 +83,12 @@ def apply_convention(x: Tensor, convention: str, *, source_site: str, norm: Norm
     return norm.normalized(x) if convention == "normalized" else norm.with_gain(x)
 
 
-def fit_norm(module: nn.Module, reads: Tensor, gives: Tensor, *, tolerance: float) -> Norm | None:
+def fit_norm(module: nn.Module, reads: Tensor, gives: Tensor) -> Norm | None:
     """The `Norm` that a norm module computes, from its weights and one pair of its input and output [..., d].
 
     The output alone tells which formula it is, and whether the weight is the gain or its offset from 1 (Gemma,
     Nemotron); a module without a weight has the gain 1 (OLMo, NanoChat). eps is the module's own, or what its answer
-    to small inputs shows. None when no formula comes within `tolerance` (relative L2 difference).
+    to small inputs shows. None when no formula gives the output to the rounding of its type.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     eps = next((float(getattr(module, name)) for name in ("eps", "variance_epsilon") if hasattr(module, name)), None)
@@ -106,7 +109,7 @@ def fit_norm(module: nn.Module, reads: Tensor, gives: Tensor, *, tolerance: floa
         return None
     differences = [float((form.with_gain(reads) - gives.float()).norm() / gives.float().norm()) for form in forms]
     best = min(range(len(forms)), key=differences.__getitem__)
-    return forms[best] if differences[best] <= tolerance else None
+    return forms[best] if differences[best] <= max(_SAME_NORM.get(t.dtype, 1e-5) for t in (reads, gives)) else None
 
 
 def _eps_of(module: nn.Module, reads: Tensor, kind: Literal["rms", "layer"]) -> float | None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from matryoshka.config import Config
 from matryoshka.errors import UserError
-from matryoshka.interop.hook_names import split_hook
+from matryoshka.hook_names import split_hook
 from matryoshka.runs import make_directory, publish_json
 
 from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from matryoshka.interop.hook_names import input_hook
+from matryoshka.hook_names import input_hook
 from matryoshka.interop.origin import Origin
 from matryoshka.run_facts import NOT_RECORDED
 from matryoshka.transcoder import Transcoder

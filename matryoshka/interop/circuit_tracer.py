@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
-from matryoshka.interop.hook_names import input_hook, output_hook, read_input_hook, split_hook
+from matryoshka.hook_names import input_hook, output_hook, read_input_hook, split_hook
 from matryoshka.interop.origin import Origin
 from matryoshka.interop.weight_files import build, nested_facts, read_safetensors, write_safetensors
 from matryoshka.transcoder import Transcoder

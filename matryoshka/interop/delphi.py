@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
-from matryoshka.interop.hook_names import output_hook
+from matryoshka.hook_names import output_hook
 from matryoshka.interop.weight_files import write_json, write_safetensors
 from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.errors import UserError
-from matryoshka.interop.hook_names import output_hook, split_hook
+from matryoshka.hook_names import output_hook, split_hook
 from matryoshka.interop.origin import Origin
 from matryoshka.interop.weight_files import WEIGHTS, build, read_npz, write_npz
 from matryoshka.transcoder import Transcoder

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from matryoshka.errors import UserError
+from matryoshka.hook_names import output_hook, split_hook
 from matryoshka.interop.gemma_scope import width_name
-from matryoshka.interop.hook_names import output_hook, split_hook
 from matryoshka.interop.origin import Origin
 from matryoshka.interop.weight_files import (
     WEIGHTS,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from matryoshka.config import digest
 from matryoshka.errors import UserError
-from matryoshka.interop.hook_names import input_hook, split_hook
+from matryoshka.hook_names import input_hook, split_hook
 from matryoshka.interop.logit_effects import MARK_FILE as LOGITS_MARK
 from matryoshka.interop.logit_effects import Effects, LogitEffects
 from matryoshka.interop.origin import Origin

@@ -45,7 +45,7 @@ def from_pretrained(
         path_or_repo: a folder (or a run, whose newest checkpoint is meant, or a params.npz), else `user/repo` or
             `user/repo/sub/folder` of the hub.
         layer: which one of a circuit-tracer set; the layer of a params.npz whose path has no `layer_N`.
-        norm_kind: "rms" or "layer", where it is known and the format is ambiguous (interop/hook_names.py).
+        norm_kind: "rms" or "layer", where it is known and the format is ambiguous (hook_names.py).
         revision: commit, branch or tag, for the hub.
 
     Raises:

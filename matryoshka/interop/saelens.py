@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from matryoshka.errors import UserError
-from matryoshka.interop.hook_names import InputSite, input_hook, output_hook, read_input_hook, split_hook
+from matryoshka.hook_names import InputSite, input_hook, output_hook, read_input_hook, split_hook
 from matryoshka.interop.origin import Origin
 from matryoshka.interop.weight_files import (
     WEIGHTS,

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka.errors import UserError
-from matryoshka.interop.hook_names import input_hook, output_hook, split_hook
+from matryoshka.hook_names import input_hook, output_hook, split_hook
 from matryoshka.lm.hooks import ModuleHook
 from matryoshka.lm.model import LanguageModel
 from matryoshka.norms import Norm, apply_convention, fit_norm
 from matryoshka.transcoder import Transcoder
 
-_SAME_NORM = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _PROBE_ROWS = 8
 
 Edit = Callable[[Tensor, Tensor], Tensor]
@@ -113,7 +112,7 @@ def spliced_between(
         weight = next(source.parameters())
         reads = torch.randn(_PROBE_ROWS, config.d_in, generator=torch.Generator().manual_seed(0)).to(weight)
         with torch.no_grad():
-            norm = fit_norm(source, reads, source(reads), tolerance=_SAME_NORM.get(weight.dtype, 1e-5))
+            norm = fit_norm(source, reads, source(reads))
     splice = _Splice(transcoder, norm, _reconstruction(transcoder, n_groups))
     with contextlib.ExitStack() as stack:
         stack.callback(ModuleHook(source, "in").attach(splice.take_raw).remove)

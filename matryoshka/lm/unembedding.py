@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from matryoshka.errors import UserError
 from matryoshka.norms import Norm, fit_norm
 
-_SAME_NORM = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Rank correlation with the model's own logits, above which what follows W_U is monotone; 16-bit logits have many ties.
 _SAME_ORDER = 0.97
 # Relative L2 difference up to which our formula of what follows W_U is the model's.
@@ -63,7 +62,7 @@ class Unembedding:
         if norm is None or weight is None:
             raise _unknown(name, "it has no final norm or no unembedding")
         with torch.inference_mode():
-            fitted = fit_norm(norm, residual, norm(residual), tolerance=_SAME_NORM[residual.dtype])
+            fitted = fit_norm(norm, residual, norm(residual))
             if fitted is None:
                 raise _unknown(name, f"its final norm, a {type(norm).__name__}, is of another form")
             own = fitted.with_gain(residual) @ weight.float().T

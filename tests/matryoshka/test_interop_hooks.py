@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
-from matryoshka.interop.hook_names import InputSite, input_hook, output_hook, read_input_hook, split_hook
+from matryoshka.hook_names import InputSite, input_hook, output_hook, read_input_hook, split_hook
 from matryoshka.lm import LanguageModel
 from matryoshka.lm.splice import check_model, spliced_between
 from matryoshka.norms import apply_convention
