@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matryoshka.wandb_artifacts import log_report
+from matryoshka.wandb_runs import log_report
 
 from .config import EvaluateConfig
 from .report_file import Report

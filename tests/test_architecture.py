@@ -27,7 +27,7 @@ OWNERS = {
     "pyarrow": ("harvest/text.py", "evaluate/", "matryoshka/interop/"),
     "safetensors": ("matryoshka/transcoder.py", "matryoshka/interop/weight_files.py", "train/checkpoint.py"),
     "huggingface_hub": ("matryoshka/interop/hub.py", "matryoshka/lm/", "harvest/text.py", "matryoshka/tokens.py"),
-    "wandb": ("train/sinks.py", "matryoshka/wandb_artifacts.py"),
+    "wandb": ("matryoshka/wandb_runs.py",),
     "yaml": ("matryoshka/config.py", "matryoshka/pipeline.py", "matryoshka/interop/circuit_tracer.py"),
     "obstore": ("matryoshka/shards/",),
     "umap": ("evaluate/structure/clusters.py",),

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from matryoshka.errors import UserError
 from matryoshka.runs import METRICS_FILE, TIMING_FILE, publish_bytes
 from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE
-from matryoshka.wandb_artifacts import log_folder
+from matryoshka.wandb_runs import log_folder, start_run
 
 WANDB_ID_FILE = "wandb-id.txt"
 
@@ -64,29 +63,20 @@ class WandbSink:
         self, folder: Path, *, mode: str, project: str, config: Mapping[str, Any], group: str | None = None
     ) -> None:
         """`group` shows the runs of a fleet together. A run that goes on keeps its id, and so its curves online."""
-        import wandb
-
         online = mode == "online"
         self._uploads = online
         self._folder = folder
-        try:
-            self._run = wandb.init(
-                project=project,
-                name=folder.name,
-                group=group,
-                dir=str(folder),
-                id=_wandb_id(folder),
-                mode="online" if online else "offline",
-                resume="allow" if online else None,
-                # Members of a fleet are open at the same time.
-                reinit="create_new",
-                config=dict(config),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except wandb.Error as error:
-            raise UserError(
-                f"Weights & Biases could not start ({error}). Log in with `wandb login`, or use --wandb offline"
-            ) from error
+        self._run = start_run(
+            project=project,
+            name=folder.name,
+            folder=folder,
+            mode=mode,
+            offline="--wandb offline",
+            group=group,
+            id=_wandb_id(folder),
+            resume="allow" if online else None,
+            config=dict(config),
+        )
 
     def log(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
         """Log one step."""

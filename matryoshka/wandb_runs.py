@@ -1,4 +1,4 @@
-"""Folders as Weights & Biases artifacts: the transcoder of a finished run, and the pages of a report."""
+"""Weights & Biases: the start of a run, and folders as artifacts (a transcoder, the pages of a report)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,36 @@ from matryoshka.errors import UserError
 
 _UNFIT = re.compile(r"[^\w.-]")
 """Everything that the name of an artifact cannot hold."""
+
+
+def start_run(*, project: str, name: str, folder: Path, mode: str, offline: str, **options: Any) -> Any:
+    """A W&B run whose own files lie in `folder`; several may be open at the same time.
+
+    Args:
+        mode: online or offline.
+        offline: the option that makes it offline, for the message.
+        options: more arguments of `wandb.init`.
+
+    Raises:
+        UserError: W&B cannot start.
+    """
+    import wandb
+
+    try:
+        return wandb.init(
+            project=project,
+            name=name,
+            dir=str(folder),
+            mode="online" if mode == "online" else "offline",
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, console="off"),
+            **options,
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases could not start ({error}). Log in with `wandb login`, or use {offline}; what is on the "
+            "disk is whole without it"
+        ) from error
 
 
 def log_folder(
@@ -42,23 +72,14 @@ def log_report(
 
     `mode`: online or offline. Raises UserError when W&B cannot start.
     """
-    import wandb
-
-    try:
-        run = wandb.init(
-            project=project,
-            name=f"{name}-report",
-            job_type="report",
-            dir=str(pages.parent),
-            mode="online" if mode == "online" else "offline",
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-    except wandb.Error as error:
-        raise UserError(
-            f"Weights & Biases could not start ({error}). Log in with `wandb login`, or use "
-            "--set evaluate.wandb=offline; the pages themselves are written"
-        ) from error
+    run = start_run(
+        project=project,
+        name=f"{name}-report",
+        folder=pages.parent,
+        mode=mode,
+        offline="--set evaluate.wandb=offline",
+        job_type="report",
+    )
     run.summary.update(dict(summary))
     log_folder(run, pages, name=f"{name}-report", kind="report", metadata=metadata)
     run.finish()
