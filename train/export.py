@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.errors import UserError
-from matryoshka.interop.export import Exported, Material, export
-from matryoshka.interop.neuronpedia import MARK_FILE, Samples
+from matryoshka.interop.export import Exported, export
 from matryoshka.interop.origin import Origin
+from matryoshka.interop.samples import MARK_FILE, Samples
 from matryoshka.locations import location, portable_name
 from matryoshka.run_facts import read_run_facts
 from matryoshka.runs import RUN_FILE, read_json
@@ -52,11 +52,14 @@ def export_runs(
         out = Path("data") / "exports" / f"{origin.run}-{form}{cut}"
     if form == "delphi" and shards is None:
         shards = _shard_folder(runs[0])
-    material = Material(
+    return export(
+        transcoders,
+        form,
+        out,
+        origin,
         shards=None if form != "delphi" or shards is None else ShardSet.open(shards),
         samples=_samples(runs[0]) if form == "neuronpedia" else None,
     )
-    return export(transcoders, form, out, origin, material)
 
 
 def _samples(run: Path) -> Samples | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.hook_names import input_hook, output_hook, read_input_hook, split_hook
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.inputs import ExportInputs, unread_prefixes
 from matryoshka.interop.weight_files import build, nested_facts, read_safetensors, write_safetensors
-from matryoshka.transcoder import Transcoder
+from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 CONFIG_FILE = "config.yaml"
 LAYER_FILE = re.compile(r"layer_(\d+)\.safetensors")
@@ -31,10 +30,21 @@ _THRESHOLD = "activation_function.threshold"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", _THRESHOLD, "W_skip")
 
 
-def write(transcoders: Sequence[Transcoder], folder: Path, origin: Origin) -> None:
+def place(inputs: ExportInputs) -> str:  # noqa: ARG001 -- as every format's
+    """At the top: the format leaves it open."""
+    return "."
+
+
+def dropped(config: TranscoderConfig) -> list[str]:
+    """Prefixes."""
+    return unread_prefixes(config)
+
+
+def write(inputs: ExportInputs, folder: Path) -> None:
     """Write a whole set from transcoders of different layers of one model; the other layers are zeros."""
     import yaml
 
+    transcoders, origin = inputs.transcoders, inputs.origin
     by_layer = {_layer(transcoder): transcoder for transcoder in transcoders}
     if len(by_layer) < len(transcoders):
         raise UserError("two of the transcoders are of the same layer; a circuit-tracer set has one for each layer")

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.hook_names import output_hook
+from matryoshka.interop.inputs import ExportInputs, lost_prefixes
 from matryoshka.interop.weight_files import write_json, write_safetensors
 from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
-from matryoshka.transcoder import Transcoder
+from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 N_SPLITS = 5
 """Files the latents are cut into; delphi's own default."""
@@ -35,13 +36,21 @@ _ROWS = 4096
 """Rows encoded at once."""
 
 
-def place(transcoder: Transcoder) -> str:
+def place(inputs: ExportInputs) -> str:
     """Name of the module's folder."""
-    return output_hook(transcoder.config)
+    return output_hook(inputs.transcoder.config)
 
 
-def write(transcoder: Transcoder, folder: Path, shards: ShardSet) -> None:
+def dropped(config: TranscoderConfig) -> list[str]:
+    """Weights and prefixes."""
+    return ["the weights: the format holds activations of latents", *lost_prefixes(config)]
+
+
+def write(inputs: ExportInputs, folder: Path) -> None:
     """Write the cache of all val contexts into `folder`; it takes rows x L0 x 16 bytes of memory on the way."""
+    transcoder, shards = inputs.transcoder, inputs.shards
+    if shards is None:
+        raise UserError("delphi's cache is made from activations, and the run's shard set is gone; pass --shards")
     config, manifest = transcoder.config, shards.manifest
     if (config.d_in, config.source_hook) != (shards.d_in, manifest.source.hook_point):
         raise UserError(

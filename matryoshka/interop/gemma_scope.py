@@ -12,17 +12,18 @@ from typing import Any
 
 from matryoshka.errors import UserError
 from matryoshka.hook_names import output_hook, split_hook
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.inputs import ExportInputs, lost_prefixes
 from matryoshka.interop.weight_files import WEIGHTS, build, read_npz, write_npz
-from matryoshka.transcoder import Transcoder
+from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 FILE = "params.npz"
 
 
-def place(transcoder: Transcoder) -> str:
+def place(inputs: ExportInputs) -> str:
     """Folder inside the repository: loaders read layer and width from it."""
-    layer, _ = split_hook(output_hook(transcoder.config))
-    return f"layer_{layer}/width_{width_name(transcoder.config.d_sae)}/canonical"
+    config = inputs.transcoder.config
+    layer, _ = split_hook(output_hook(config))
+    return f"layer_{layer}/width_{width_name(config.d_sae)}/canonical"
 
 
 def width_name(d_sae: int) -> str:
@@ -30,8 +31,16 @@ def width_name(d_sae: int) -> str:
     return f"{d_sae // 1024}k" if d_sae % 1024 == 0 else str(d_sae)
 
 
-def write(transcoder: Transcoder, folder: Path, origin: Origin) -> None:
+def dropped(config: TranscoderConfig) -> list[str]:
+    """Prefixes, k and the model."""
+    k = [] if config.k is None else [f"k = {config.k}"]
+    model = f"the model {config.model or 'of unknown name'} and its revision; the layer is in the folder's name"
+    return [*lost_prefixes(config), *k, model]
+
+
+def write(inputs: ExportInputs, folder: Path) -> None:
     """Write params.npz; refuses what five arrays without a word cannot express."""
+    transcoder, origin = inputs.transcoder, inputs.origin
     config = transcoder.config
     layer, _ = split_hook(config.source_hook)
     if config.skip:

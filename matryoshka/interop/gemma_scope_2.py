@@ -12,7 +12,7 @@ from pathlib import Path
 from matryoshka.errors import UserError
 from matryoshka.hook_names import output_hook, split_hook
 from matryoshka.interop.gemma_scope import width_name
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.inputs import ExportInputs, unread_prefixes
 from matryoshka.interop.weight_files import (
     WEIGHTS,
     build,
@@ -22,7 +22,7 @@ from matryoshka.interop.weight_files import (
     write_json,
     write_safetensors,
 )
-from matryoshka.transcoder import Transcoder
+from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 WEIGHTS_FILE = "params.safetensors"
 CONFIG_FILE = "config.json"
@@ -31,17 +31,23 @@ _SKIP = "affine_skip_connection"
 _MODULES = {"in": "pre_feedforward_layernorm", "out": "post_feedforward_layernorm"}
 
 
-def place(transcoder: Transcoder) -> str:
+def place(inputs: ExportInputs) -> str:
     """Folder inside the repository: loaders read the kind, layer and width from it."""
-    config = transcoder.config
+    config = inputs.transcoder.config
     layer, _ = split_hook(output_hook(config))
     affine = "_affine" if config.skip else ""
     l0 = "unknown" if config.k is None else config.k
     return f"transcoder/layer_{layer}_width_{width_name(config.d_sae)}_l0_{l0}{affine}"
 
 
-def write(transcoder: Transcoder, folder: Path, origin: Origin) -> None:  # noqa: ARG001 -- as every format's
+def dropped(config: TranscoderConfig) -> list[str]:
+    """Prefixes."""
+    return unread_prefixes(config)
+
+
+def write(inputs: ExportInputs, folder: Path) -> None:
     """Write the two files; refuses what has no name among the modules of a Gemma block."""
+    transcoder = inputs.transcoder
     config = transcoder.config
     layer, _ = split_hook(config.source_hook)
     if config.source_site != "resid_mid" or config.input != "mlp_in":

@@ -10,103 +10,45 @@ histogram of all logits and the correlations are left empty.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
 from torch import Tensor
 
-from matryoshka.config import digest
 from matryoshka.errors import UserError
 from matryoshka.hook_names import input_hook, split_hook
-from matryoshka.interop.logit_effects import MARK_FILE as LOGITS_MARK
+from matryoshka.interop.inputs import ExportInputs, lost_prefixes
 from matryoshka.interop.logit_effects import Effects, LogitEffects
-from matryoshka.interop.origin import Origin
-from matryoshka.interop.weight_files import read_json_object, write_json
-from matryoshka.tokens import TokenTexts
-from matryoshka.transcoder import Transcoder
+from matryoshka.interop.weight_files import write_json
+from matryoshka.transcoder import TranscoderConfig
 
-MARK_FILE, WINDOWS_FILE, HISTOGRAMS_FILE = "samples.json", "samples.parquet", "histograms.parquet"
 LATENTS_PER_BATCH = 128
 
-_FORMAT_VERSION = 1
 _N_ALIGNED = 3
 _TOP = -1
 """SAEDashboard's bin_min and bin_contains of the largest activations."""
 
 
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """A folder samples/ that `evaluate samples` made."""
-
-    folder: Path
-    weights_sha256: str
-    """Of the transcoder.safetensors that the samples are of."""
-    tokenizer: str
-    model_revision: str | None
-    n_rows: int
-    """Rows the examples are chosen from."""
-    digest: str
-    """Of the marks, which say what decides every byte of the samples and of the logit effects."""
-    logits: LogitEffects | None = None
-    """Of the same weights, where they were made."""
-
-    @classmethod
-    def open(cls, folder: Path) -> Samples:
-        """Raises UserError when it is not there whole, or is of another version."""
-        if not (folder / MARK_FILE).is_file():
-            raise UserError(f"{folder} holds no samples; make them with: evaluate samples RUN")
-        mark = read_json_object(folder / MARK_FILE)
-        if mark.get("format_version") != _FORMAT_VERSION:
-            raise UserError(f"{folder} has format_version {mark.get('format_version')!r}; this version reads 1")
-        sha256 = mark["transcoder"]["sha256"]
-        logits = LogitEffects.open(folder.parent, sha256)
-        marks = mark if logits is None else {**mark, "logits": read_json_object(folder.parent / LOGITS_MARK)}
-        return cls(
-            folder,
-            sha256,
-            mark["tokenizer"],
-            mark["shard_set"]["model_revision"],
-            mark["n_rows"],
-            digest(marks),
-            logits,
-        )
-
-    def token_texts(self) -> TokenTexts:
-        """The vocabulary; raises UserError when it cannot be had."""
-        return TokenTexts.read(self.tokenizer, revision=self.model_revision, near=self.folder)
-
-    def windows(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """(latent, its windows) in rising order of the latents that have some."""
-        import pyarrow.parquet as pq
-
-        file = pq.ParquetFile(self.folder / WINDOWS_FILE)
-        rows = (row for group in range(file.num_row_groups) for row in file.read_row_group(group).to_pylist())
-        for latent, own in itertools.groupby(rows, key=lambda row: row["latent"]):
-            yield latent, list(own)
-
-    def histograms(self) -> list[dict[str, Any]]:
-        """n_rows, width and counts of each latent."""
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self.folder / HISTOGRAMS_FILE).to_pylist()
-
-
-def place(transcoder: Transcoder, origin: Origin) -> str:
+def place(inputs: ExportInputs) -> str:
     """Name of the folder as SAEDashboard makes it: {model}_{set}_{hook}_{d_sae}."""
-    config = transcoder.config
-    parts = (PurePath(config.model).name or "model", origin.run or "matryoshka", input_hook(config), str(config.d_sae))
+    config, run = inputs.transcoder.config, inputs.origin.run
+    parts = (PurePath(config.model).name or "model", run or "matryoshka", input_hook(config), str(config.d_sae))
     return "_".join(re.sub(r"[^\w.-]", "-", part) for part in parts)
 
 
-def write(
-    transcoder: Transcoder, folder: Path, origin: Origin, samples: Samples, text_of: Callable[[int], str]
-) -> None:
-    """Write all batches; `text_of` gives the text of a token id."""
-    config = transcoder.config
+def dropped(config: TranscoderConfig) -> list[str]:
+    """Weights and prefixes."""
+    return ["the weights: the format holds activations of latents", *lost_prefixes(config)]
+
+
+def write(inputs: ExportInputs, folder: Path) -> None:
+    """Write all batches."""
+    transcoder, origin, samples = inputs.transcoder, inputs.origin, inputs.samples
+    if samples is None:
+        raise UserError("Neuronpedia's data is made from samples; run `evaluate samples RUN` first")
+    config, text_of = transcoder.config, samples.token_texts().text
     histograms = samples.histograms()
     head = {
         "model_id": PurePath(config.model).name,

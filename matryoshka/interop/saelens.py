@@ -13,7 +13,7 @@ import torch
 
 from matryoshka.errors import UserError
 from matryoshka.hook_names import InputSite, input_hook, output_hook, read_input_hook, split_hook
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.inputs import ExportInputs, unread_prefixes
 from matryoshka.interop.weight_files import (
     WEIGHTS,
     build,
@@ -24,7 +24,7 @@ from matryoshka.interop.weight_files import (
     write_safetensors,
 )
 from matryoshka.sites import input_conventions
-from matryoshka.transcoder import Transcoder
+from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 CONFIG_FILE = "cfg.json"
@@ -34,8 +34,19 @@ WRITTEN_FOR = "6.54.0"
 _ARCHITECTURES = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 
 
-def write(transcoder: Transcoder, folder: Path, origin: Origin) -> None:
+def place(inputs: ExportInputs) -> str:  # noqa: ARG001 -- as every format's
+    """At the top: the format leaves it open."""
+    return "."
+
+
+def dropped(config: TranscoderConfig) -> list[str]:
+    """Prefixes."""
+    return unread_prefixes(config)
+
+
+def write(inputs: ExportInputs, folder: Path) -> None:
     """Write the two files into `folder`."""
+    transcoder, origin = inputs.transcoder, inputs.origin
     config = transcoder.config
     tensors = {name: getattr(transcoder, name) for name in WEIGHTS}
     if transcoder.W_skip is not None:

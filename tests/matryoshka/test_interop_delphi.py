@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from matryoshka.errors import UserError
-from matryoshka.interop.export import Material, export
+from matryoshka.interop.export import export
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
@@ -55,7 +55,7 @@ def slow(transcoder: Transcoder, toy: Any, shards: ShardSet) -> dict[tuple[int, 
 
 def test_every_activation_is_there_once(make: Make, toy: Any, shards: ShardSet, tmp_path: Path) -> None:
     transcoder = make()
-    exported = export([transcoder], "delphi", tmp_path / "out", material=Material(shards=shards))
+    exported = export([transcoder], "delphi", tmp_path / "out", shards=shards)
     assert exported.weights == tmp_path / "out" / shards.manifest.target.hook_point
     files = sorted(path.name for path in exported.weights.glob("*.safetensors"))
     assert files == ["0_3.safetensors", "13_17.safetensors", "18_22.safetensors", "4_8.safetensors", "9_12.safetensors"]
@@ -85,7 +85,7 @@ def test_the_cache_is_bound_to_its_shard_set(make: Make, shards: ShardSet, tmp_p
         export([make()], "delphi", tmp_path / "out")
     other = make(source_hook="blocks.9.hook_resid_mid", target_hook="blocks.9.hook_mlp_out")
     with pytest.raises(UserError, match=r"reads blocks\.9\.hook_resid_mid .* pass the shard set it was trained on"):
-        export([other], "delphi", tmp_path / "out", material=Material(shards=shards))
+        export([other], "delphi", tmp_path / "out", shards=shards)
     assert list(tmp_path.iterdir()) == []
-    export([make()], "delphi", tmp_path / "out", material=Material(shards=shards))
-    assert export([make()], "delphi", tmp_path / "out", material=Material(shards=shards)).already_there
+    export([make()], "delphi", tmp_path / "out", shards=shards)
+    assert export([make()], "delphi", tmp_path / "out", shards=shards).already_there
