@@ -74,6 +74,10 @@ class Stopwatch:
             self.n_tokens += n_tokens
             self.end = clocks()
 
+    def noted(self, text: str) -> None:
+        """What a person would be told."""
+        print(text)
+
     @property
     def seconds_per_token(self) -> Seconds:
         """While the model runs: on the clock, and of all cores."""

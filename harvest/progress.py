@@ -24,6 +24,10 @@ class Progress(Protocol):
         """`n_tokens` more have been through the model, or were committed by an earlier run."""
         ...
 
+    def noted(self, text: str) -> None:
+        """Something to know at once."""
+        ...
+
 
 class Silent:
     """Progress for nobody."""
@@ -40,6 +44,9 @@ class Silent:
         """Say nothing."""
 
     def advanced(self, n_tokens: int, bytes_written: int) -> None:
+        """Say nothing."""
+
+    def noted(self, text: str) -> None:
         """Say nothing."""
 
 
@@ -67,6 +74,10 @@ class HarvestDisplay:
         """Move the bar."""
         self._n_tokens += n_tokens
         self._display.update("", self._n_tokens, {"": bytes_written})
+
+    def noted(self, text: str) -> None:
+        """Print it above the bar."""
+        note(text, warning=True, to=self._display.console)
 
 
 def usual_progress() -> HarvestDisplay | Silent:

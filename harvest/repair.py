@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from matryoshka.config import explain
 from matryoshka.errors import UserError
-from matryoshka.lm.weights_digest import weights_digest
 from matryoshka.shards.place import place_of
 from matryoshka.shards.records import read_manifest
 from matryoshka.shards.verify import Verdict, discard, verify
@@ -18,7 +17,7 @@ from matryoshka.shards.verify import Verdict, discard, verify
 from .config import HarvestConfig
 from .estimate import gigabytes
 from .run import harvest
-from .same_model import check_weights
+from .same_model import check_model
 
 
 def verify_and_repair(
@@ -36,8 +35,7 @@ def verify_and_repair(
     config = recorded_config(path, operational)
     place = place_of(path)
     saved = read_manifest(place)
-    if "weights_digest" in saved.model:  # before anything is thrown away
-        check_weights(saved, weights_digest(config.model, config.revision), path, config.model)
+    check_model(saved, path, config.model, config.revision)  # before anything is thrown away
     with place.exclusive():
         discard(place, verdict)
     for result in harvest(config):

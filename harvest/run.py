@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.shards import CommitRecord, Manifest, ShardSetWriter
 from matryoshka.shards.committed_text import CommittedText
@@ -26,10 +25,12 @@ from matryoshka.shards.records import read_records
 from .background import background
 from .capture import Capture
 from .config import HarvestConfig
+from .enough_text import check_text, noting_the_end, too_little_text
 from .estimate import Estimate, estimate, together
-from .packing import SPLIT_ORDER, Packing, ShardJob, assign_split, document_hash, split_jobs
+from .packing import SPLIT_ORDER, Packing, ShardJob, split_jobs
 from .progress import Progress, Silent, usual_progress
 from .ranks import Ranks
+from .same_model import check_finished
 from .sets import HarvestResult, Target, bos_of, pad_of
 from .text import BadLines, dataset_facts, documents
 
@@ -77,7 +78,7 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
         elif progress is None:
             progress = shown.enter_context(usual_progress())
         # Everything that can be refused without the model is refused before it is loaded.
-        todo = [target for target in targets if not target.is_finished()]
+        todo = _unfinished(targets, config)
         ranks.wait()  # so that none finds a set half changed by another
         written = dict.fromkeys((target.folder for target in targets), 0)
         if todo:
@@ -115,7 +116,7 @@ def plan(config: HarvestConfig) -> Estimate:
     Raises UserError as `harvest` does before it starts, except that a disk which is too small is no error here.
     """
     ranks = Ranks()
-    todo = [target for target in map(Target, config.members()) if not target.is_finished()]
+    todo = _unfinished([Target(member) for member in config.members()], config)
     if not todo:
         return estimate_nothing(config)
     lm, sets, passes = _prepare(config, todo, ranks, BadLines())
@@ -143,6 +144,8 @@ def _prepare(
 ) -> tuple[LanguageModel, list[_Set], list[_Pass]]:
     """Load the model, and find out which shards are to be made. Nothing is written."""
     facts = {target.folder: _dataset(config, target) for target in todo}
+    for found in [facts[target.folder] for target in todo if target.begun() is None][:1]:
+        check_text(config, found)
     lm = LanguageModel.load(
         config.model, revision=config.revision, dtype=config.dtype, device=ranks.device(config.device)
     )
@@ -154,6 +157,13 @@ def _prepare(
         plans = {name: plan.model_dump() for name, plan in one.manifest.splits.items()}
         groups.setdefault(f"{plans} {facts[one.target.folder]}", []).append(one)
     return lm, sets, [_begin(config, tuple(group), lm, bad_lines) for group in groups.values()]
+
+
+def _unfinished(targets: list[Target], config: HarvestConfig) -> list[Target]:
+    """Those that are to be made. Raises UserError where a finished one is of another model than there is now."""
+    finished = {target.folder: target.begun() for target in targets if target.is_finished()}
+    check_finished([(folder, saved) for folder, saved in finished.items() if saved is not None], config.model)
+    return [target for target in targets if target.folder not in finished]
 
 
 def _dataset(config: HarvestConfig, target: Target) -> dict[str, Any]:
@@ -185,7 +195,7 @@ def _begin(config: HarvestConfig, sets: tuple[_Set, ...], lm: LanguageModel, bad
         jobs = jobs_of(split)
         job = next(jobs, None)
         if job is None or bool(torch.isin(job.tokens, specials).all()):
-            raise _too_little_text(split, config, packing, manifest, is_special=job is not None)
+            raise too_little_text(split, config, packing, manifest.dataset, is_special=job is not None)
         first[split], rest[split] = job, jobs
     everything = chain.from_iterable(chain([first[split]], rest[split]) for split in SPLIT_ORDER)
     return _Pass(sets, first, everything)
@@ -206,29 +216,6 @@ def _check_changed_files(sets: tuple[_Set, ...], jobs_of: Callable[[str], Iterat
         for job in islice(jobs_of(split), n_shards):
             for text in changed:
                 text.check(job.split, job.shard, job.tokens, job.doc_ids)
-
-
-def _too_little_text(
-    split: str, config: HarvestConfig, packing: Packing, manifest: Manifest, *, is_special: bool
-) -> UserError:
-    """What to say when the text has nothing for one of the splits. Reads the text once more, to count it."""
-    n_documents = n_own = 0
-    for text in documents(config, manifest.dataset):
-        n_documents += 1
-        n_own += assign_split(document_hash(text), 0, packing) == split
-    if packing.val_unit == "block":
-        found = f"its {n_documents} documents leave nothing for {split}"
-    else:
-        found = f"{n_own} of its {n_documents} documents belong to {split} (val_fraction {config.val_fraction:g})"
-    if is_special:
-        why = "all of them special tokens, which are never trained on nor evaluated"
-    else:
-        why = f"less than one context of {config.ctx_len} tokens"
-    block = ", or --val-unit block, which holds out parts of documents" if packing.val_unit == "document" else ""
-    return UserError(
-        f"the text of {config.dataset} has too little for the {split} split: {found}: {why}. Give more text, a larger "
-        f"val_fraction, another --seed, a smaller --ctx-len{block}; nothing was written"
-    )
 
 
 def _tuned(capture: Capture, one: _Pass) -> int:
@@ -280,7 +267,8 @@ def _run_jobs(
         _uncommitted(one, writers, job)  # text that has changed shows before anything of it is written
     with background(min(_WRITERS, len(one.sets))) as executor:
         pending: list[Future[CommitRecord]] = []
-        for number, job in enumerate(one.jobs):
+        jobs = noting_the_end(one.jobs, one.sets[0].manifest.splits, progress.noted)
+        for number, job in enumerate(jobs):
             if not ranks.owns(number):
                 advanced(job.tokens.numel())
                 continue

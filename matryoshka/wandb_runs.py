@@ -43,6 +43,20 @@ def start_run(*, project: str, name: str, folder: Path, mode: str, offline: str,
         ) from error
 
 
+def check_login(offline: str) -> None:
+    """Raise UserError, which names the option `offline`, unless this machine is logged in: asked before anything is
+    written."""
+    import wandb
+
+    try:
+        wandb.login(verify=True)
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases could not start ({error}). Log in with `wandb login`, or use {offline}; nothing was "
+            "written"
+        ) from error
+
+
 def log_folder(
     run: Any, folder: Path, *, name: str, kind: str, files: tuple[str, ...] | None = None, metadata: Mapping[str, Any]
 ) -> None:

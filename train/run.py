@@ -19,6 +19,7 @@ from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
 from matryoshka.runs import RUN_FILE, exclusive, make_directory
 from matryoshka.shards import ShardSet
+from matryoshka.wandb_runs import check_login
 
 from .checkpoint import list_checkpoints
 from .conditioning import Conditioning
@@ -102,6 +103,8 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
     }
     check_memory(needs, stream.n_bytes, device)
     conditionings = _conditionings(left, shards, device)
+    if any(entry.settings.config.wandb == "online" for entry in left) and (team is None or team.index == 0):
+        check_login("--wandb offline")
     if group is not None and rank.index == 0:
         make_directory(fleet_folder(config))
         publish_fleet(fleet_folder(config), stream_record(config, shards), [entry.name for entry in every])

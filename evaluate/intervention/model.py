@@ -8,6 +8,7 @@ from typing import Any
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
+from matryoshka.lm.weights_digest import differs
 from matryoshka.shards import ShardSet
 from matryoshka.tokens import TokenTexts
 
@@ -39,12 +40,10 @@ def load_model(shards: ShardSet, config: EvaluateConfig) -> LanguageModel:
         raise UserError(
             f"the language model of {shards.path} is needed. {error} If it lies elsewhere now, name it with --model"
         ) from error
-    known = facts.get("weights_digest")  # sets of earlier versions have none
-    if known is not None and known != model.weights_digest:
+    if (what := differs(facts, model.weights_digest, model.config_digest)) is not None:
         raise UserError(
-            f"the weights of {model.name} are not those with which {shards.path} was harvested ({facts.get('model')}; "
-            f"digest {known[:8]}, now {model.weights_digest[:8]}): they have changed since, or it is another model. "
-            "Name the right one with --model"
+            f"{model.name} has other {what} than the model with which {shards.path} was harvested "
+            f"({facts.get('model')}): it has changed since, or it is another model. Name the right one with --model"
         )
     check_same_model(model, shards)
     return model

@@ -26,7 +26,7 @@ from matryoshka.lm.hooks import ModuleHook, Recorder
 from matryoshka.lm.identities import Checked, check_sites
 from matryoshka.lm.loading import load_model, quiet
 from matryoshka.lm.unembedding import Unembedding, soft_cap_of
-from matryoshka.lm.weights_digest import weights_digest
+from matryoshka.lm.weights_digest import config_digest, weights_digest
 from matryoshka.locations import expand
 from matryoshka.norms import Norm, fit_norm
 from matryoshka.sites import SITES, hook_point
@@ -181,6 +181,11 @@ class LanguageModel:
     def weights_digest(self) -> str:
         """The identity of the weight files; see `matryoshka.lm.weights_digest`."""
         return weights_digest(self.name, self.revision)
+
+    @cached_property
+    def config_digest(self) -> str:
+        """The identity of config.json."""
+        return config_digest(self.name, self.revision)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able facts for a manifest."""

@@ -7,6 +7,9 @@ of everything would read it all again, at 1.5 GB/s, each time a latent is looked
 tensor as a whole, as training, merging, quantising and another seed do, in a single tensor too. An edit of a few rows
 of a large matrix may pass; whoever runs a model on a shard set also holds stored activations against it.
 How tensors are spread over files does not matter.
+
+config.json decides activations too (the norm's eps, rotary frequencies), and has a digest of its own, so that sets of
+before it stay what they are.
 """
 
 from __future__ import annotations
@@ -14,16 +17,19 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from matryoshka.config import digest
 from matryoshka.errors import UserError
 from matryoshka.lm.failures import cannot_load
 
 _WHOLE_BYTES = 2**18
 _SPANS = 64
 _SPAN_BYTES = 2**12
+_SAYS_NOTHING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
+"""Keys of config.json that saving a model again may change. What dtype it is loaded in is a setting."""
 _LARGEST_HEADER = 100_000_000  # what the safetensors library itself takes
 
 
@@ -44,6 +50,42 @@ def weights_digest(name_or_path: str, revision: str | None = None) -> str:
     for name in sorted(tensors):
         whole.update(tensors[name])
     return whole.hexdigest()
+
+
+def config_digest(name_or_path: str, revision: str | None = None) -> str:
+    """The sha256, in hex, of what config.json says of a model of the hub or in a folder, in whatever order.
+
+    Raises UserError where there is none, or it is no JSON.
+    """
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(name_or_path, "config.json", revision=revision)
+        content = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise cannot_load(name_or_path, revision, "config.json", error) from error
+    return digest(_deciding(content))
+
+
+def differs(known: Mapping[str, Any], weights: str, config: str) -> str | None:
+    """What of a model is not as the digests in `known` say: "weights", "settings (config.json)" or None.
+
+    `known` is what a manifest says of its model; those of earlier versions know the weights alone, or nothing.
+    """
+    for what, name, found in (
+        ("weights", "weights_digest", weights),
+        ("settings (config.json)", "config_digest", config),
+    ):
+        if known.get(name) not in (None, found):
+            return what
+    return None
+
+
+def _deciding(content: Any) -> Any:
+    """`content` without the keys that say nothing of activations, at any depth."""
+    if isinstance(content, dict):
+        return {key: _deciding(value) for key, value in content.items() if key not in _SAYS_NOTHING}
+    return [_deciding(item) for item in content] if isinstance(content, list) else content
 
 
 def _weight_files(name: str, revision: str | None) -> list[Path]:

@@ -207,6 +207,9 @@ def test_text_that_ends_early_is_said(harvest: Harvest, tmp_path: Path) -> None:
     n_tokens = (shards.train.n_contexts + shards.val.n_contexts) * CTX_LEN
     assert 25_000 < n_tokens < 40_000
     assert f"the text ended early: {n_tokens:,} of 40,000 tokens" in said
+    # and long before the end: val, which comes first, has read the whole text
+    assert f"the text is shorter than --tokens: val has {shards.val.n_contexts} of the 250 contexts" in said
+    assert said.count("is shorter") == 1
     before = files(tmp_path / "out")
     assert "nothing left to do" in harvest("--tokens", "40k")[1]
     assert files(tmp_path / "out") == before
@@ -311,16 +314,25 @@ def test_room_is_asked_for_the_rest_only(harvest: Harvest, tmp_path: Path, monke
     assert "1 shards written" in said
 
 
+def test_no_document_for_a_split_is_refused_before_the_model_is_loaded(no_model: Harvest, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text(" ".join(f"w{i % 90}" for i in range(40)))
+    message = refused(no_model("--dataset", "one.txt"))
+    assert "too little for the val split: 0 of its 1 documents belong to val (val_fraction 0.1)" in message
+    assert "--val-unit block" in message
+    held_out = [f"w1 w2 w{i}" for i in range(3, 90) if _is_val(f"w1 w2 w{i}")]
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in held_out))
+    n = len(held_out)
+    assert f"train split: 0 of its {n} documents belong to train" in refused(no_model("--dataset", "val.jsonl"))
+    (tmp_path / "empty.txt").write_text(" ")
+    assert "its 0 documents leave nothing" in refused(no_model("--dataset", "empty.txt", "--val-unit", "block"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_little_text_for_val_is_refused_before_the_first_forward(
     harvest: Harvest, lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that follows from the text alone is known before the model has run, and nothing is written."""
     monkeypatch.setattr(lm, "capture", lambda *_: pytest.fail("the model ran"))
-    (tmp_path / "one.txt").write_text(" ".join(f"w{i % 90}" for i in range(40)))
-    message = refused(harvest("--dataset", "one.txt"))
-    assert "too little for the val split: 0 of its 1 documents belong to val (val_fraction 0.1)" in message
-    assert "--val-unit block" in message
-    assert not (tmp_path / "out").exists()
     # one document of each split, but that of val has not a whole context
     short = next(f"w1 w2 w{i}" for i in range(3, 90) if _is_val(f"w1 w2 w{i}"))
     (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in (short, "w1 " * 400)))

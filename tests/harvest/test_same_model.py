@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,11 @@ class Lab:
         weights = load_file(self.model / "model.safetensors")
         save_file(weights | {TENSOR: weights[TENSOR] * 1.5}, self.model / "model.safetensors", {"format": "pt"})
 
+    def configure(self, **changes: Any) -> None:
+        """Other values in config.json."""
+        file = self.model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
     def files(self) -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in sorted(self.out.rglob("*")) if path.is_file()}
 
@@ -60,6 +66,30 @@ def test_other_weights_at_the_same_path_are_refused(lab: Lab) -> None:
     assert code == 2
     assert "was harvested with other weights than those of" in err
     assert lab.files() == before
+
+
+def test_other_settings_of_the_model_are_refused(lab: Lab) -> None:
+    lab.configure(transformers_version="4.0.0", use_cache=False)  # as saving it again with another version may
+    code, err = lab.harvest(lab.model, "--tokens", "8k")
+    assert code == 0, err
+    lab.configure(rms_norm_eps=1e-3)
+    before = lab.files()
+    for tokens in ("8k", "12k"):  # the finished set, and a larger one
+        code, err = lab.harvest(lab.model, "--tokens", tokens)
+        assert code == 2
+        assert "was harvested with other settings (config.json) than those of" in err
+    assert lab.files() == before
+
+
+def test_a_finished_set_is_of_the_model_that_is_there_now(lab: Lab) -> None:
+    lab.change()
+    code, err = lab.harvest(lab.model)
+    assert code == 2
+    assert "was harvested with other weights than those of" in err
+    shutil.rmtree(lab.model)  # nothing to compare, and nothing is fetched
+    code, err = lab.harvest(lab.model)
+    assert code == 0, err
+    assert "nothing left to do" in err
 
 
 def test_a_repair_with_other_weights_throws_nothing_away(lab: Lab, cli: Cli) -> None:
@@ -104,10 +134,13 @@ def test_two_models_of_one_name_are_two(lab: Lab, tmp_path: Path) -> None:
 
 def test_a_set_of_an_earlier_version_goes_on(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows no digest: the name decides, as then."""
-    import json
-
     root = lab.out / "zarr.json"
     content: dict[str, Any] = json.loads(root.read_text())
+    del content["attributes"]["model"]["config_digest"]  # before it was compared
+    root.write_text(json.dumps(content))
+    assert lab.harvest(lab.model, "--tokens", "6k")[0] == 0
+    content = json.loads(root.read_text())
+    assert "config_digest" not in content["attributes"]["model"]
     del content["attributes"]["model"]["weights_digest"]
     root.write_text(json.dumps(content))
     code, err = lab.harvest(lab.model, "--tokens", "8k")

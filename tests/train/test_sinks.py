@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,25 @@ def test_a_finished_run_becomes_an_artifact_without_its_optimizer(tmp_path: Path
     (artifact,) = artifacts(wandb_records, file)
     assert (artifact.type, artifact.name) == ("model", "run-transcoder")
     assert sorted(entry.path for entry in artifact.manifest.contents) == ["config.json", "transcoder.safetensors"]
+
+
+def test_a_failure_of_wandb_comes_before_anything_is_written(run_settings: dict[str, Any], tmp_path: Path) -> None:
+    # In a process of its own, that knows no key: what wandb has looked up it keeps.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    command = ["-m", "train", "run", "--shards", run_settings["shards"], "--group-sizes", "8,16,24", "--k", "4"]
+    command += ["--steps", "1", "--batch-tokens", "128", "--out", str(tmp_path / "run"), "--wandb", "online"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        env={**environment, "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path / "home")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Weights & Biases could not start (" in done.stderr
+    assert "Log in with `wandb login`, or use --wandb offline" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_offline_nothing_is_copied(tmp_path: Path, wandb_records: Records) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from evaluate.intervention.model import load_model
 from matryoshka.errors import UserError
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_the_weights_are_those_of_the_harvest(subject: Callable[[str], Any], tmp_path: Path) -> None:
@@ -26,6 +33,13 @@ def test_the_weights_are_those_of_the_harvest(subject: Callable[[str], Any], tmp
     weights = load_file(moved / "model.safetensors")
     name = "model.layers.3.mlp.up_proj.weight"
     save_file(weights | {name: weights[name] * 1.5}, moved / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="the weights of .*elsewhere are not those with which .* was harvested"):
+    with pytest.raises(UserError, match="elsewhere has other weights than the model with which .* was harvested"):
         load_model(shards, one.config(lm={"model": str(moved)}))
+    eps = json.loads((moved / "config.json").read_text())["rms_norm_eps"]
+    rewrite(moved, rms_norm_eps=1.0)
+    shards.manifest.model["config_digest"] = one.model.config_digest
+    del shards.manifest.model["weights_digest"]
+    with pytest.raises(UserError, match=r"elsewhere has other settings \(config.json\) than the model with which"):
+        load_model(shards, one.config(lm={"model": str(moved)}))
+    rewrite(moved, rms_norm_eps=eps)
     assert load_model(one.shards, one.config(lm={"model": str(moved)})).name == str(moved)  # an earlier set knows none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
-from matryoshka.lm.weights_digest import _spans, weights_digest
+from matryoshka.lm.weights_digest import _spans, config_digest, weights_digest
 
 
 def save(folder: Path, tensors: dict[str, Tensor]) -> Path:
@@ -38,6 +39,24 @@ def test_the_spelling_of_the_path_does_not_matter(
     assert weights_digest(str(tiny_gpt2)) != digest
     for dtype in ("float32", "bfloat16"):
         assert LanguageModel.load(str(copy), dtype=dtype, device="cpu").weights_digest == digest
+
+
+def test_the_settings_of_a_model_have_a_digest_of_their_own(tiny_llama: Path, tmp_path: Path) -> None:
+    digest = config_digest(str(tiny_llama))
+    content = json.loads((tiny_llama / "config.json").read_text())
+
+    def of(changed: object) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(changed, indent=1))
+        return config_digest(str(tmp_path))
+
+    assert of(dict(reversed(content.items()))) == digest
+    assert of(content | {"transformers_version": "0.1", "dtype": "float64", "use_cache": False}) == digest
+    assert of({"text_config": content}) == of({"text_config": content | {"_name_or_path": "x"}}) != digest
+    assert len({digest, of(content | {"rms_norm_eps": 0.5}), of(content | {"rope_theta": 7.0})}) == 3
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"The config\.json of the model in the folder .* could not be loaded"):
+        config_digest(str(tmp_path))
+    assert LanguageModel.load(str(tiny_llama), dtype="float32", device="cpu").config_digest == digest
 
 
 def test_every_change_of_a_tensor_is_another_model(tmp_path: Path) -> None:
