@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matryoshka.errors import UserError
+from matryoshka.hook_names import added_hook
 from matryoshka.interop.pretrained import from_pretrained, locate
 from matryoshka.locations import local_path
 from matryoshka.runs import RUN_FILE
@@ -101,8 +102,8 @@ def own_shards(text: str, note: Callable[[str], None]) -> ShardSet | None:
 
 
 def _foreign(folder: Path, form: str, shards: ShardSet) -> Transcoder:
-    """A transcoder of another project, under the shard set's name of its model: others write gemma-2-2b for
-    google/gemma-2-2b."""
+    """A transcoder of another project, under the shard set's names of its model and its target: others write gemma-2-2b
+    for google/gemma-2-2b, and mlp.hook_out for hook_mlp_out where that is the same."""
     layer, norm = shards.manifest.source.layer, shards.norm
     transcoder = from_pretrained(folder, layer=layer, norm_kind=None if norm is None else norm.kind)
     if not bool(transcoder.W_dec.any()):
@@ -110,9 +111,15 @@ def _foreign(folder: Path, form: str, shards: ShardSet) -> Transcoder:
             f"the {form} transcoder {folder} is empty for layer {layer}: its decoder is all zeros, nobody trained one "
             "for it. Compare on a shard set of a layer that has one"
         )
-    own, theirs = str(shards.manifest.model.get("model", "")), transcoder.config.model
-    if not theirs or _last(theirs) == _last(own):
-        transcoder.config = transcoder.config.model_copy(update={"model": own})
+    facts, config = shards.manifest.model, transcoder.config
+    own, theirs = str(facts.get("model", "")), config.model
+    same_model = not theirs or _last(theirs) == _last(own)
+    transcoder.config = config.model_copy(
+        update={
+            "model": own if same_model else theirs,
+            "target_hook": added_hook(config.target_hook, str(facts.get("architecture"))),
+        }
+    )
     return transcoder
 
 

@@ -20,6 +20,22 @@ from matryoshka.sites import SITES, input_conventions
 from matryoshka.transcoder import TranscoderConfig
 
 _NORM_AND_SUBLAYER = {"resid_mid": ("ln2", "mlp"), "resid_pre": ("ln1", "attn")}
+_MLP_ITSELF = "mlp.hook_out"
+_SUCH_MODELS = """
+    ApertusForCausalLM ArceeForCausalLM BambaForCausalLM BitNetForCausalLM CodeGenForCausalLM Cohere2ForCausalLM
+    CohereForCausalLM DeepseekV2ForCausalLM DeepseekV3ForCausalLM Ernie4_5_MoeForCausalLM Ernie4_5ForCausalLM
+    FalconForCausalLM FalconH1ForCausalLM GemmaForCausalLM Glm4MoeForCausalLM Glm4MoeLiteForCausalLM
+    GlmForCausalLM GlmMoeDsaForCausalLM GPT2LMHeadModel GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoForCausalLM
+    GPTNeoXForCausalLM GptOssForCausalLM HunYuanDenseV1ForCausalLM Jais2ForCausalLM JambaForCausalLM
+    JetMoeForCausalLM LagunaForCausalLM Lfm2ForCausalLM Lfm2MoeForCausalLM Llama4ForCausalLM LlamaForCausalLM
+    MiniMaxM2ForCausalLM Ministral3ForCausalLM MistralForCausalLM MixtralForCausalLM
+    ModernBertDecoderForCausalLM NanoChatForCausalLM NemotronForCausalLM OlmoeForCausalLM OlmoForCausalLM
+    Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM
+    Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM
+    StableLmForCausalLM Starcoder2ForCausalLM VaultGemmaForCausalLM YoutuForCausalLM
+"""
+ADDS_ITS_MLP = frozenset(_SUCH_MODELS.split())
+"""Classes of models whose blocks add the output of their module `mlp` as it is; a test holds them to the modules."""
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -58,6 +74,26 @@ def output_hook(config: TranscoderConfig) -> str:
     """The hook whose tensor this transcoder predicts; raises UserError when it does not say."""
     split_hook(_known(config, config.target_hook, "target_hook"))
     return config.target_hook
+
+
+def check_output_hook(rest: str) -> None:
+    """Raise UserError unless the hook `rest` of a block (without `blocks.L.`) is what its MLP gives."""
+    if rest not in ("hook_mlp_out", _MLP_ITSELF):
+        raise UserError(
+            f"{rest} is not the output of an MLP. It may be hook_mlp_out, which is what a block adds to the stream, or "
+            f"{_MLP_ITSELF}, which is the same in a block without a norm after its MLP"
+        )
+
+
+def added_hook(hook: str, architecture: str) -> str:
+    """The hook of what is added to the stream, where `hook` gives the very same tensor in this class of model.
+
+    `blocks.L.mlp.hook_out` is `blocks.L.hook_mlp_out` unless a norm or a factor follows the MLP (Gemma-2, OLMo-2,
+    Granite). Any other hook comes back as it is.
+    """
+    if hook.endswith(f".{_MLP_ITSELF}") and architecture in ADDS_ITS_MLP:
+        return hook.removesuffix(_MLP_ITSELF) + "hook_mlp_out"
+    return hook
 
 
 def _known(config: TranscoderConfig, hook: str, field: str) -> str:

@@ -1,4 +1,4 @@
-"""What the tokens of a language model say, without loading the model: only its tokenizer.json is read.
+"""What the tokens of a language model say, without loading the model: only its tokenizer's files are read.
 
 Each token stands for some bytes of UTF-8; a character outside ASCII can be spread over several tokens.
 """
@@ -13,6 +13,8 @@ from matryoshka.errors import UserError
 from matryoshka.locations import expand
 
 TOKENIZER_FILE = "tokenizer.json"
+_OTHER_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+"""What a tokenizer is made of where it has no tokenizer.json."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
@@ -20,10 +22,10 @@ _METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 class TokenTexts:
     """The bytes of each token of a vocabulary."""
 
-    def __init__(self, tokenizer: Any, *, byte_level: bool) -> None:
-        """Use `read`. `tokenizer` is a `tokenizers.Tokenizer`."""
+    def __init__(self, tokenizer: Any) -> None:
+        """Of a `tokenizers.Tokenizer`; `read` finds one by its name."""
         self._tokenizer = tokenizer
-        self._bytes_of = _byte_alphabet() if byte_level else None
+        self._bytes_of = _byte_alphabet() if _is_byte_level(tokenizer) else None
         self._special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
     @classmethod
@@ -34,12 +36,14 @@ class TokenTexts:
         """
         from tokenizers import Tokenizer
 
-        file = _find(expand(name), revision, near)
+        found = _find(expand(name), revision, near)
+        if not isinstance(found, Path):
+            return cls(found)
         try:
-            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_file(str(found))
         except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{file} cannot be read as a tokenizer: {error}") from error
-        return cls(tokenizer, byte_level=_is_byte_level(file))
+            raise UserError(f"{found} cannot be read as a tokenizer: {error}") from error
+        return cls(tokenizer)
 
     def raw(self, token: int) -> bytes:
         """Bytes of one token; those of its name in brackets when the vocabulary does not hold it."""
@@ -59,31 +63,58 @@ class TokenTexts:
         return self.raw(token).decode("utf-8", errors="replace")
 
 
-def _find(name: str, revision: str | None, near: Path | None) -> Path:
+def _find(name: str, revision: str | None, near: Path | None) -> Any:
+    """Path of the tokenizer.json; where there are files of another kind only, what transformers makes of them."""
     starts = [Path(), *(near.resolve().parents if near is not None and not Path(name).is_absolute() else ())]
     for start in starts:
-        if (start / name / TOKENIZER_FILE).is_file():
-            return start / name / TOKENIZER_FILE
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        folder = start / name
+        if (folder / TOKENIZER_FILE).is_file():
+            return folder / TOKENIZER_FILE
+        if any((folder / file).is_file() for file in _OTHER_FILES):
+            return _converted(str(folder), None)
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, TOKENIZER_FILE, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except LocalEntryNotFoundError as error:  # without a network
+        if any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in _OTHER_FILES):
+            return _converted(name, revision)
+        raise _not_there(name, error) from error
+    except EntryNotFoundError:  # the repository is there, the file is not
+        return _converted(name, revision)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _not_there(name, error) from error
+
+
+def _not_there(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().partition("\n")[0]
+    return UserError(
+        f"the tokenizer {name!r} cannot be had: there is no such folder with a {TOKENIZER_FILE} here, and the hub "
+        f"says: {reason}. Name it with --tokenizer"
+    )
+
+
+def _converted(name: str, revision: str | None) -> Any:
+    """The `tokenizers.Tokenizer` that transformers makes of older files, such as OPT's vocab.json and merges.txt."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # its readers of old files raise whatever they come upon
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the tokenizer {name!r} has no {TOKENIZER_FILE} and cannot be converted: {reason}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(
-            f"the tokenizer {name!r} cannot be had: there is no such folder with a {TOKENIZER_FILE} here, and the hub "
-            f"says: {reason}. Name it with --tokenizer"
-        ) from error
+            f"the tokenizer {name!r} has no {TOKENIZER_FILE}, and transformers reads its files as a "
+            f"{type(tokenizer).__name__}, whose tokens cannot be written one by one. Name another with --tokenizer"
+        )
+    return tokenizer.backend_tokenizer
 
 
-def _is_byte_level(file: Path) -> bool:
+def _is_byte_level(tokenizer: Any) -> bool:
     """Whether the pieces are written in the byte alphabet of GPT-2."""
-    import json
-
-    content = json.loads(file.read_text(encoding="utf-8"))
-    parts = [content.get("decoder"), content.get("pre_tokenizer")]
-    return any('"ByteLevel"' in json.dumps(part) for part in parts)
+    return any("ByteLevel" in repr(part) for part in (tokenizer.decoder, tokenizer.pre_tokenizer))
 
 
 def _byte_alphabet() -> dict[str, bytes]:

@@ -22,7 +22,7 @@ OWNERS = {
     "numcodecs": ("matryoshka/shards/",),
     "google_crc32c": ("matryoshka/shards/",),
     "transformer_lens": ("matryoshka/lm/",),
-    "transformers": ("matryoshka/lm/",),
+    "transformers": ("matryoshka/lm/", "matryoshka/tokens.py"),
     "datasets": ("harvest/text.py",),
     "pyarrow": ("harvest/text.py", "evaluate/", "matryoshka/interop/"),
     "safetensors": ("matryoshka/transcoder.py", "matryoshka/interop/weight_files.py", "train/checkpoint.py"),

@@ -126,12 +126,15 @@ def export(
     shards: Annotated[
         Path | None, typer.Option(help="Shard set whose val rows make delphi's cache. [the run's own]")
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer folder or hub name, for neuronpedia's texts. [the one of the samples]")
+    ] = None,
     push: Annotated[str | None, typer.Option(help="Upload it to this repository, user/repo. [not uploaded]")] = None,
 ) -> None:
     """Write a trained transcoder, or a nested prefix of it, in a format that other tools open."""
     from .export import export_runs
 
-    exported = export_runs(runs, form, prefix=prefix, out=out, n_layers=n_layers, shards=shards)
+    exported = export_runs(runs, form, prefix=prefix, out=out, n_layers=n_layers, shards=shards, tokenizer=tokenizer)
     typer.echo(f"{exported.folder} {'is there already' if exported.already_there else 'written'}")
     for lost in exported.dropped:
         typer.echo(f"not in it: {lost}")

@@ -29,6 +29,7 @@ def export_runs(
     out: Path | None = None,
     n_layers: int | None = None,
     shards: Path | str | None = None,
+    tokenizer: str | None = None,
 ) -> Exported:
     """Export the transcoders of `runs` (run directories or checkpoint folders) to `out`.
 
@@ -37,6 +38,7 @@ def export_runs(
         out: data/exports/<run>-<format>[-prefix<i>] by default.
         n_layers: blocks of the language model, where the run's shard set cannot be asked.
         shards: set whose val rows delphi's cache is made of; by default the one the run was trained on.
+        tokenizer: folder or hub name of the one that writes neuronpedia's texts; by default the one of the samples.
     """
     transcoders, origins = [], []
     for run in runs:
@@ -52,13 +54,14 @@ def export_runs(
         out = Path("data") / "exports" / f"{origin.run}-{form}{cut}"
     if form == "delphi" and shards is None:
         shards = _shard_folder(runs[0])
+    samples = _samples(runs[0]) if form == "neuronpedia" else None
     return export(
         transcoders,
         form,
         out,
         origin,
         shards=None if form != "delphi" or shards is None else ShardSet.open(shards),
-        samples=_samples(runs[0]) if form == "neuronpedia" else None,
+        samples=samples if samples is None or tokenizer is None else samples.with_tokenizer(tokenizer),
     )
 
 

@@ -74,10 +74,10 @@ def check_same_model(model: LanguageModel, shards: ShardSet) -> None:
 
 def text_of_tokens(model: LanguageModel) -> Callable[[int], str]:
     """A function from a token id to its text, leading space included."""
-    try:
-        return TokenTexts.read(model.tokenizer.name_or_path, revision=model.revision).text
-    except UserError:  # a tokenizer without a tokenizer.json still decodes
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    if backend is None:  # written in Python
         return lambda token: model.tokenizer.decode([token])
+    return TokenTexts(backend).text
 
 
 def _found(name: str, near: Path | str) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
-from matryoshka.hook_names import input_hook, output_hook, read_input_hook, split_hook
+from matryoshka.hook_names import check_output_hook, input_hook, output_hook, read_input_hook, split_hook
 from matryoshka.interop.inputs import ExportInputs, unread_prefixes
 from matryoshka.interop.weight_files import build, nested_facts, read_safetensors, write_safetensors
 from matryoshka.transcoder import Transcoder, TranscoderConfig
@@ -27,6 +27,8 @@ CONFIG_FILE = "config.yaml"
 LAYER_FILE = re.compile(r"layer_(\d+)\.safetensors")
 
 _THRESHOLD = "activation_function.threshold"
+_ACTIVATIONS = (None, "relu", "jumprelu")
+"""What `activation` may be: circuit-tracer takes the thresholds that a file has, but for relu and topk."""
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", _THRESHOLD, "W_skip")
 
 
@@ -104,16 +106,21 @@ def read(folder: Path, *, layer: int | None = None, norm_kind: str | None = None
         wanted = "name one of them as layer" if layer is None else f"layer {layer} is not among them"
         raise UserError(f"{folder} is a circuit-tracer set with the layers {', '.join(map(str, candidates))}; {wanted}")
     hook = str(config.get("feature_input_hook"))
+    target = str(config.get("feature_output_hook"))
     try:
         source = read_input_hook(hook, norm_kind)
     except UserError as error:
         raise UserError(f"{folder} reads the hook {hook!r}: {error}") from error
+    try:
+        check_output_hook(target)
+    except UserError as error:
+        raise UserError(f"{folder} predicts the hook {target!r}: {error}") from error
     file = folder / f"layer_{layer}.safetensors"
     facts = {
         "input": source.convention,
         "source_site": source.source_site,
         "source_hook": f"blocks.{layer}.hook_{source.source_site}",
-        "target_hook": f"blocks.{layer}.{config.get('feature_output_hook')}",
+        "target_hook": f"blocks.{layer}.{target}",
         "model": str(config.get("model_name") or ""),
         "model_revision": config.get("model_revision"),
     }
@@ -173,10 +180,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("model_kind") != "transcoder_set":
         kind = content.get("model_kind") if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} has the model_kind {kind!r}; only a transcoder_set can be read, layer by layer")
-    if content.get("activation", "relu") != "relu" or "transcoders" in content:
+    activation = content.get("activation")
+    if activation not in _ACTIVATIONS or "transcoders" in content:
+        what = "a list of files elsewhere" if "transcoders" in content else f"the activation {activation}"
         raise UserError(
-            f"{path} has {'a list of files elsewhere' if 'transcoders' in content else 'the activation topk'}, which "
-            "is not supported; only ReLU and JumpReLU in files named layer_N.safetensors are"
+            f"{path} has {what}, which is not supported; only ReLU and JumpReLU in files named layer_N.safetensors are"
         )
     return content
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ class Samples:
             digest(marks),
             logits,
         )
+
+    def with_tokenizer(self, tokenizer: str) -> Samples:
+        """The same, with the texts of another tokenizer (a folder or hub name): what is made of it differs."""
+        return replace(self, tokenizer=tokenizer, model_revision=None, digest=digest([self.digest, tokenizer]))
 
     def token_texts(self) -> TokenTexts:
         """The vocabulary; raises UserError when it cannot be had."""

@@ -57,6 +57,7 @@ def build_shards(
     ctx_len: int = CTX_LEN,
     seed: int = 0,
     doc_len: int | None = None,
+    architecture: str | None = None,
 ) -> ShardSet:
     """A finished set: BOS at position 0 and one more special token (id 0) here and there.
 
@@ -71,7 +72,7 @@ def build_shards(
         "val": SplitPlan(contexts=max(val_contexts), chunk_positions=2, shard_contexts=val_contexts),
     }
     manifest = Manifest(
-        model={"model": MODEL, "revision": "abc"},
+        model={"model": MODEL, "revision": "abc", **({} if architecture is None else {"architecture": architecture})},
         dataset={"name": "random"},
         source=SiteFacts(site="resid_mid", layer=1, hook_point="blocks.1.hook_resid_mid", width=d_in),
         target=SiteFacts(site="mlp_out", layer=1, hook_point="blocks.1.hook_mlp_out", width=d_out),

@@ -239,3 +239,40 @@ def test_circuit_tracer(val_set: ShardSet, made: Any, weights: dict[str, Any], t
     (folder / "layer_1.safetensors").unlink()
     with pytest.raises(UserError, match="layer 1 is not among them"):
         load_contender(str(folder), val_set)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_same"), [("LlamaForCausalLM", True), ("Gemma2ForCausalLM", False), (None, False)]
+)
+@pytest.mark.parametrize("form", ["circuit-tracer", "saelens"])
+def test_the_output_of_the_mlp_itself(
+    made: Any, weights: dict[str, Any], tmp_path: Path, form: str, architecture: str | None, is_same: bool
+) -> None:
+    """`mlp.hook_out` is what a Llama block adds; in Gemma-2 a norm comes between, and of others nobody knows."""
+    shards = made.shards(tmp_path / "set", architecture=architecture)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    names = {name: name for name in ("b_enc", "W_dec", "b_dec")}
+    if form == "saelens":
+        save_file(tensors(weights, W_enc="W_enc", threshold="threshold", **names), folder / "sae_weights.safetensors")
+        metadata = {**SAELENS["metadata"], "hook_name_out": "blocks.1.mlp.hook_out"}
+        (folder / "cfg.json").write_text(json.dumps({**SAELENS, "metadata": metadata}))
+    else:
+        content = tensors(weights, **names, **{"activation_function.threshold": "threshold"})
+        content["W_enc"] = torch.from_numpy(weights["W_enc"].T.copy())
+        save_file(content, folder / "layer_1.safetensors")
+        (folder / "config.yaml").write_text(
+            "model_name: google/gemma-2-2b\nmodel_kind: transcoder_set\nfeature_input_hook: ln2.hook_normalized\n"
+            "feature_output_hook: mlp.hook_out\nactivation: jumprelu\n"
+        )
+    if not is_same:
+        with pytest.raises(
+            UserError, match=r"target site 'blocks\.1\.mlp\.hook_out' against 'blocks\.1\.hook_mlp_out'"
+        ):
+            load_contender(str(folder), shards)
+        return
+    contender = load_contender(str(folder), shards)
+    assert contender.transcoder.config.target_hook == "blocks.1.hook_mlp_out"
+    raw, _ = raw_rows(made, shards)
+    got = forward(contender, made, shards)
+    np.testing.assert_allclose(got, by_hand(weights, normalized(raw), skip=False), rtol=1e-4, atol=1e-4)

@@ -317,15 +317,23 @@ def test_sets_of_others(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     x = rows()
     for layer, threshold in ((0, 0.0), (1, 0.5)):
-        ours = Transcoder.from_pretrained(tmp_path, layer=layer)
-        assert (ours.config.input, ours.config.source_hook) == ("mlp_in", f"blocks.{layer}.hook_resid_mid")
-        close(ours(x), circuit_tracer_forward(x.numpy(), {**weights, "activation_function.threshold": threshold}))
+        for activation in ({}, {"activation": "jumprelu" if threshold else "relu"}):
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump({**content, **activation}))
+            ours = Transcoder.from_pretrained(tmp_path, layer=layer)
+            assert (ours.config.input, ours.config.source_hook) == ("mlp_in", f"blocks.{layer}.hook_resid_mid")
+            close(ours(x), circuit_tracer_forward(x.numpy(), {**weights, "activation_function.threshold": threshold}))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"activation": "topk", "k": 64}, "activation topk"),
+        ({"activation": "gelu"}, "activation gelu"),
+        (
+            {"feature_output_hook": "hook_resid_post"},
+            "predicts the hook 'hook_resid_post': .* not the output of an MLP",
+        ),
+        ({"feature_output_hook": None}, "predicts the hook 'None'"),
         ({"transcoders": ["hf://a/b/c"]}, "list of files elsewhere"),
         ({"model_kind": "cross_layer_transcoder"}, "only a transcoder_set"),
         ({"feature_input_hook": "hook_mlp_in"}, "cannot be told"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,23 @@ def test_features(make_transcoder: Make, samples: Samples, tmp_path: Path, monke
     assert batches[2]["features"][0]["activations"][0]["values"][2] == 1.235
     skipped = read(tmp_path / "out", "skipped_indexes.json")["skipped_indexes"]
     assert skipped == [latent for latent in range(16) if latent not in (1, 9)]
+
+
+def test_another_tokenizer_writes_the_texts(
+    make_transcoder: Make, samples: Samples, tmp_path: Path, tiny_gpt2: Path
+) -> None:
+    """For the machine where the one that the samples name is not there; an export with it is another export."""
+    transcoder = make_transcoder()
+    gone = dataclasses.replace(samples, tokenizer="/gone")
+    with pytest.raises(UserError, match="Name it with --tokenizer"):
+        export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, samples=gone)
+    here = gone.with_tokenizer(str(tiny_gpt2))
+    export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, samples=here)
+    feature = read(tmp_path / "out", "batch-0.json")["features"][0]
+    assert feature["activations"][0]["tokens"] == ["w6", "w7", "w8", "w6"]  # one special token comes first
+    assert export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, samples=here).already_there
+    with pytest.raises(UserError, match="samples"):
+        export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, samples=samples)
 
 
 def test_a_prefix_has_only_its_latents(make_transcoder: Make, samples: Samples, tmp_path: Path) -> None:

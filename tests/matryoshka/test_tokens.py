@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +52,58 @@ def test_pieces_with_a_metaspace_and_byte_tokens(tmp_path: Path) -> None:
     Tokenizer(models.WordLevel(words, unk_token="<0xG0>")).save(str(tmp_path / "tokenizer.json"))
     texts = TokenTexts.read(str(tmp_path))
     assert [texts.raw(i) for i in range(4)] == [b" hello", b"\xe4", b"\n", b"<0xG0>"]
+
+
+def as_of_opt(folder: Path) -> Path:
+    """The files of facebook/opt: GPT-2's vocab.json and merges.txt, and no tokenizer.json."""
+    from tokenizers import models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = ["<s>", "<pad>", "</s>", *alphabet, "en", "\u0120c"]
+    folder.mkdir(parents=True)
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    models.BPE(vocabulary, [("e", "n"), ("\u0120", "c")]).save(str(folder))
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **special}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    return folder
+
+
+def test_older_files_are_read_through_transformers(tmp_path: Path) -> None:
+    folder = as_of_opt(tmp_path / "opt")
+    texts = TokenTexts.read(str(folder))
+    ids = json.loads((folder / "vocab.json").read_text())
+    assert texts.text(ids["en"]) == "en"
+    assert texts.text(ids["\u0120c"]) == " c"
+    assert texts.text(ids["</s>"]) == "</s>"
+    assert {texts.raw(i) for i in range(3, 259)} == {bytes([b]) for b in range(256)}
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "merges.txt",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
+
+
+def test_older_files_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    """Without a network, of a repository that was downloaded before."""
+    as_of_opt(tmp_path / "hub" / "models--some--opt" / "snapshots" / "abc")
+    (tmp_path / "hub" / "models--some--opt" / "refs").mkdir()
+    (tmp_path / "hub" / "models--some--opt" / "refs" / "main").write_text("abc")
+    code = "from matryoshka.tokens import TokenTexts; print(repr(TokenTexts.read('some/opt').text(260)))"
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "' c'\n", done.stderr
+
+
+def test_a_tokenizer_that_needs_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    content = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"has no tokenizer\.json and cannot be converted"):
+        TokenTexts.read(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_relative_folder_is_found_from_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

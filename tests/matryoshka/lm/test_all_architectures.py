@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from matryoshka.errors import UserError
+from matryoshka.hook_names import ADDS_ITS_MLP
 from matryoshka.lm import LanguageModel
+from matryoshka.lm.hook_points import HookPoints
 from matryoshka.norms import apply_convention
 from matryoshka.sites import SITES, hook_point
 
@@ -56,6 +58,8 @@ PARALLEL = "pre attn mlp post, norms after pre"
 STREAM = "pre post, norms after -"
 MIXER = "pre mid mlp post, norms after pre mid"
 """What of a layer can be read, and after which of its sites a norm was recognised."""
+
+HOOKS = ("mlp.hook_out", "hook_mlp_out")
 
 LIKE_LLAMA = """
     afmoe apertus arcee bitnet bloom deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe gemma gemma2 gemma3_text glm glm4
@@ -228,6 +232,23 @@ def test_what_is_captured_is_the_plain_forwards(name: str, save_tiny_model: Call
         for site in set(SITES) - set(model.sites_of(layer)):
             with pytest.raises(UserError, match=f"{site}|parallel blocks"):
                 model.capture(tokens, [hook_point(site, layer)])
+
+
+def test_which_models_add_the_output_of_their_mlp_as_it_is() -> None:
+    """What other projects call mlp.hook_out is then hook_mlp_out; the list has these classes and no other."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found: dict[str, bool] = {}
+    for name, (model_type, settings, expected) in CASES.items():
+        config = config_of(model_type, settings)
+        with torch.device("meta"):
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        points = HookPoints(model, name)
+        edges = [[points.trace(f"blocks.{i}.{hook}") for hook in HOOKS] for i in range(len(points.blocks))]
+        readable = "mlp" in str(expected)
+        is_added = readable and all(own is not None and own == added for own, added in edges)
+        found[type(model).__name__] = found.get(type(model).__name__, is_added) and is_added
+    assert {name for name, is_added in found.items() if is_added} == ADDS_ITS_MLP
 
 
 # --- the text models of multi-modal ones ------------------------------------------------------------------------
