@@ -170,7 +170,7 @@ def serve(
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """The pages of `report` on 127.0.0.1, with a search in all windows and a field to try your own text."""
+    """The pages of `report` on 127.0.0.1, with a field to try your own text."""
     from .report.serve import serve_report
     from .screen import Screen
 

@@ -4,7 +4,8 @@ index.html assets/                     the pages; they read the data by script t
 pages.json                             the mark: of which weights and which shard set the pages are
 data/overview.js latents.js            the report, the curves of training; one column an array for all latents
 data/hierarchy.js groups.js clusters.js logits.js    where measured: the nest, what groups add, the map, the tokens
-data/chunk-N.js text-N.js              windows of CHUNK_LATENTS latents; what is searched, of TEXT_LATENTS latents
+data/chunk-N.js                        windows of CHUNK_LATENTS latents
+data/fires-N.js text-N.js              what is searched: the latents that fire on a token, the text of all windows
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ from .logit_tokens import LOGITS_FILE, LogitTokens
 from .overview import overview
 from .parts import COMMANDS, Parts, compared_digests, find_parts
 from .relations import Relations
+from .search_files import write_search
 from .site_files import INDEX_FILE, RUN_SITE, write_site
+from .window_search import WindowIndex
 
 REPORT_FOLDER = "report"
 PAGES_FILE = "pages.json"
@@ -50,7 +53,7 @@ PAGES_FILE = "pages.json"
 class PagesMark(Config):
     """The content of pages.json."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     transcoder: TranscoderFacts
     shard_set: ShardSetFacts
 
@@ -101,7 +104,8 @@ def make_report(
         transcoder = transcoder.prefix(n_groups)
     parts = find_parts(samples.parent, mark.transcoder.sha256, lambda: compared_digests(transcoder))
     notes += [f"{name} is of other weights and was left out; make it again: {COMMANDS[name]}" for name in parts.stale]
-    write_data(partial / "data", "overview", overview(checkpoint, report, mark, parts))
+    search = write_search(partial / "data", WindowIndex.read(samples, texts))
+    write_data(partial / "data", "overview", overview(checkpoint, report, mark, parts, search))
     progress.started(f"{checkpoint.name} pages", transcoder.config.d_sae)
     _write_latents(partial / "data", samples, transcoder, parts, texts, progress)
     write_site(partial, checkpoint.name, RUN_SITE)

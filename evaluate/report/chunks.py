@@ -1,4 +1,4 @@
-"""The data files of the latent pages: windows and relations in chunks, and the text that is searched."""
+"""The data files of the latent pages: windows and relations in chunks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from .ablation import ablation_facts
 from .data_file import write_data
 from .logit_tokens import LogitTokens
 from .relations import Relations
+from .window_search import BLANK
 
 CHUNK_LATENTS = 32
-TEXT_LATENTS = 1024
-SEARCHED_WINDOWS = 8
-"""Top windows of a latent that the search looks at."""
 WORDS = 6
 WINDOW_FIELDS = ("kind", "decile", "rank", "context", "position", "doc", "peak", "act", "tokens", "acts")
 """`acts` is index, activation, index, activation, ... of the tokens on which the latent fires."""
 
 
 class ChunkWriter:
-    """Writes chunk-N.js and text-N.js as windows come, in the order of the latents."""
+    """Writes chunk-N.js as windows come, in the order of the latents."""
 
     def __init__(
         self,
@@ -40,7 +38,6 @@ class ChunkWriter:
         self._relations, self._logits, self._ablations = relations, logits, ablations or {}
         self._text_of = text_of
         self._words: list[str] = []
-        self._texts: list[str] = []
         self._chunk: list[dict[str, Any]] = []
         self._strings: dict[str, int] = {}
 
@@ -59,7 +56,6 @@ class ChunkWriter:
         while len(self._words) < len(self._histograms):
             self._latent([])
         self._flush_chunk()
-        self._flush_text()
         return self._words
 
     def _latent(self, windows: list[Window]) -> None:
@@ -79,14 +75,10 @@ class ChunkWriter:
             }
         )
         top = [window for window in windows if window.kind == "top"]
-        peaks = dict.fromkeys(self._text_of(window.tokens[window.peak]).strip() for window in top)
+        peaks = dict.fromkeys(self._text_of(window.tokens[window.peak]).strip() or BLANK for window in top)
         self._words.append("  ".join(list(peaks)[:WORDS]))
-        texts = ["".join(map(self._text_of, window.tokens)) for window in top[:SEARCHED_WINDOWS]]
-        self._texts.append("\n".join(texts).lower())
         if len(self._words) % CHUNK_LATENTS == 0:
             self._flush_chunk()
-        if len(self._words) % TEXT_LATENTS == 0:
-            self._flush_text()
 
     def _measured(self, latent: int) -> dict[str, Any]:
         """What other commands found out about a latent, where they were run."""
@@ -120,11 +112,6 @@ class ChunkWriter:
                 {"fields": WINDOW_FIELDS, "texts": list(self._strings), "latents": self._chunk},
             )
         self._chunk, self._strings = [], {}
-
-    def _flush_text(self) -> None:
-        if self._texts:
-            write_data(self._folder, f"text-{(len(self._words) - 1) // TEXT_LATENTS}", self._texts)
-        self._texts = []
 
 
 def _short(act: float) -> float:

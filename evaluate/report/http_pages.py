@@ -19,6 +19,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from matryoshka.errors import UserError
 
+from .window_search import FIRES, Found
+
 HOST = "127.0.0.1"
 MAX_BODY = 64 * 1024
 """Bytes of a request's body."""
@@ -47,8 +49,8 @@ class Answers:
     """Its files are served, and nothing else of the disk."""
     assets: Mapping[str, bytes]
     """Served below /assets, in place of those in the folder."""
-    search: Callable[[str], list[int]]
-    """Latents whose windows hold a text."""
+    search: Callable[[str, str], Found]
+    """Latents that fire on words or have them in their windows: (words, which of the two)."""
     try_text: Callable[[str], dict[str, Any]]
     """The top latents of each token of a text. One call at a time."""
 
@@ -148,8 +150,9 @@ class _Handler(BaseHTTPRequestHandler):
             return _TYPES[".html"], self.pages.answers.index.encode()
         if address.path == "/api/search":
             self._require_own_page()
-            query = parse_qs(address.query).get("q", [""])[0]
-            return "application/json", _json({"latents": self.pages.answers.search(query)})
+            asked = parse_qs(address.query)
+            found = self.pages.answers.search(asked.get("q", [""])[0], asked.get("in", [FIRES])[0])
+            return "application/json", _json({"latents": found.latents, "shares": found.shares})
         folder, _, name = address.path.rpartition("/")
         if folder == "/assets" and name in self.pages.answers.assets:
             return _kind(name), self.pages.answers.assets[name]

@@ -12,25 +12,25 @@ from matryoshka.runs import METRICS_FILE, RUN_FILE
 from ..checkpoint import Checkpoint
 from ..report_file import Report
 from ..samples_file import SamplesMark
-from .chunks import CHUNK_LATENTS, TEXT_LATENTS
+from .chunks import CHUNK_LATENTS
 from .parts import Parts
 from .scores import absorption_facts, probing_facts
 
 MAX_METRIC_POINTS = 1000
 
 
-def overview(checkpoint: Checkpoint, report: Report, mark: SamplesMark, parts: Parts) -> dict[str, Any]:
-    """Everything but the latents themselves."""
+def overview(
+    checkpoint: Checkpoint, report: Report, mark: SamplesMark, parts: Parts, search: dict[str, int]
+) -> dict[str, Any]:
+    """Everything but the latents themselves; `search` is what `write_search` says of its files."""
     sizes = report.transcoder.config["group_sizes"]
-    n_latents = sum(sizes)
     return {
         "report": report.model_dump(mode="json", exclude={"by_token_frequency", "by_document"}),
         "group_sizes": sizes,
         "prefix_ends": prefix_ends(sizes),
         "samples": mark.model_dump(mode="json", exclude={"transcoder", "shard_set"}),
         "chunk_latents": CHUNK_LATENTS,
-        "text_file_latents": TEXT_LATENTS,
-        "n_text_files": -(-n_latents // TEXT_LATENTS),
+        "search": search,
         "metrics": training_curves(checkpoint.run / METRICS_FILE, sizes),
         "run": run_facts(checkpoint.run / RUN_FILE),
         "used": read_run_facts(checkpoint.run, checkpoint.step).lines() if checkpoint.step is not None else None,

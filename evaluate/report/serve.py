@@ -24,7 +24,7 @@ from .build import REPORT_FOLDER, make_report, near_place, read_pages_mark, samp
 from .http_pages import HOST, Answers, PageServer, PortTaken
 from .live_text import LiveText
 from .site_files import LIVE_SITE, asset_files, index_html
-from .window_search import MAX_QUERY, WindowIndex
+from .window_search import Found, WindowIndex
 
 FIRST_PORT = 8765
 _PORTS = 100
@@ -108,12 +108,10 @@ def serve_report(
 
     index_lock, windows = threading.Lock(), cache(lambda: WindowIndex.read(samples, text_of))
 
-    def search(query: str) -> list[int]:
-        if len(query) > MAX_QUERY:
-            raise UserError(f"a search may have {MAX_QUERY} characters at most")
+    def search(query: str, where: str) -> Found:
         with index_lock:
             index = windows()
-        return index.find(query) if query else []
+        return index.find(query, where)
 
     answers = Answers(
         index=index_html(checkpoint.name, LIVE_SITE, live=True),

@@ -1,16 +1,19 @@
 "use strict";
 // All runs of a fleet: one chart, what each cost, and a table to filter and sort.
 Report.home = "fleet";
-const Fleet = { filters: new Map(), colour: "", sort: "fvu", falling: false };
+const FLEET = { colour: "", sort: "fvu", order: "up" };
 
-Report.pages.fleet = async (main) => {
+Report.pages.fleet = async (main, _, query) => {
   const f = await load("fleet"), all = f.members, last = (values) => values[values.length - 1];
   const text = (value) => value === null || value === undefined ? "-" : Array.isArray(value) ? value.join(" + ") : typeof value === "object" ? JSON.stringify(value) : String(value);
   const values = (key) => [...new Set(all.map((m) => text(m.config[key])))];
-  if (!f.keys.includes(Fleet.colour)) Fleet.colour = "";
+  // A setting that varies is filtered by its value; config. keeps its name apart from ours.
+  const usual = { ...FLEET, ...Object.fromEntries(f.keys.map((key) => [`config.${key}`, ""])) }, asked = askedFor(usual, query);
+  if (!f.keys.includes(asked.colour)) asked.colour = "";
+  for (const key of f.keys) if (!values(key).includes(asked[`config.${key}`])) asked[`config.${key}`] = "";
   const changed = (id, choices, value, on) => { const box = el("select", { id }, ...choices.map(([v, name]) => el("option", { value: v }, name))); box.value = value; box.addEventListener("change", () => on(box.value)); return box; };
-  const filters = f.keys.map((key) => el("label", {}, key, changed(`filter-${key}`, [["", "all"], ...values(key).map((v) => [v, v])], Fleet.filters.get(key) ?? "", (v) => { Fleet.filters.set(key, v); redraw(); })));
-  const colour = el("label", {}, "colour by", changed("colour", [["", "run"], ...f.keys.map((key) => [key, key])], Fleet.colour, (v) => { Fleet.colour = v; redraw(); }));
+  const filters = f.keys.map((key) => el("label", {}, key, changed(`filter-${key}`, [["", "all"], ...values(key).map((v) => [v, v])], asked[`config.${key}`], (v) => { asked[`config.${key}`] = v; redraw(); })));
+  const colour = el("label", {}, "colour by", changed("colour", [["", "run"], ...f.keys.map((key) => [key, key])], asked.colour, (v) => { asked.colour = v; redraw(); }));
   const count = el("span", { class: "soft", id: "count", role: "status" });
   const charts = el("div", { class: "charts wide" }), rows = el("div", { class: "scroll" });
   main.append(el("h1", {}, f.name), el("p", { class: "soft" }, `${f.shard_set.source_hook} \u2192 ${f.shard_set.target_hook} of ${f.shard_set.model}; held-out rows of ${f.shard_set.name}${heldOutBlocks(f.shard_set)}`),
@@ -19,8 +22,8 @@ Report.pages.fleet = async (main) => {
       "A run\u2019s name leads to its own pages when they are made: ", el("code", {}, "evaluate report FLEET/RUN")));
 
   function redraw() {
-    const shown = all.filter((m) => f.keys.every((key) => !Fleet.filters.get(key) || text(m.config[key]) === Fleet.filters.get(key)));
-    const place = (m) => Fleet.colour ? values(Fleet.colour).indexOf(text(m.config[Fleet.colour])) : all.indexOf(m);
+    const shown = all.filter((m) => f.keys.every((key) => !asked[`config.${key}`] || text(m.config[key]) === asked[`config.${key}`]));
+    const place = (m) => asked.colour ? values(asked.colour).indexOf(text(m.config[asked.colour])) : all.indexOf(m);
     count.textContent = `${whole(shown.length)} of ${whole(all.length)} runs`;
     clearCharts();
     charts.replaceChildren();
@@ -51,12 +54,15 @@ Report.pages.fleet = async (main) => {
     ["time", "time", (m) => m.seconds], ["step", "step", (m) => m.step]];
   const shape = { fvu: (v) => number(v, 4), first: (v) => number(v, 4), l0: (v) => number(v, 1), dead: percent, ce: (v) => number(v, 4), time: duration, step: whole };
   function table(shown, place) {
-    const of = columns.find(([id]) => id === Fleet.sort)[2], order = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
-    const sorted = [...shown].sort((a, b) => of(a) === null ? 1 : of(b) === null ? -1 : (Fleet.falling ? -1 : 1) * order(of(a), of(b)));
-    const head = ([id, name]) => el("th", { scope: "col", "aria-sort": id === Fleet.sort ? (Fleet.falling ? "descending" : "ascending") : "none" }, el("button", { type: "button", "data-key": id, onclick: () => {
-      if (Fleet.sort === id) Fleet.falling = !Fleet.falling; else { Fleet.sort = id; Fleet.falling = false; }
+    if (!columns.some(([id]) => id === asked.sort)) asked.sort = usual.sort;
+    writeAddress(addressOf("", usual, asked));
+    const falling = asked.order === "down", of = columns.find(([id]) => id === asked.sort)[2], order = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+    const sorted = [...shown].sort((a, b) => of(a) === null ? 1 : of(b) === null ? -1 : (falling ? -1 : 1) * order(of(a), of(b)));
+    const head = ([id, name]) => el("th", { scope: "col", "aria-sort": id === asked.sort ? (falling ? "descending" : "ascending") : "none" }, el("button", { type: "button", "data-key": id, onclick: () => {
+      asked.order = asked.sort === id && !falling ? "down" : "up";
+      asked.sort = id;
       table(shown, place);
-    } }, name + (id === Fleet.sort ? (Fleet.falling ? " \u2193" : " \u2191") : "")));
+    } }, name + (id === asked.sort ? (falling ? " \u2193" : " \u2191") : "")));
     const cell = (m, [id, , value]) => {
       if (id === "name") { const dot = el("i", { class: "dot" }); dot.style.setProperty("--hue", hue(place(m))); return el("td", {}, dot, m.pages ? el("a", { href: m.pages }, m.name) : m.name, m.finished ? null : el("span", { class: "soft" }, " (not finished)")); }
       return el("td", {}, value(m) === null ? "-" : shape[id] ? shape[id](value(m)) : value(m));

@@ -1,38 +1,39 @@
 "use strict";
 // The nest: from a coarse latent to those of later groups that fire inside it, with their contexts.
-const Nest = { least: 500, order: "below", query: "", alone: false };
+const NEST = { q: "", in: FIRES, least: "500", order: "", alone: "" };
 const ROOTS = 40, SHOWN_CHILDREN = 30;
 
-Report.pages.hierarchy = async (main, argument) => {
+Report.pages.hierarchy = async (main, argument, query) => {
   const o = await load("overview"), n = o.prefix_ends[o.prefix_ends.length - 1];
   main.append(el("h1", {}, "Hierarchy"));
   if (o.missing.hierarchy) { main.append(missing(o, "hierarchy", "The nest is")); return; }
   const table = await load("latents"), edges = await load("hierarchy"), groups = allGroups(n), words = table.words;
-  let nest = buildNest(edges, groups, Nest.least), focus = /^\d+$/.test(argument ?? "") && +argument < n ? +argument : -1;
-  const pick = (id, label, options, value, changed) => {
-    const box = el("select", { id, "aria-label": label }, ...options.map(([v, text]) => el("option", { value: String(v) }, text)));
-    box.value = String(value);
-    box.addEventListener("change", () => { changed(box.value); redraw(); });
-    return el("label", {}, label, box);
+  const asked = askedFor(NEST, query);
+  let nest = null, focus = /^\d+$/.test(argument ?? "") && +argument < n ? +argument : -1;
+  let found = null, run = 0, gone = false;
+  const pick = (id, options) => {
+    const box = el("select", { id }, ...options.map(([value, text]) => el("option", { value }, text)));
+    choose(box, asked[id]);
+    box.addEventListener("change", apply);
+    return box;
   };
-  const search = el("input", { type: "search", id: "search", placeholder: "Words, or a latent\u2019s number", "aria-label": "Search" });
-  search.value = Nest.query;
-  search.addEventListener("input", () => { Nest.query = search.value; redraw(); });
-  const count = el("span", { class: "soft", id: "count", role: "status" });
-  const alone = el("input", { type: "checkbox", id: "alone" });
-  alone.checked = Nest.alone;
-  alone.addEventListener("change", () => { Nest.alone = alone.checked; redraw(); });
+  const { field: search, where } = searchControls(asked, apply), note = el("p", { class: "note", id: "search-note" });
+  const least = pick("least", [["250", "25%"], ["500", "50%"], ["750", "75%"], ["900", "90%"]]);
+  const order = pick("order", [["", "share on the words"], ["below", "latents inside"], ["density", "density"], ["number", "number"]]);
+  const count = el("span", { class: "soft", id: "count", role: "status" }), alone = el("input", { type: "checkbox", id: "alone" });
+  alone.checked = asked.alone !== "";
+  alone.addEventListener("change", apply);
   main.append(el("p", { class: "note" }, "Each latent stands under the tightest earlier latent that fires where it does. Bar: how much of its own rows lie inside that parent; click a line for contexts and for what fires inside it."),
-    el("div", { class: "controls" }, search, pick("least", "inside at least", [[250, "25%"], [500, "50%"], [750, "75%"], [900, "90%"]], Nest.least, (v) => { Nest.least = +v; nest = buildNest(edges, groups, Nest.least); }),
-      pick("order", "by", [["below", "latents inside"], ["density", "density"], ["number", "number"]], Nest.order, (v) => { Nest.order = v; }),
-      el("label", {}, alone, "without a parent in later groups too"), count));
+    el("div", { class: "controls" }, where, search, el("label", {}, "inside at least", least), el("label", {}, "by", order),
+      el("label", {}, alone, "without a parent in later groups too"), count), note);
   const list = el("ul", { class: "nest", id: "nest" }), burst = el("div", { class: "burst", id: "burst" });
   main.append(el("div", { class: "nest-grid" }, burst, list));
 
+  const aside = (i) => typeof found?.get(i) === "number" ? `${percent(found.get(i))} on it` : nest.below[i] ? `${whole(nest.below[i])} inside` : "";
   function line(i, open = false) {
     const body = el("div", { class: "nest-body" }), button = el("button", { type: "button", class: "fold", "aria-expanded": "false", "aria-label": `Open latent ${i}` }, "\u25b8");
-    const head = el("div", { class: "nest-line", onclick: (event) => { if (!event.target.closest("a")) unfold(button.getAttribute("aria-expanded") !== "true"); } },
-      button, el("a", { href: `#/latent/${i}` }, String(i)), groupBadge(groups[i]), el("span", { class: "words", title: words[i] }, words[i]), el("span", { class: "soft below" }, nest.below[i] ? `${whole(nest.below[i])} inside` : ""),
+    const head = el("div", { class: "nest-line", onclick: (event) => { if (!event.target.closest("a")) unfold(button.getAttribute("aria-expanded") !== "true").catch(fail); } },
+      button, el("a", { href: `#/latent/${i}` }, String(i)), groupBadge(groups[i]), el("span", { class: "words", title: words[i] }, words[i]), el("span", { class: "soft below" }, aside(i)),
       nest.parent[i] >= 0 ? bar(nest.inside[i] / 1000, `${nest.inside[i] / 10}%`, `${nest.inside[i] / 10}% of its rows are inside ${nest.parent[i]}, ${nest.share[i] / 10}% of that one\u2019s`) : bar(0, percent(table.density[i]), "share of all rows"));
     const item = el("li", { "data-latent": i }, head, body);
     async function unfold(to, quiet = false) {
@@ -60,7 +61,7 @@ Report.pages.hierarchy = async (main, argument) => {
 
   function show(i) {
     focus = i;
-    history.replaceState(null, "", `#/hierarchy/${i}`);
+    remember();
     const { drawing, hidden } = sunburst(nest, i, groups, words, show);
     const way = nest.path(i).flatMap((up, at) => [at ? " \u203a " : null, el("a", { href: `#/latent/${up}` }, String(up)), " ", groupBadge(groups[up])]);
     const contexts = el("div", {});
@@ -70,25 +71,46 @@ Report.pages.hierarchy = async (main, argument) => {
     strongest(i, 1).then((found) => contexts.replaceChildren(...found)).catch(fail);
   }
 
+  const remember = () => writeAddress(addressOf(focus < 0 ? "hierarchy" : `hierarchy/${focus}`, NEST,
+    { q: search.value.trim(), in: where.value, least: least.value, order: order.value, alone: alone.checked ? "1" : "" }));
+
   function redraw() {
-    const query = Nest.query.trim().toLowerCase(), first = o.prefix_ends[0];
+    const first = o.prefix_ends[0], byShare = found && where.value === FIRES;
     let roots = [];
-    if (query === "") for (let i = 0; i < n; i++) { if (i < first ? true : Nest.alone && nest.parent[i] < 0 && table.density[i] > 0) roots.push(i); }
-    else for (let i = 0; i < n; i++) if (String(i) === query || words[i].toLowerCase().includes(query)) roots.push(i);
-    const key = { below: (i) => nest.below[i], density: (i) => table.density[i], number: (i) => -i }[Nest.order];
-    roots.sort((a, b) => key(b) - key(a) || a - b);
+    if (found) roots = [...found.keys()];
+    else for (let i = 0; i < n; i++) { if (i < first ? true : alone.checked && nest.parent[i] < 0 && table.density[i] > 0) roots.push(i); }
+    order.options[0].text = byShare ? "share on the words" : "latents inside";
+    order.options[1].hidden = !byShare;
+    const below = (i) => nest.below[i], key = { "": byShare ? null : below, below, density: (i) => table.density[i], number: (i) => -i }[order.value];
+    if (key) roots.sort((a, b) => key(b) - key(a) || a - b);
     let nested = 0;
     for (let i = first; i < n; i++) if (nest.parent[i] >= 0) nested++;
     count.textContent = `${whole(roots.length)} shown; ${whole(nested)} of ${whole(n - first)} later latents have a parent`;
-    if (focus < 0 && roots.length) focus = roots[0];
+    note.textContent = searchNote(found, where.value);
+    note.hidden = !found;
+    if (roots.length && (focus < 0 || (found && !found.has(focus)))) focus = roots[0];
     // The one of the address comes first, open, where nothing is looked for.
-    const named = argument !== undefined && query === "" && focus >= 0 ? nest.path(focus)[0] : -1;
+    const named = argument !== undefined && !found && focus >= 0 ? nest.path(focus)[0] : -1;
     if (named >= 0) roots = [named, ...roots.filter((i) => i !== named)];
     list.replaceChildren(...lines(roots, ROOTS, named).childNodes);
+    if (!roots.length) list.replaceChildren(el("li", {}, nothingFound(search, where, apply)));
     if (focus >= 0) show(focus);
   }
-  redraw();
+  async function apply() {
+    if (gone) return;
+    const own = ++run;
+    nest = buildNest(edges, groups, +least.value);
+    remember();
+    try {
+      const answer = await findLatents(o, search.value, where.value);
+      if (own !== run || gone) return;
+      found = answer;
+    } catch (error) { if (own === run && !gone) fail(error); return; }
+    redraw();
+  }
+  await apply();
   groupGains(main, await load("groups"));
+  return () => { gone = true; };
 };
 
 // Under the nest: what the groups are for.

@@ -2,9 +2,10 @@
 // One latent: when it fires, where it fires most, and where it does not.
 
 Report.pages.latent = async (main, argument) => {
-  const o = await load("overview"), latent = Number(argument), n = o.prefix_ends[o.prefix_ends.length - 1];
-  if (!Number.isInteger(latent) || latent < 0 || latent >= n) {
-    main.append(el("p", { class: "error" }, `There is no latent ${argument}; they are 0 to ${n - 1}.`));
+  const o = await load("overview"), n = o.prefix_ends[o.prefix_ends.length - 1];
+  const latent = /^\d+$/.test(argument ?? "") ? Number(argument) : n;
+  if (latent >= n) {
+    main.append(el("h1", {}, "Latent"), el("p", { class: "error" }, `There is no latent ${argument ?? ""}; they are 0 to ${n - 1}. `, el("a", { href: Report.list }, "all latents")));
     return;
   }
   const part = Math.floor(latent / o.chunk_latents), table = await load("latents");
@@ -12,7 +13,7 @@ Report.pages.latent = async (main, argument) => {
   forget("chunk-", 6);
   const step = (by) => { location.hash = `#/latent/${neighbour(latent, by, n)}`; };
   main.append(el("div", { class: "bar" }, el("h1", {}, `Latent ${latent}`), el("button", { type: "button", id: "previous", title: "Left key", onclick: () => step(-1) }, "\u2190"),
-    el("button", { type: "button", id: "next", title: "Right key", onclick: () => step(1) }, "\u2192"), el("a", { href: "#/latents" }, "all latents"), el("a", { href: `#/latent/${latent}` }, "link")));
+    el("button", { type: "button", id: "next", title: "Right key", onclick: () => step(1) }, "\u2192"), el("a", { href: Report.list }, "all latents"), el("a", { href: `#/latent/${latent}` }, "link")));
   const at = table.density[latent];
   main.append(el("div", { class: "tiles" }, tile("group", `${groupOf(latent)} of ${o.group_sizes.length}`), tile("of the rows", percent(at)), tile("largest activation", number(table.max[latent])),
     tile("mean when active", number(table.mean[latent])), tile("rows it fires on", whole(own.n))));

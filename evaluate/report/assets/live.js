@@ -1,6 +1,6 @@
 "use strict";
-// With a server behind the pages: the search looks at all windows, and a text of your own goes through the model.
-Report.search = async (query) => (await ask(`api/search?q=${encodeURIComponent(query)}`)).latents;
+// With a server behind the pages: it searches for them, and a text of your own goes through the model.
+Report.search = (query, where) => ask(`api/search?${new URLSearchParams({ q: query, in: where })}`);
 
 async function ask(address, content) {
   const options = content === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(content) };
@@ -15,7 +15,7 @@ const Trial = { text: "", tokens: null, at: -1, latent: -1 };
 
 Report.pages.try = async (main) => {
   const o = await load("overview"), table = await load("latents"), groups = allGroups(o.prefix_ends[o.prefix_ends.length - 1]);
-  const text = el("textarea", { id: "text", rows: "4", placeholder: "Any text, at most 1,024 tokens", "aria-label": "Text" });
+  const text = el("textarea", { id: "text", rows: "4", placeholder: "Any text, at most 1,024 tokens", "aria-label": "Text", dir: "auto" });
   text.value = Trial.text;
   const button = el("button", { type: "button", id: "go" }, "Show its latents"), state = el("span", { class: "soft", id: "state", role: "status" });
   const shown = el("div", { class: "text open typed", id: "typed" }), lists = el("div", { class: "columns2 wide" });
@@ -24,7 +24,6 @@ Report.pages.try = async (main) => {
   let gone = false;
 
   async function run() {
-    Trial.text = text.value;
     button.disabled = true;
     state.textContent = "working\u2026";
     try {
@@ -36,6 +35,7 @@ Report.pages.try = async (main) => {
     if (!gone) draw();
   }
   button.addEventListener("click", run);
+  text.addEventListener("input", () => { Trial.text = text.value; });
   text.addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run(); });
 
   // Shaded by the chosen latent, or by the strongest latent of each token.

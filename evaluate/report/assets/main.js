@@ -1,14 +1,15 @@
 "use strict";
 // Routes by the part of the address after #, the theme, the keys, and the tip under the pointer.
-const main = document.getElementById("main"), tip = document.getElementById("tip");
+const main = document.getElementById("main"), tip = document.getElementById("tip"), title = document.title;
 let leave = null, visit = 0;
 
 function fail(error) {
+  main.querySelector(".error")?.remove();
   main.append(el("p", { class: "error", role: "alert" }, `This page cannot be shown: ${error.message}`));
 }
 
 async function go(keepScroll = false) {
-  const own = ++visit, [page, argument] = location.hash.replace(/^#\/?/, "").split("/");
+  const own = ++visit, [path, query] = location.hash.replace(/^#\/?/, "").split(/\?(.*)/s), [page, argument] = path.split("/");
   const name = Object.hasOwn(Report.pages, page) ? page : Report.home;
   if (leave) leave();
   leave = null;
@@ -22,12 +23,15 @@ async function go(keepScroll = false) {
   main.replaceChildren(fresh);
   main.dataset.ready = "";
   try {
-    const undo = await Report.pages[name](fresh, argument);
+    const undo = await Report.pages[name](fresh, argument, query);
     if (own !== visit) { if (undo) undo(); return; }
     leave = undo ?? null;
   } catch (error) {
     if (own === visit) fail(error);
   }
+  // By its own name in the tabs and in the history of the browser.
+  const head = name === Report.home ? null : fresh.querySelector("h1");
+  document.title = head ? `${head.textContent} \u00b7 ${title}` : title;
   if (!keepScroll) scrollTo(0, 0);
   main.dataset.ready = name + (argument ? `/${argument}` : "");
 }

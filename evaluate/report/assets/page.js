@@ -1,7 +1,8 @@
 "use strict";
 // Shared by the pages: elements, data loaded by script tags (fetch is blocked on file://), numbers.
-// home: the page of an address without a name. search: set by the live pages, which ask their server.
-const Report = { pages: {}, data: new Map(), waiting: new Map(), home: "overview", search: null };
+// home: the page of an address without a name. search: set by the live pages, which ask their server. order, list: the
+// latents that were listed last, and the address of that list.
+const Report = { pages: {}, data: new Map(), waiting: new Map(), home: "overview", search: null, order: null, list: "#/latents" };
 
 // Every text goes through here: textContent, so that no token is ever read as HTML.
 function el(name, attributes = {}, ...children) {
@@ -25,7 +26,13 @@ function load(name) {
   if (!Report.waiting.has(name)) {
     Report.waiting.set(name, new Promise((resolve, reject) => {
       const script = el("script", { src: `data/${name}.js` });
-      script.onload = () => { Report.waiting.delete(name); script.remove(); resolve(Report.data.get(name)); };
+      script.onload = () => {
+        Report.waiting.delete(name);
+        script.remove();
+        // A file that was cut off is loaded without having given anything.
+        if (Report.data.has(name)) resolve(Report.data.get(name));
+        else reject(new Error(`data/${name}.js is damaged; make the pages again with evaluate report`));
+      };
       script.onerror = () => { Report.waiting.delete(name); script.remove(); reject(new Error(`data/${name}.js cannot be read`)); };
       document.head.append(script);
     }));
@@ -37,6 +44,34 @@ function load(name) {
 function forget(prefix, keep) {
   const names = [...Report.data.keys()].filter((name) => name.startsWith(prefix));
   for (const name of names.slice(0, Math.max(0, names.length - keep))) Report.data.delete(name);
+}
+
+// What an address asks for behind its ?, as texts; what it does not say is as usual.
+function askedFor(usual, query) {
+  const given = new URLSearchParams(query);
+  return Object.fromEntries(Object.entries(usual).map(([key, value]) => [key, given.get(key) ?? value]));
+}
+
+// The address of a page with these settings, of which only the unusual ones are said.
+function addressOf(path, usual, settings) {
+  const said = new URLSearchParams(Object.entries(settings).filter(([key, value]) => value !== usual[key])).toString();
+  return `#/${path}${said && `?${said}`}`;
+}
+
+// Replaced, not added: going back leads out of a page and not through each of its filters.
+function writeAddress(address) {
+  if (location.hash !== address) history.replaceState(null, "", address);
+}
+
+// An option, if there is one of this value; an address may say anything.
+function choose(box, value) {
+  if ([...box.options].some((option) => option.value === value)) box.value = value;
+}
+
+// Calls once a person has stopped typing.
+function later(action) {
+  let timer = 0;
+  return () => { clearTimeout(timer); timer = setTimeout(action, 150); };
 }
 
 const number = (value, digits = 3) => value === null || value === undefined || Number.isNaN(value) ? "-" : value.toFixed(digits);

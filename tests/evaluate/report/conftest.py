@@ -23,6 +23,10 @@ from matryoshka.runs import publish_json
 
 EVIL = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", '"><b>', "</script>", "\u2028'`${1}"]
 
+# What a search has to be careful with; none of these is a word of the other tests.
+HARD = [" Dog", "dog", "__proto__", "  ", "e\u0301", "\u0130", "\U0001f600", " \u05e9\u05dc\u05d5\u05dd", "x" * 3000]
+WORDS = [*(f" word{i}" for i in range(3, 28)), *HARD, " word37", *EVIL]
+
 
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,9 +37,8 @@ def save_tokenizer(folder: Path) -> Path:
     """Forty tokens, some of which would like to be HTML."""
     from tokenizers import Tokenizer, models
 
-    words = [*(f" word{i}" for i in range(3, 38)), *EVIL]
     folder.mkdir()
-    vocabulary = {word: i for i, word in enumerate(words)}
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
     Tokenizer(models.WordLevel(vocabulary, unk_token=" word3")).save(str(folder / "tokenizer.json"))
     return folder
 
@@ -44,6 +47,12 @@ def save_tokenizer(folder: Path) -> Path:
 def evil() -> list[str]:
     """Tokens of the pages' texts that would like to be HTML."""
     return EVIL
+
+
+@pytest.fixture(scope="session")
+def words() -> list[str]:
+    """Text of each token."""
+    return WORDS
 
 
 @pytest.fixture(scope="session")

@@ -69,20 +69,6 @@ def test_sort_and_filter(browser: Any) -> None:
     browser.count("20 of 48")
 
 
-def test_search_in_the_contexts(browser: Any) -> None:
-    browser.go("#/latents", "latents")
-    texts = json.loads(re.fullmatch(r'give\("text-0",(.*)\);\n', data(browser, "text-0"))[1])  # type: ignore[index]
-    query = next(found for found in re.findall(r"word\d+ word\d+", texts[20]) if sum(found in t for t in texts) < 15)
-    wanted = {i for i, text in enumerate(texts) if query in text}
-    assert 20 in wanted
-    browser.one("#search").send_keys(query.upper())
-    browser.count(f"{len(wanted)} of 48")
-    assert set(browser.latents()) == wanted
-    browser.one("#search").clear()
-    browser.one("#search").send_keys("no such words")
-    browser.count("0 of 48")
-
-
 def test_a_latent_its_keys_and_its_link(browser: Any) -> None:
     from selenium.webdriver import ActionChains, Keys
 

@@ -54,7 +54,9 @@ def test_the_data_is_what_was_measured(val_set: ShardSet, made: Any, tmp_path: P
     )
     chunks = [read(folder, f"chunk-{i}") for i in range(2)]
     assert [len(chunk["latents"]) for chunk in chunks] == [32, 16]
-    assert len(read(folder, "text-0")) == 48
+    assert overview["search"] == {"n_fires_files": 1, "n_text_files": 1, "share_parts": 10_000}
+    assert read(folder, "fires-0")["keys"][:2] == ["[10]", "[11]"]
+    assert all("[" in text for text, _ in read(folder, "text-0"))
     for latent in (0, 31, 32, 47):
         chunk, found = chunks[latent // 32], read_windows(folder.parent / "samples", latent)
         written = [dict(zip(chunk["fields"], w, strict=True)) for w in chunk["latents"][latent % 32]["windows"]]

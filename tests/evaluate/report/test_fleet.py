@@ -162,6 +162,13 @@ def test_the_page(browser: Any, fleet: Path, config: EvaluateConfig) -> None:
     page.one('#filter-k option[value="12"]').click()
     page.count("1 of 3 runs")
     assert page.texts("#time .share") == ["4.67 s"]
+    # For somebody else, who was sent the link; a link that somebody made up shows all.
+    address = page.driver.current_url.partition("index.html")[2]
+    assert address == "#/?sort=l0&order=down&config.k=12&config.lr=0.002"
+    page.go("#/?sort=constructor&colour=toString&config.lr=7", "fleet")
+    page.count("3 of 3 runs")
+    page.go(address, "fleet")
+    page.count("1 of 3 runs")
     page.one('#filter-skip option[value="-"]').click()
     page.count("0 of 3 runs")
     assert page.all("main i:not(.dot)") == []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+
+from evaluate.report.window_search import WindowIndex
 
 
 @pytest.fixture
@@ -36,9 +37,8 @@ def test_a_latent_says_what_is_missing(browser: Any) -> None:
         assert "evaluate hierarchy RUN" in browser.one(".missing").text
 
 
-def test_the_tokens_of_a_latent(full: Any, evil: list[str]) -> None:
+def test_the_tokens_of_a_latent(full: Any, words: list[str]) -> None:
     full.go("#/latent/33", "latent/33")
-    words = [*(f" word{i}" for i in range(3, 38)), *evil]
     for side, wanted in (("raised", (33, 36, 39)), ("lowered", (34, 37, 0))):
         shown = full.texts(f"#{side} .share")
         assert [text.replace("\ufffd", "\u2028") for text in shown] == [words[token] for token in wanted]
@@ -89,7 +89,7 @@ def nest_of(edges: list[dict[str, Any]], least: float) -> dict[int, int]:
     return {child: -key[2] for child, key in best.items()}
 
 
-def test_the_nest(full: Any, edges: list[dict[str, Any]]) -> None:
+def test_the_nest(full: Any, edges: list[dict[str, Any]], words: list[str]) -> None:
     nest = nest_of(edges, 0.25)
     below: dict[int, set[int]] = {i: set() for i in range(48)}
     for child in nest:
@@ -118,11 +118,23 @@ def test_the_nest(full: Any, edges: list[dict[str, Any]]) -> None:
     full.driver.execute_script(
         "document.querySelector(arguments[0]).dispatchEvent(new MouseEvent('click'))", f'.arc[data-latent="{inner}"]'
     )
-    full.wait(lambda driver: driver.current_url.endswith(f"#/hierarchy/{inner}"))
+    full.wait(lambda driver: driver.current_url.endswith(f"#/hierarchy/{inner}?least=250"))
     assert full.texts("#burst .way a")[-1] == str(inner)
     assert full.texts("#burst .core-label")[0] == str(inner)
     full.one("#search").send_keys("17")
-    full.wait(lambda _: "17" in full.texts("#nest > li > .nest-line a"))
+    full.wait(lambda _: full.texts("#nest > li > .nest-line a") == ["17"])
+    full.one("#search").clear()
+    full.one("#search").send_keys("word17")
+    wanted = WindowIndex.read(full.index.parents[1] / "samples", words.__getitem__).find("word17")
+    full.count(f"{len(wanted.latents)} shown")
+    assert [int(text) for text in full.texts("#nest > li > .nest-line a")] == wanted.latents[:40]
+    # The address says all of it; another order is the same latents.
+    full.one('#order option[value="number"]').click()
+    address = full.driver.current_url.partition("index.html")[2]
+    full.go(address, address.removeprefix("#/").partition("?")[0])
+    full.count(f"{len(wanted.latents)} shown")
+    assert full.one("#least").get_attribute("value") == "250"
+    assert [int(text) for text in full.texts("#nest > li > .nest-line a")] == sorted(wanted.latents)[:40]
     record = json.loads((full.index.parents[1] / "hierarchy.json").read_text())
     assert [row[3] for row in full.cells("#gains")] == [f"{group['fvu_after']:.4f}" for group in record["groups"]]
     assert len(full.cells("#pairs")) == 3
@@ -140,7 +152,7 @@ def test_an_address_in_the_nest_opens_its_root(full: Any, edges: list[dict[str, 
     full.wait(lambda _: full.all(f'#nest > li[data-latent="{root}"] .nest-contexts .window'))
 
 
-def test_the_map(full: Any) -> None:
+def test_the_map(full: Any, words: list[str]) -> None:
     from selenium.webdriver import ActionChains
 
     full.go("#/map", "map")
@@ -158,8 +170,17 @@ def test_the_map(full: Any) -> None:
     full.at("latent/24")
     full.go("#/map", "map")
     full.one("#search").send_keys("24")
-    words = json.loads(re.fullmatch(r'give\("latents",(.*)\);\n', data(full, "latents"))[1])["words"]  # type: ignore[index]
-    full.count(f"{sum('24' in words[i] or i == 24 for i in range(48) if i != 9)} of 47")
+    full.count("1 of 47")
+    assert full.texts("#map-card .members a") == ["24"]
+    full.one("#search").clear()
+    full.one("#search").send_keys("word24")
+    wanted = WindowIndex.read(full.index.parents[1] / "samples", words.__getitem__).find("word24").latents
+    full.count(f"{len(wanted)} of 47")
+    assert [int(text) for text in full.texts("#map-card .members a")] == wanted[:25]
+    full.all(".controls label input")[0].click()
+    full.go(full.driver.current_url.partition("index.html")[2], "map")
+    full.count(f"{len(wanted)} of 47")
+    assert [box.is_selected() for box in full.all(".controls label input")] == [False, True, True]
     painted = full.driver.execute_script(
         "const c = document.getElementById('map');"
         "return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((v) => v > 0)"
@@ -215,7 +236,3 @@ def test_a_phone(full: Any, page: str, theme: str) -> None:
     ground = full.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(16, 20, 25)"}[theme]
     full.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-
-
-def data(browser: Any, name: str) -> str:
-    return (browser.index.parent / "data" / f"{name}.js").read_text()

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import torch
@@ -22,8 +23,7 @@ from evaluate.report.build import make_report
 from evaluate.report.http_pages import MAX_BODY, Answers, PageServer
 from evaluate.report.serve import FIRST_PORT, Served, serve_report
 from evaluate.report.site_files import asset_files
-from evaluate.report.window_search import WindowIndex
-from evaluate.samples_file import all_windows
+from evaluate.report.window_search import CONTEXTS, Found, WindowIndex
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.norms import apply_convention
@@ -168,35 +168,19 @@ def test_methods_that_are_not_there(server: PageServer) -> None:
     assert "Access-Control-Allow-Origin" not in headers
 
 
-def test_the_search_looks_at_all_windows(server: PageServer, place: Path) -> None:
-    samples = server.answers.folder.parent / "samples"
+def test_the_search_asks_the_windows(server: PageServer, place: Path) -> None:
     words = json.loads((Path(model_folder(place)) / "tokenizer.json").read_text())["model"]["vocab"]
     names = {number: word for word, number in words.items()}
-    texts: dict[int, list[str]] = {}
-    for windows in all_windows(samples):
-        for window in windows:
-            if window.kind != "random":
-                texts.setdefault(window.latent, []).append("".join(names[token] for token in window.tokens).lower())
-    queries = ["w1w2", "w17", "W17", texts[4][-1][2:9], "<bos>", "nowhere", "w", ""]
-    for query in queries:
-        status, _, body = ask(server, "GET", f"/api/search?q={query.replace('<', '%3C')}")
-        wanted = sorted(i for i, own in texts.items() if any(query.lower() in one for one in own)) if query else []
-        assert (status, json.loads(body)["latents"]) == (200, wanted)
-    assert json.loads(ask(server, "GET", "/api/search?q=w17")[2])["latents"]
+    index = WindowIndex.read(server.answers.folder.parent / "samples", names.__getitem__)
+    for query in ("w17", "W17 w5", " w3", "w1w2", "<bos>", "nowhere", "w", ""):
+        for where in ("fires", "contexts"):
+            status, _, body = ask(server, "GET", f"/api/search?{urlencode({'q': query, 'in': where})}")
+            wanted = index.find(query, where)
+            assert (status, json.loads(body)) == (200, {"latents": wanted.latents, "shares": wanted.shares})
+    assert json.loads(ask(server, "GET", "/api/search?q=w17")[2])["shares"]
     assert ask(server, "GET", f"/api/search?q={'w' * 201}")[0] == 400
-
-
-def test_a_search_without_windows(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = {"latent": pa.array([], pa.int32()), "kind": pa.array([], pa.string())}
-    columns["tokens"] = pa.array([], pa.list_(pa.int32()))
-    pq.write_table(pa.table(columns), tmp_path / "samples.parquet")
-    assert WindowIndex.read(tmp_path, str).find("a") == []
-    (tmp_path / "samples.parquet").write_bytes(b"torn")
-    with pytest.raises(UserError, match="run evaluate samples again"):
-        WindowIndex.read(tmp_path, str)
+    assert ask(server, "GET", "/api/search?q=w&in=nowhere")[0] == 400
+    assert json.loads(ask(server, "GET", "/api/search")[2]) == {"latents": [], "shares": []}
 
 
 def model_folder(place: Path) -> str:
@@ -253,7 +237,7 @@ def test_pages_are_made_when_there_are_none(place: Path, tmp_path: Path) -> None
 
 
 def test_a_port_that_is_taken(server: PageServer, tmp_path: Path) -> None:
-    answers = Answers("", tmp_path, {}, lambda _: [], lambda _: {})
+    answers = Answers("", tmp_path, {}, lambda *_: Found([], None), lambda _: {})
     with pytest.raises(UserError, match=f"port {server.port} of 127.0.0.1 cannot be had"):
         PageServer(answers, server.port)
 
@@ -309,13 +293,21 @@ def live(browser: Any, server: PageServer) -> Any:
 
 def test_the_live_search_in_a_browser(live: Any, server: PageServer) -> None:
     live.go("#/latents", "latents")
+    live.one("#search").send_keys("W17 w5")
+    wanted = server.answers.search("w17 w5", "fires").latents
+    live.count(f"{len(wanted)} of 48")
+    shown = live.latents()
+    assert shown == wanted[: len(shown)]
     pairs = (f"w{i}w{j}" for i in range(93) for j in range(93))
-    query, wanted = next((pair, found) for pair in pairs if 0 < len(found := server.answers.search(pair)) < 12)
+    answers = ((pair, server.answers.search(pair, CONTEXTS).latents) for pair in pairs)
+    query, wanted = next((pair, found) for pair, found in answers if 0 < len(found) < 12)
+    live.one('#where option[value="contexts"]').click()
+    live.one("#search").clear()
     live.one("#search").send_keys(query.upper())
     live.count(f"{len(wanted)} of 48")
     assert set(live.latents()) == set(wanted)
     loaded = live.driver.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
-    assert not any("text-" in name for name in loaded)
+    assert not any("/text-" in name or "/fires-" in name for name in loaded)
     live.one("#search").clear()
     live.one("#search").send_keys("nothing like it")
     live.count("0 of 48")
