@@ -40,7 +40,7 @@ def run(
         str | None, typer.Option("--input", help="resid_mid, normalized or mlp_in. (normalized where there is a norm)")
     ] = None,
     condition: Annotated[str | None, typer.Option(help="none, centre or standardise. (centre)")] = None,
-    precision: Annotated[str | None, typer.Option(help="Encoder product: auto, fp32 or bf16. (auto)")] = None,
+    precision: Annotated[str | None, typer.Option(help="Encoder product: auto, fp32, bf16 or fp16. (auto)")] = None,
     checkpoint_every: Annotated[
         str | None, typer.Option(help="Steps between checkpoints. (a tenth of the run)")
     ] = None,

@@ -142,8 +142,9 @@ class TrainConfig(Config):
     """Train rows that a draw by order_seed sets aside, in whole contexts and at most a twentieth of all, but always
     one context: no step sees them, and on them the threshold is set after training, so that mean L0 is k there. Of a
     tiny set it is that one context, and L0 on val strays the further from k."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the encoder product; the weights are always fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the encoder product looks for candidates in; fp32 decides among them, and the weights are always fp32. fp16
+    is for GPUs without bf16 (a CPU takes fp32 for it)."""
     backend: Literal["auto", "sparse", "dense"] = "auto"
     """How a step is computed; the result is the same."""
     checkpoint_every: Count | None = None

@@ -1,10 +1,19 @@
 """The aux loss's entries: in each row the k_aux largest PRE-activations of dead latents."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .entries import Kept
+from .gemm import gemm, low_copy
 from .selection import TILE_ELEMENTS
+
+WIDE_ELEMENTS = 1 << 27
+"""Pre-activations of dead latents at once on a GPU, 512 MiB."""
 
 
 def select_dead(x: Tensor, W_enc: Tensor, b_enc: Tensor, dead: Tensor, k_aux: int) -> Kept:
@@ -12,37 +21,113 @@ def select_dead(x: Tensor, W_enc: Tensor, b_enc: Tensor, dead: Tensor, k_aux: in
 
     Works through the dead latents in tiles with a running top-k, so that memory does not grow with their number.
     """
-    k = min(k_aux, dead.shape[0])
-    width = max(k, TILE_ELEMENTS // x.shape[0])
-    best, latents = torch.empty(x.shape[0], 0), torch.empty(x.shape[0], 0, dtype=torch.int64)
-    for part in dead.split(width):
-        pre = torch.addmm(b_enc[part], x, W_enc[part].t())
-        n_held = best.shape[1]
-        top = torch.cat([best, pre], dim=1).topk(min(k, n_held + part.shape[0]), dim=1, sorted=False)
-        new = part[(top.indices - n_held).clamp_min(0)]
-        if n_held:
-            held = latents.gather(1, top.indices.clamp_max(n_held - 1))
-            new = torch.where(top.indices < n_held, held, new)
-        best, latents = top.values, new
-    rows = torch.arange(x.shape[0], dtype=torch.int32).repeat_interleave(k)
-    return Kept(rows, latents.view(-1).int(), best.reshape(-1))
+    best, positions = _largest(x, dead, k_aux, TILE_ELEMENTS, lambda part: torch.addmm(b_enc[part], x, W_enc[part].t()))
+    return Kept(_rows(best), dead[positions].int(), best.view(-1))
 
 
-def select_dead_fixed_shape(x: Tensor, W_enc: Tensor, b_enc: Tensor, is_dead: Tensor, k_aux: int) -> Kept:
-    """The same with shapes that do not depend on the data, for CUDA: always k_aux entries a row.
+def select_listed(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, listed: Tensor, k_aux: int, *, low: torch.dtype | None
+) -> Kept:
+    """The same on a GPU, for a list of dead latents of fixed length, filled up with -1 (`list_dead`).
 
-    Where fewer latents are dead the surplus entries are not `selected`; the caller's coefficient is 0 when none is.
-    is_dead: bool [d_sae].
+    Always min(k_aux, length) entries a row. `latents` are positions in the list; surplus entries, of padding, are not
+    `selected` and carry acts 0.
     """
-    k = min(k_aux, W_enc.shape[0])
-    n_rows = max(1, 8 * TILE_ELEMENTS // W_enc.shape[0])
-    values, indices = [], []
-    for part in x.split(n_rows):
-        pre = torch.addmm(b_enc, part, W_enc.t()).masked_fill_(~is_dead, -torch.inf)
-        top = pre.topk(k, dim=1, sorted=False)
-        values.append(top.values)
-        indices.append(top.indices)
-    acts = torch.cat(values).view(-1)
-    rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device).repeat_interleave(k)
+    operand = low_copy(x, low)
+
+    def encode(part: Tensor) -> Tensor:
+        latents = part.clamp_min(0)
+        pre = gemm(operand, low_copy(W_enc[latents], low).t()).add_(b_enc[latents])
+        return pre.masked_fill_(part < 0, -torch.inf)
+
+    best, positions = _largest(x, listed, k_aux, WIDE_ELEMENTS, encode)
+    acts = best.view(-1)
     selected = acts > -torch.inf
-    return Kept(rows, torch.cat(indices).view(-1).int(), torch.where(selected, acts, 0.0), selected)
+    return Kept(_rows(best), positions.int(), torch.where(selected, acts, 0.0), selected)
+
+
+def list_dead(is_dead: Tensor, capacity: int) -> Tensor:
+    """int64 [capacity]: the dead latents, of which there are no more than that, then -1. is_dead: bool [d_sae]."""
+    return torch.nonzero_static(is_dead, size=capacity, fill_value=-1).squeeze(1)
+
+
+def _largest(
+    x: Tensor, listed: Tensor, k_aux: int, n_elements: int, encode: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The k_aux largest pre-activations of each row, [batch, k], and their positions in the list, int64 [batch * k];
+    encode(part of the list) -> pre-activations [batch, part]."""
+    k = min(k_aux, listed.shape[0])
+    width = max(k, n_elements // x.shape[0])
+    best, positions, start = x.new_empty(x.shape[0], 0), listed.new_empty(x.shape[0], 0), 0
+    for part in listed.split(width):
+        pre, n_held = encode(part), best.shape[1]
+        if n_held:
+            pre = torch.cat([best, pre], dim=1)
+        top = pre.topk(min(k, pre.shape[1]), dim=1, sorted=False)
+        new = top.indices + (start - n_held)
+        if n_held:
+            held = positions.gather(1, top.indices.clamp_max(n_held - 1))
+            new = torch.where(top.indices < n_held, held, new)
+        best, positions, start = top.values, new, start + part.shape[0]
+    return best, positions.view(-1)
+
+
+def _rows(best: Tensor) -> Tensor:
+    return torch.arange(best.shape[0], dtype=torch.int32, device=best.device).repeat_interleave(best.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class DeadBlock:
+    """The dead latents' entries as a matrix [batch, length of the list]: few latents, of which each row has many.
+
+    latents: int64 [length], padding -1; acts: fp32, 0 where not chosen; chosen: bool. `low`: the type of operands.
+    """
+
+    latents: Tensor
+    acts: Tensor
+    chosen: Tensor
+    low: torch.dtype | None
+
+    @classmethod
+    def of(cls, kept: Kept, listed: Tensor, batch: int, low: torch.dtype | None) -> DeadBlock:
+        """From entries whose `latents` are positions in the list."""
+        where = kept.rows.long() * listed.shape[0] + kept.latents
+        size = batch * listed.shape[0]
+        acts = kept.acts.new_zeros(size).scatter_(0, where, kept.acts)
+        selected = torch.ones_like(where, dtype=torch.bool) if kept.selected is None else kept.selected
+        chosen = torch.zeros(size, dtype=torch.bool, device=acts.device).scatter_(0, where, selected)
+        return cls(listed, acts.view(batch, -1), chosen.view(batch, -1), low)
+
+    def decode_(self, W_dec: Tensor, plane: Tensor) -> None:
+        """Write acts @ W_dec[latents] to `plane` [batch, d_out]."""
+        gemm(low_copy(self.acts, self.low), low_copy(W_dec[self.latents.clamp_min(0)], self.low), plane)
+
+    def gradients(self, x: Tensor, W_dec: Tensor, d_plane: Tensor) -> BlockGradients:
+        """Gradients of the listed latents' weights, given that of `plane`."""
+        rows, d_plane = low_copy(W_dec[self.latents.clamp_min(0)], self.low), low_copy(d_plane, self.low)
+        d_acts = gemm(d_plane, rows.t()).masked_fill_(~self.chosen, 0.0)
+        return BlockGradients(
+            self.latents.clamp_min(0),
+            W_enc=gemm(low_copy(d_acts, self.low).t(), low_copy(x, self.low)),
+            W_dec=gemm(low_copy(self.acts, self.low).t(), d_plane),
+            b_enc=d_acts.sum(0),
+            decoder_dot=(self.acts * d_acts).sum(0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGradients:
+    """Gradients of the listed latents, [length, ...]; those of padding are 0."""
+
+    latents: Tensor
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    decoder_dot: Tensor
+
+    def add_to(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """Add the part named so, in place, to the gradients of latents from `start` on."""
+        own, end = getattr(self, name), start + rows.shape[0]
+        inside = (self.latents >= start) & (self.latents < end)
+        own = torch.where(inside if own.ndim == 1 else inside[:, None], own, 0.0)
+        return rows.index_add_(0, torch.where(inside, self.latents - start, 0), own)

@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,3 +39,11 @@ def bag_starts(sorted_bags: Tensor, n_bags: int) -> Tensor:
     """[n_bags + 1] int32: where each bag begins. By search rather than bincount, which syncs the host on CUDA."""
     edges = torch.arange(n_bags + 1, dtype=sorted_bags.dtype, device=sorted_bags.device)
     return torch.searchsorted(sorted_bags, edges, out_int32=True)
+
+
+def bag_sums(values: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """[n_bags, m]: sums of `values` [n, m] over bags, of which bag i has the rows order[starts[i] : starts[i + 1]].
+
+    One thread adds up each sum in order: the same bits every time, which atomic additions do not give.
+    """
+    return F.embedding_bag(order.int(), values, starts, mode="sum", include_last_offset=True)

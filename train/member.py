@@ -121,7 +121,7 @@ class Member:
         rows = config.batch_tokens // (n_ranks if config.parallel == "data" else 1)
         used = {
             "device": _named(step.device),
-            "precision": "bf16" if step.bf16 else "fp32",
+            "precision": step.precision,
             "backend": step.backend_for(rows),
             "n_ranks": n_ranks,
         }

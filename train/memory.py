@@ -13,9 +13,11 @@ import torch
 
 from matryoshka.errors import UserError
 
+from .backend import choose_backend, search_type
 from .calibrate import rows_at_once
 from .config import TrainConfig
 from .plan import Plan
+from .step import BLOCK_LATENTS
 
 _SELECTION = 8 << 20
 """Scratch in which a step looks for the activations to keep, of each member on a CPU (train/selection.py)."""
@@ -50,8 +52,12 @@ def member_need(
     n_prefixes = config.sampled_prefixes or len(plan.group_sizes)
     step = 4 * batch * (2 * d_in + (2 * n_prefixes + 3) * d_out) + 48 * batch * (k + plan.k_aux)
     step += 4 * n_weights
-    if _may_be_dense(config, device):
+    dense = _is_dense(config, plan, d_in=d_in, d_out=d_out, device=device)
+    if dense:
         step += 12 * batch * d_sae
+    elif device.type == "cuda":
+        # as many dead latents' activations as are held as a matrix; the dense backend's matrices leave room for them
+        step += 8 * batch * min(d_sae, BLOCK_LATENTS * plan.k_aux)
     n_rows = config.calibration_tokens
     calibration = 20 * config.k * n_rows + 12 * min(n_rows, rows_at_once(d_sae)) * d_sae
     return Need(held=held, step=max(step, calibration), snapshot=n_parts * 20 * n_weights)
@@ -85,7 +91,7 @@ def memory_of(
     try:
         yield
     except torch.OutOfMemoryError as error:
-        batch, dense = config.batch_tokens, _may_be_dense(config, device)
+        batch, dense = config.batch_tokens, _is_dense(config, plan, d_in=d_in, d_out=d_out, device=device)
         buffers = {
             f"the gradient of a side's weights, {plan.d_sae} latents x {max(d_in, d_out)}": plan.d_sae
             * max(d_in, d_out),
@@ -106,9 +112,15 @@ def memory_of(
         ) from error
 
 
-def _may_be_dense(config: TrainConfig, device: torch.device) -> bool:
-    """On a CPU `auto` goes dense for small dictionaries only."""
-    return config.backend == "dense" or (config.backend == "auto" and device.type == "cuda")
+def _is_dense(config: TrainConfig, plan: Plan, *, d_in: int, d_out: int, device: torch.device) -> bool:
+    """Whether a step takes the dense backend; where there is no GPU to ask, what one with bf16 takes."""
+    if config.backend != "auto" or device.type != "cuda":
+        return config.backend == "dense"  # on a CPU `auto` goes dense for small dictionaries only
+    low = torch.bfloat16
+    if config.precision != "auto" or torch.cuda.is_available():
+        low = search_type(config.precision, device)
+    sizes = {"d_in": d_in, "d_out": d_out, "d_sae": plan.d_sae, "k": config.k, "batch": config.batch_tokens}
+    return choose_backend(device, low=low, **sizes) == "dense"
 
 
 def _first_line(error: BaseException) -> str:

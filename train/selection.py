@@ -164,24 +164,3 @@ class TileEncoder:
         else:
             np.greater(pre.numpy(), np.float32(bound), out=mask)
         return flat_nonzero(mask)
-
-
-def select_fixed_shape(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int, *, bf16: bool) -> Kept:
-    """The same selection with shapes that do not depend on the data, for CUDA: no host sync, no mask compaction.
-
-    Always n entries; those that are not positive carry acts 0. Ties at the n-th value fall as torch.topk lets them.
-    """
-    batch, d_sae = x.shape[0], W_enc.shape[0]
-    width = max(64, min(d_sae, 8 * TILE_ELEMENTS // batch))
-    best = torch.zeros(n, device=x.device)
-    where = torch.zeros(n, dtype=torch.int64, device=x.device)
-    low = x.bfloat16() if bf16 else x
-    for start in range(0, d_sae, width):
-        rows = W_enc[start : start + width]
-        pre = (low @ rows.to(low.dtype).t()).float().add_(b_enc[start : start + width])
-        flat = torch.arange(batch, device=x.device)[:, None] * d_sae
-        flat = flat + torch.arange(start, start + rows.shape[0], device=x.device)
-        values, index = torch.cat([best, pre.view(-1)]).topk(n, sorted=False)
-        best, where = values, torch.cat([where, flat.view(-1)])[index]
-    row = where.div(d_sae, rounding_mode="floor")
-    return Kept(row.int(), (where - row * d_sae).int(), best, best > 0)

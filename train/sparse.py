@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .entries import Kept, bag_starts, row_dots
+from .dead import DeadBlock
+from .entries import Kept, bag_starts, bag_sums, row_dots
 from .gradients import Gradients
 from .nested import nested_loss_, squared_spread
 
@@ -16,7 +17,7 @@ def sparse_gradients(
     y: Tensor,
     weights: dict[str, Tensor],
     kept: Kept,
-    dead: Kept | None,
+    dead: Kept | DeadBlock | None,
     *,
     prefix_ends: Tensor,
     group_weights: tuple[float, ...],
@@ -32,7 +33,7 @@ def sparse_gradients(
 
     A bag is one (group, row) pair; the dead latents' entries form one more plane of bags. The three products are
     an embedding_bag over bags (decode), a sampled dense-dense product (d_acts), and embedding_bags over latents
-    (dW_dec, dW_enc).
+    (dW_dec, dW_enc). Of a DeadBlock the plane and the gradients are products of small matrices instead.
     """
     (batch, d_out), n_groups = y.shape, len(group_weights)
     W_dec, W_skip = weights["W_dec"], weights.get("W_skip")
@@ -41,16 +42,18 @@ def sparse_gradients(
     bag, order = bag.sort(stable=True)
     rows, latents, acts = kept.rows[order], kept.latents[order], kept.acts[order]
     selected = None if kept.selected is None else kept.selected[order]
-    n_planes = n_groups
-    if dead is not None:
-        n_planes += 1
+    n_planes = n_groups + (dead is not None)
+    if isinstance(dead, Kept):
         bag = torch.cat([bag, dead.rows + n_groups * batch])
         rows, latents = torch.cat([rows, dead.rows]), torch.cat([latents, dead.latents])
         acts = torch.cat([acts, dead.acts])
         selected = None if selected is None or dead.selected is None else torch.cat([selected, dead.selected])
     starts = bag_starts(bag, n_planes * batch)
     decoded = F.embedding_bag(latents, W_dec, starts, per_sample_weights=acts, mode="sum", include_last_offset=True)
-    planes = join(decoded.view(n_planes, batch, d_out))
+    planes = decoded.view(n_planes, batch, d_out)
+    if isinstance(dead, DeadBlock):  # no bag is of its plane
+        dead.decode_(W_dec, planes[n_groups])
+    planes = join(planes)
     decoded = planes.view(n_planes * batch, d_out)
     nested = nested_loss_(
         planes,
@@ -64,15 +67,21 @@ def sparse_gradients(
     if selected is not None:
         d_acts = torch.where(selected, d_acts, 0.0)
 
-    def per_latent(values: Tensor) -> Tensor:
-        return torch.zeros(d_sae, device=x.device).index_add_(0, latents, values)
-
-    small = {"b_enc": per_latent(d_acts), "b_dec": decoded[:batch].sum(0)}
-    if W_skip is not None:
-        small["W_skip"] = x.t() @ decoded[:batch]
-    decoder_dot = per_latent(acts * d_acts)
     by_latent, order = latents.sort(stable=True)
     latent_starts = bag_starts(by_latent, d_sae)
+    if selected is None:  # on a CPU, where additions have an order
+        d_b_enc, decoder_dot = (torch.zeros(d_sae).index_add_(0, latents, values) for values in (d_acts, acts * d_acts))
+    else:
+        sums = bag_sums(torch.stack([d_acts, acts * d_acts], 1), order, latent_starts)
+        d_b_enc, decoder_dot = sums[:, 0].contiguous(), sums[:, 1].contiguous()
+    of_dead = None
+    if isinstance(dead, DeadBlock):
+        of_dead = dead.gradients(x, W_dec, planes[n_groups])
+        of_dead.add_to("b_enc", d_b_enc)
+        of_dead.add_to("decoder_dot", decoder_dot)
+    small = {"b_enc": d_b_enc, "b_dec": decoded[:batch].sum(0)}
+    if W_skip is not None:
+        small["W_skip"] = x.t() @ decoded[:batch]
     sides = {"W_enc": (rows[order], d_acts[order], x), "W_dec": (bag[order], acts[order], decoded)}
 
     def gradient_rows(name: str, start: int, end: int) -> Tensor:
@@ -82,7 +91,8 @@ def sparse_gradients(
             first, last = int(latent_starts[start]), int(latent_starts[end])
             index, values = index[first:last], values[first:last]
             offsets = latent_starts[start : end + 1] - first
-        return F.embedding_bag(index, table, offsets, per_sample_weights=values, mode="sum", include_last_offset=True)
+        found = F.embedding_bag(index, table, offsets, per_sample_weights=values, mode="sum", include_last_offset=True)
+        return found if of_dead is None else of_dead.add_to(name, found, start)
 
     return Gradients(nested, small, decoder_dot, gradient_rows, stored=False)
 

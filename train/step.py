@@ -6,7 +6,7 @@ lies in `StepState`, so a run that saves and loads it goes on as if never interr
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -15,16 +15,23 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 
-from .backend import choose_backend, has_fast_bf16
+from .backend import choose_backend, search_type
+from .batch_search import search_batch
 from .communicator import Communicator
-from .dead import select_dead, select_dead_fixed_shape
+from .dead import DeadBlock, list_dead, select_dead, select_listed
+from .dead_capacity import DeadCapacity
 from .dense import dense_gradients
 from .entries import Kept
 from .gradients import Gradients
-from .selection import TileEncoder, select_fixed_shape
+from .selection import TileEncoder
 from .sparse import prefix_errors, sparse_gradients
 from .state import StepState
+from .step_settings import StepSettings
 from .update import apply, measure
+
+BLOCK_LATENTS = 32
+"""Times k_aux: so many dead latents are cheaper as a matrix of a row's activations of all of them, in fp32, than as a
+list of the k_aux of a row (an fp32 FLOP is about 1/19 of a byte on a T4, 1/12 on an A100)."""
 
 __all__ = ["NonFiniteLoss", "StepReport", "StepSettings", "StepState", "TrainStep"]
 
@@ -39,69 +46,6 @@ class NonFiniteLoss(ArithmeticError):
         )
         self.step = step
         self.loss = loss
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepSettings:
-    """What a step needs to know besides its state. Raises UserError on values that cannot work."""
-
-    group_sizes: tuple[int, ...]
-    """Sizes of the disjoint groups; their sum is d_sae."""
-    k: int
-    """Mean latents per row: BatchTopK keeps the k * batch largest of the whole batch."""
-    group_weights: tuple[float, ...] | None = None
-    """w_i of each prefix's term; None is 1 / n_groups each."""
-    sampled_sizes: tuple[int, ...] | None = None
-    """Disjoint sizes whose prefixes are in this step's loss instead, with equal weights; those of group_sizes are still
-    what is reported."""
-    auxk_coef: float = 1 / 8
-    k_aux: int
-    """Pre-activations of dead latents per row that rebuild the residual."""
-    dead_after_tokens: int
-    """Rows without firing after which a latent counts as dead, judged at the start of a step."""
-    target_variance: float
-    """V_y: the total variance (summed over dimensions) of the targets as given to the step."""
-    clip_norm: float = 1.0
-    """Bound of the gradient's global norm, taken after the projection of the decoder's."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = 1e-8
-    threshold_decay: float = 0.999
-    threshold_start_step: int = 0
-    """First step whose smallest kept activation enters the threshold's average."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the encoder GEMM; auto is bf16 where the hardware has it."""
-    backend: Literal["auto", "sparse", "dense"] = "auto"
-
-    def __post_init__(self) -> None:
-        if not self.group_sizes or min(self.group_sizes) < 1:
-            raise UserError(f"group_sizes is {self.group_sizes}; give at least one group, each of at least one latent.")
-        if self.group_weights is not None and len(self.group_weights) != len(self.group_sizes):
-            raise UserError(
-                f"group_weights has {len(self.group_weights)} values for {len(self.group_sizes)} groups; give one each."
-            )
-        if self.sampled_sizes is not None and sum(self.sampled_sizes) != sum(self.group_sizes):
-            raise UserError(f"sampled_sizes {self.sampled_sizes} do not sum to d_sae, as {self.group_sizes} do.")
-        if not 1 <= self.k <= sum(self.group_sizes):
-            raise UserError(f"k is {self.k}, expected 1 to d_sae = {sum(self.group_sizes)}.")
-        if self.k_aux < 1 or self.dead_after_tokens < 1:
-            raise UserError(
-                f"k_aux is {self.k_aux} and dead_after_tokens is {self.dead_after_tokens}; both must be at least 1 "
-                "(auxk_coef 0 turns the aux loss off)."
-            )
-        if not (math.isfinite(self.target_variance) and self.target_variance > 0):
-            raise UserError(f"target_variance is {self.target_variance}; the targets must vary.")
-
-    @property
-    def loss_sizes(self) -> tuple[int, ...]:
-        """Disjoint sizes of the groups whose prefixes are in the loss."""
-        return self.group_sizes if self.sampled_sizes is None else self.sampled_sizes
-
-    @property
-    def loss_weights(self) -> tuple[float, ...]:
-        """w_i of each of those prefixes."""
-        if self.sampled_sizes is None and self.group_weights is not None:
-            return self.group_weights
-        return (1 / len(self.loss_sizes),) * len(self.loss_sizes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,14 +96,20 @@ class TrainStep:
                 f"group_sizes {settings.group_sizes} sum to {sum(settings.group_sizes)}, but the weights have {d_sae} "
                 "latents; group_sizes are disjoint sizes, not prefix ends."
             )
-        auto = settings.precision == "auto"
-        self.bf16 = settings.precision == "bf16" or (auto and has_fast_bf16(self.device))
+        self.low = search_type(settings.precision, self.device)
         self._group_ends = self._own_ends(settings.group_sizes)
         # CUDA: shapes that never depend on data, so no step waits for the device
         self._fixed_shapes = self.device.type == "cuda"
-        self._encoder = TileEncoder(self.bf16)
+        self._encoder = TileEncoder(bf16=self.low == torch.bfloat16)
+        self._dead_capacity = DeadCapacity()
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self._bad_loss = torch.zeros((), device=self.device)
+
+    @property
+    def precision(self) -> str:
+        """What the encoder's product is computed in here: fp32, bf16 or fp16."""
+        names = {torch.bfloat16: "bf16"} | ({torch.float16: "fp16"} if self._fixed_shapes else {})
+        return "fp32" if self.low is None else names.get(self.low, "fp32")
 
     def backend_for(self, batch: int) -> Literal["sparse", "dense"]:
         """The backend a batch of this many rows is trained with."""
@@ -167,7 +117,13 @@ class TrainStep:
             return self.settings.backend
         d_sae, d_in, d_out = sum(self.settings.group_sizes), self.state.W_enc.shape[1], self.state.W_dec.shape[1]
         return choose_backend(
-            self.device, bf16=self.bf16, d_in=d_in, d_out=d_out, d_sae=d_sae, k=self.settings.k, batch=batch
+            self.device,
+            low=self.low,
+            d_in=d_in,
+            d_out=d_out,
+            d_sae=d_sae,
+            k=self.settings.k,
+            batch=batch,
         )
 
     @torch.no_grad()
@@ -216,41 +172,71 @@ class TrainStep:
         if int(self._bad_step) >= 0:
             raise NonFiniteLoss(int(self._bad_step), float(self._bad_loss))
 
-    def _select(self, x: Tensor) -> tuple[Kept, Kept | None, Tensor | float]:
+    def _select(self, x: Tensor) -> tuple[Kept, Kept | DeadBlock | None, Tensor | float]:
         """BatchTopK's entries, the dead latents' entries, and the aux term's coefficient."""
         return self._largest(x), *self._select_dead(x)
 
     def _largest(self, x: Tensor) -> Kept:
         """This rank's part of the k * batch largest activations of the batch."""
         state, batch, fixed = self.state, x.shape[0], self._fixed_shapes
+        # Activations that a product rounds to the same type need not be computed again, but to compare those of ranks.
+        is_alone = self._ranks.row_parts == 1 and self._ranks.latents is None
+        exact = not is_alone or self.backend_for(batch) == "sparse" or self._gradient_type is None
 
         def select(n: int) -> Kept:
             if fixed:
-                return select_fixed_shape(x, state.W_enc, state.b_enc, n, bf16=self.bf16)
+                return search_batch(x, state.W_enc, state.b_enc, n, low=self.low, exact=exact)
             return self._encoder.select(x, state.W_enc, state.b_enc, n)
 
         return self._ranks.largest(select, self.settings.k * batch * self._ranks.row_parts, batch, fixed_shapes=fixed)
 
-    def _select_dead(self, x: Tensor) -> tuple[Kept | None, Tensor | float]:
+    def _select_dead(self, x: Tensor) -> tuple[Kept | DeadBlock | None, Tensor | float]:
         """The dead latents' entries, and the aux term's coefficient."""
-        settings, state, batch = self.settings, self.state, x.shape[0]
+        settings, state, ranks, batch = self.settings, self.state, self._ranks, x.shape[0]
         if settings.auxk_coef == 0:
             return None, 0.0
-        is_dead = state.tokens_since_fired >= settings.dead_after_tokens
-        n_dead = self._ranks.sum_over_latents(is_dead.sum())
+        capacity = None
         if self._fixed_shapes:
-            own = select_dead_fixed_shape(x, state.W_enc, state.b_enc, is_dead, settings.k_aux)
+            capacity = self._dead_capacity.at(
+                state.tokens_since_fired,
+                settings.dead_after_tokens,
+                batch * ranks.row_parts,
+                lambda count: -ranks.smallest(-count),
+            )
+            if not capacity:
+                return None, 0.0
+        is_dead = state.tokens_since_fired >= settings.dead_after_tokens
+        n_dead = ranks.sum_over_latents(is_dead.sum())
+        if capacity is not None:
+            listed = list_dead(is_dead, capacity)
             coef = settings.auxk_coef * (n_dead / settings.k_aux).clamp_max(1.0)
         elif int(n_dead):
-            own = select_dead(x, state.W_enc, state.b_enc, is_dead.nonzero().squeeze(1), settings.k_aux)
+            listed = is_dead.nonzero().squeeze(1)
             coef = settings.auxk_coef * min(int(n_dead) / settings.k_aux, 1.0)
         else:
             return None, 0.0
-        return self._ranks.largest_of_rows(own, batch, settings.k_aux), coef
+        is_dense = self.backend_for(batch) == "dense"
+        if capacity is None and not is_dense:
+            own = select_dead(x, state.W_enc, state.b_enc, listed, settings.k_aux)
+            return ranks.largest_of_rows(own, batch, settings.k_aux), coef
+        low = self._gradient_type if is_dense else None
+        own = select_listed(x, state.W_enc, state.b_enc, listed, settings.k_aux, low=low)
+        own = ranks.largest_of_rows(own, batch, settings.k_aux)
+        if is_dense or listed.shape[0] <= BLOCK_LATENTS * settings.k_aux:
+            return DeadBlock.of(own, listed, batch, low), coef
+        return replace(own, latents=listed.clamp_min(0)[own.latents.long()].int()), coef
 
-    def _gradients(self, x: Tensor, y: Tensor, kept: Kept, dead: Kept | None, aux_coef: Tensor | float) -> Gradients:
+    @property
+    def _gradient_type(self) -> torch.dtype | None:
+        """What the dense backend's operands are rounded to on a GPU. Gradients are too small for fp16."""
+        return self.low if self._fixed_shapes and self.low == torch.bfloat16 else None
+
+    def _gradients(
+        self, x: Tensor, y: Tensor, kept: Kept, dead: Kept | DeadBlock | None, aux_coef: Tensor | float
+    ) -> Gradients:
         settings, weights = self.settings, self.state.weights()
         if self.backend_for(x.shape[0]) == "dense":
+            assert not isinstance(dead, Kept)
             return dense_gradients(
                 x,
                 y,
@@ -261,7 +247,7 @@ class TrainStep:
                 group_weights=settings.loss_weights,
                 target_variance=settings.target_variance,
                 aux_coef=aux_coef,
-                bf16=self.bf16 and self.device.type == "cuda",
+                low=self._gradient_type,
                 join=self._ranks.sum_over_latents,
                 residual_spread=self._ranks.residual_spread,
             )
@@ -286,7 +272,11 @@ class TrainStep:
 
     def _own_ends(self, sizes: tuple[int, ...]) -> Tensor:
         """The same as prefix ends, int32 [n_groups]."""
-        return torch.tensor(self._own_sizes(sizes), device=self.device).cumsum(0).int()
+        # filled one by one: a list would be copied, and the host would wait for the copy
+        ends = torch.empty(len(sizes), dtype=torch.int32, device=self.device)
+        for i, end in enumerate(accumulate(self._own_sizes(sizes))):
+            ends[i].fill_(end)
+        return ends
 
     def _sq_err(self, gradients: Gradients, x: Tensor, y: Tensor, kept: Kept) -> Tensor:
         """sum over the batch of ||y_hat_i - y||^2 for the prefixes of group_sizes, [n_groups]."""

@@ -23,8 +23,9 @@ _phase = by_file(
     {
         "rows": "conditioning",
         "conditioning": "conditioning",
-        "selection": "select",
+        "batch_search": "select",
         "dead": "dead latents",
+        "dead_capacity": "dead latents",
         "sparse": "gradients",
         "dense": "gradients",
         "nested": "gradients",
@@ -32,8 +33,6 @@ _phase = by_file(
     {"measure": "norm", "apply": "update"},
     otherwise="counters",
 )
-_NUMBERS = {bool: True, int: -1, float: 0.0}
-"""What the host reads where it waits for the device: checks pass, and no batch was bad."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +40,7 @@ class Count:
     """What one way of training a recipe takes. Bytes are those of the device."""
 
     recipe: Recipe
+    precision: str
     backend: str
     step: Sequence[Operation]
     """A step that does not log, with the conditioning of its batch."""
@@ -60,11 +60,13 @@ class Count:
         return [operation for operation in self.step if operation.phase != "conditioning"]
 
 
-def count(recipe: Recipe, *, precision: str, backend: str = "auto") -> Count:
+def count(recipe: Recipe, *, precision: str, backend: str = "auto", dead_share: float = 0.0) -> Count:
     """Train `recipe` on a fake GPU for three steps, of which the second is counted and the third logs."""
+    # What the host reads where it waits for the device: checks pass, no batch was bad, and so many latents are dead.
+    numbers = {bool: True, int: round(dead_share * recipe.d_sae), float: 0.0}
     config = recipe.config.model_copy(update={"precision": precision, "backend": backend})
     plan, d = recipe.plan(), recipe.d
-    with fake_device() as device, Counter(device, _phase, _NUMBERS) as counter:
+    with fake_device() as device, Counter(device, _phase, numbers) as counter:
         step, conditioning = start(recipe, device, precision=precision, backend=backend)
         start_peak = counter.peak
         operations: list[list[Operation]] = []
@@ -75,9 +77,11 @@ def count(recipe: Recipe, *, precision: str, backend: str = "auto") -> Count:
             take(step, conditioning, Batch(source=batch, target=batch), log=log)
             operations.append(counter.operations)
             peaks.append(counter.peak)
+            numbers[int] = -1
     need = member_need(config, plan, d_in=d, d_out=d, device=device)
     return Count(
         recipe=recipe,
+        precision=precision,
         backend=step.backend_for(config.batch_tokens),
         step=operations[1],
         log_step=operations[2],
@@ -87,11 +91,12 @@ def count(recipe: Recipe, *, precision: str, backend: str = "auto") -> Count:
     )
 
 
-def count_for_real(recipe: Recipe, *, precision: str, backend: str) -> list[Operation]:
+def count_for_real(recipe: Recipe, *, precision: str, backend: str, dead_share: float = 0.0) -> list[Operation]:
     """The operations of the CUDA branch's second step, run on the CPU with numbers: for sizes that a test can take."""
     with Counter(torch.device("cpu"), _phase) as counter:
         step, conditioning = start(recipe, torch.device("cpu"), precision=precision, backend=backend)
         step._fixed_shapes = True
+        step.state.tokens_since_fired[: round(dead_share * recipe.d_sae)] = 10**9
         g = torch.Generator().manual_seed(1)
         for _ in range(2):
             rows = torch.randn(2, recipe.config.batch_tokens, recipe.d, generator=g).bfloat16()

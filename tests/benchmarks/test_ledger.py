@@ -13,11 +13,14 @@ from benchmarks.ledger.fake_cuda import fake_device
 from benchmarks.ledger.fake_step import Count, count, count_for_real
 from benchmarks.ledger.machines import MACHINES
 from benchmarks.ledger.recipes import Recipe, recipes
+from train.backend import choose_backend
 
 RECIPES = {recipe.name: recipe for recipe in recipes()}
-CASES = {"dense": "bf16", "sparse": "fp32"}
-KERNELS = {"dense": 667, "sparse": 590}
+CASES = {"dense": "bf16", "sparse": "fp16", "auto": "bf16"}
+KERNELS = {"dense": 260, "sparse": 240}
 """What `python -m benchmarks.ledger` prints for a step of layer 17, conditioning included. Fewer are better."""
+MILLISECONDS = {"H100": 7.5, "A100": 15.0, "T4": 140.0}
+"""Bounds of a step of layer 17 with nothing dead, on paper."""
 
 
 def tiny() -> Recipe:
@@ -31,12 +34,27 @@ def layer17(request: pytest.FixtureRequest) -> Count:
     return count(RECIPES["layer 17"], precision=CASES[request.param], backend=request.param)
 
 
-@pytest.mark.parametrize("backend", CASES)
-def test_a_fake_step_has_the_operators_of_a_real_one(backend: str) -> None:
-    fake = count(tiny(), precision="fp32", backend=backend).training
-    real = [o for o in count_for_real(tiny(), precision="fp32", backend=backend) if o.phase != "conditioning"]
+@pytest.fixture(scope="module", params=["dense", "sparse"])
+def layer17_dead(request: pytest.FixtureRequest) -> Count:
+    """A twentieth of the latents is dead."""
+    return count(RECIPES["layer 17"], precision=CASES[request.param], backend=request.param, dead_share=0.05)
+
+
+def seconds(counted: Count) -> dict[str, float]:
+    """Of a step, on the machines that take this precision."""
+    low = torch.float16 if counted.precision == "fp16" else torch.bfloat16
+    return {machine.name: machine.seconds(counted.training) for machine in MACHINES if machine.low == low}
+
+
+@pytest.mark.parametrize("dead_share", [0.0, 0.5])
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_a_fake_step_has_the_operators_of_a_real_one(backend: str, dead_share: float) -> None:
+    fake = count(tiny(), precision="fp32", backend=backend, dead_share=dead_share).training
+    real = count_for_real(tiny(), precision="fp32", backend=backend, dead_share=dead_share)
+    real = [operation for operation in real if operation.phase != "conditioning"]
     assert Tally((o.phase, o.name, o.flops) for o in fake) == Tally((o.phase, o.name, o.flops) for o in real)
     assert len(fake) > 100
+    assert any(o.phase == "dead latents" for o in fake) == (dead_share > 0)
 
 
 def test_no_step_waits_for_the_device_but_to_log(layer17: Count) -> None:
@@ -44,8 +62,44 @@ def test_no_step_waits_for_the_device_but_to_log(layer17: Count) -> None:
     assert [o for o in layer17.log_step if o.waits]
 
 
+def test_no_step_with_dead_latents_waits(layer17_dead: Count) -> None:
+    assert [o for o in layer17_dead.step if o.waits] == []
+
+
 def test_kernels_of_a_step(layer17: Count) -> None:
     assert sum(o.n_kernels for o in layer17.step) <= KERNELS[layer17.backend]
+
+
+def test_memory_is_what_train_says_before_it_starts(layer17: Count, layer17_dead: Count) -> None:
+    for counted in (layer17, layer17_dead):
+        assert 0.75 <= max(counted.start_peak, counted.step_peak) / counted.estimated <= 1
+
+
+def test_a_start_takes_no_more_than_a_step(layer17: Count) -> None:
+    assert layer17.start_peak < layer17.step_peak
+
+
+def test_a_step_of_layer_17_is_within_its_bounds(layer17: Count) -> None:
+    for name, found in seconds(layer17).items():
+        assert found <= 1e-3 * MILLISECONDS.get(name, 30.0), name
+
+
+def test_dead_latents_cost_less_than_a_third_of_a_step(layer17_dead: Count) -> None:
+    alive = count(RECIPES["layer 17"], precision=layer17_dead.precision, backend=layer17_dead.backend)
+    for name, found in seconds(layer17_dead).items():
+        assert seconds(alive)[name] < found <= 1.3 * seconds(alive)[name], name
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "machine"),
+    [("layer 17", "bf16", "A100"), ("layer 17", "fp16", "T4"), ("131,072 latents", "bf16", "A100")],
+)
+def test_auto_takes_what_is_faster_on_the_ledger(name: str, precision: str, machine: str) -> None:
+    recipe, low = RECIPES[name], torch.float16 if precision == "fp16" else torch.bfloat16
+    each = {b: count(recipe, precision=precision, backend=b, dead_share=0.02) for b in ("dense", "sparse")}
+    faster = min(each, key=lambda b: seconds(each[b])[machine])
+    sizes = {"d_in": recipe.d, "d_out": recipe.d, "d_sae": recipe.d_sae, "k": recipe.config.k, "batch": 4096}
+    assert choose_backend(torch.device("cuda"), low=low, **sizes) == faster
 
 
 def test_the_floor_of_layer_17_is_its_gemm_and_adam() -> None:

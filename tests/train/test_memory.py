@@ -42,6 +42,10 @@ def test_what_is_held_is_what_the_state_has(random_shards: ShardSet, run_setting
     assert need.snapshot >= n_bytes
     dense = member_need(config.model_copy(update={"backend": "dense"}), plan, d_in=12, d_out=10, device=CPU)
     assert dense.step - need.step == 12 * 128 * 48
+    # A GPU holds a matrix of dead latents' activations, here of all.
+    fp16 = config.model_copy(update={"precision": "fp16", "backend": "sparse"})
+    on_gpu = member_need(fp16, plan, d_in=12, d_out=10, device=torch.device("cuda"))
+    assert on_gpu.step - need.step == 8 * 128 * 48
     # Over five ranks the largest part has ten latents; what is not a latent's every rank has.
     part = member_need(config, plan, d_in=12, d_out=10, device=CPU, n_parts=5)
     assert part.held - scratch == 12 * (10 * 23 + 10 + 120) + 8 * 10

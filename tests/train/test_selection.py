@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import train.selection as selection
-from train.selection import TileEncoder, flat_nonzero, keep_largest, select_fixed_shape
+from train.selection import TileEncoder, flat_nonzero, keep_largest
 
 D_IN, D_SAE, BATCH = 12, 300, 40
 
@@ -75,19 +75,6 @@ def test_bf16_picks_what_fp32_picks_on_ordinary_data():
     b_enc = torch.zeros(1000)
     chosen = [TileEncoder(bf16).select(x, W_enc, b_enc, 256 * 8) for bf16 in (False, True)]
     assert pairs(chosen[0]) == pairs(chosen[1])
-
-
-@pytest.mark.parametrize("n", [1, 37, 400, 5900])
-def test_fixed_shape_selection_equals_one_sort(n):
-    x, W_enc, b_enc = problem(4)
-    kept = select_fixed_shape(x, W_enc, b_enc, n, bf16=False)
-    assert kept.acts.shape == (n,)
-    assert kept.selected is not None
-    chosen = kept.selected.nonzero().squeeze(1)
-    assert sorted(zip(kept.rows[chosen].tolist(), kept.latents[chosen].tolist(), strict=True)) == twin(
-        x, W_enc, b_enc, n
-    )
-    assert (kept.acts[~kept.selected] == 0).all()
 
 
 def test_ties_go_to_the_smallest_flat_index():

@@ -6,7 +6,7 @@ import torch
 import train.dead as dead
 import train.selection as selection
 import train.update as update
-from train.backend import CPU, choose_backend, costs
+from train.backend import CPU, Machine, choose_backend, costs, gpu_costs
 from train.dense import dense_gradients
 from train.entries import Kept
 from train.step import StepSettings, StepState, TrainStep
@@ -86,14 +86,26 @@ def test_cost_model_is_its_written_formula_and_picks_the_cheaper():
     assert both["dense"] == pytest.approx((3 * 5 + 3) * 2 * 11 * 7 / CPU.gemm_flops)
     assert both["sparse"] == pytest.approx((3 * 5 + 3) * 4 * 11 * 2 / CPU.gather_bytes)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    wide = {"bf16": True, "d_in": 640, "d_out": 640, "k": 64, "batch": 2048}
+    wide = {"low": None, "d_in": 640, "d_out": 640, "k": 64, "batch": 2048}
     assert choose_backend(cpu, d_sae=10240, **wide) == "sparse"
     assert choose_backend(cpu, d_sae=64, **wide) == "dense"
-    gemma = {"bf16": True, "d_in": 2304, "d_out": 2304, "k": 96, "batch": 4096}
+    gemma = {"low": torch.bfloat16, "d_in": 2304, "d_out": 2304, "k": 96, "batch": 4096}
     assert choose_backend(cuda, d_sae=18432, **gemma) == "dense"
     assert choose_backend(cuda, d_sae=131072, **gemma) == "sparse"
     # a T4 has no bf16 matrix units
-    assert choose_backend(cuda, d_sae=18432, **{**gemma, "bf16": False}) == "sparse"
+    for low in (None, torch.float16):
+        assert choose_backend(cuda, d_sae=18432, **{**gemma, "low": low}) == "sparse"
+
+
+def test_cost_model_of_a_gpu_is_its_written_formula():
+    machine = Machine(gemm_flops=3.0, gather_bytes=7.0, fp32_flops=2.0, copy_bytes=5.0)
+    sizes = {"d_in": 3, "d_out": 5, "d_sae": 70, "k": 2, "batch": 11}
+    both, plain = gpu_costs(machine, **sizes, low=True), costs(machine, **sizes)
+    again, dead = 4 * 3 * 2 * 11 / 7, (3 * 5 + 2 * 3) * 2 * 11 * 0.02 * 70
+    moved = (6 * 70 * 5 + 8 * 11 * 70) / 5
+    assert both["dense"] == pytest.approx(plain["dense"] + moved + again / 4 + dead / 3)
+    assert both["sparse"] == pytest.approx(plain["sparse"] + 9 / 8 * again + dead / 2)
+    assert both["sparse"] - gpu_costs(machine, **sizes, low=False)["sparse"] == pytest.approx(9 / 8 * again)
 
 
 def test_dense_backend_traces_as_one_graph():
