@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from .intervention.commands import ablate, faithfulness, logits, steer
-from .options import ConfigFile, Device, Overrides, Prefix, Run, Runs, Shards, Split, Tokenizer, Tokens, read_settings
+from .options import (
+    ConfigFile,
+    Device,
+    Model,
+    Overrides,
+    Prefix,
+    Run,
+    Runs,
+    Shards,
+    Split,
+    Tokenizer,
+    Tokens,
+    lm_overrides,
+    read_settings,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -166,16 +180,17 @@ def serve(
         typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 is any that is free. (8765, or the next free one)"),
     ] = None,
     tokenizer: Tokenizer = None,
+    model: Model = None,
     device: Device = None,
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """The pages of `report` on 127.0.0.1, with a field to try your own text."""
+    """The pages of `report` on 127.0.0.1, where you try texts, steer, and keep your notes on latents."""
     from .report.serve import serve_report
     from .screen import Screen
 
     flags = {"shards": shards, "device": device}
-    settings = read_settings(config, set_ or (), flags)
+    settings = read_settings(config, [*(set_ or ()), *lm_overrides(model)], flags)
     with Screen("report") as screen:
         served = serve_report(run, settings, port=port, tokenizer=tokenizer, progress=screen)
     served.run(typer.echo)

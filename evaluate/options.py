@@ -37,6 +37,14 @@ Model = Annotated[
 ]
 
 
+def lm_overrides(model: str | None) -> list[str]:
+    """What --model sets."""
+    from json import dumps
+
+    # As a JSON string, which is YAML too: a folder may be called 123 or off.
+    return [] if model is None else [f"evaluate.lm.model={dumps(model)}"]
+
+
 def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> EvaluateConfig:
     """The settings of a command: its flags over its --set options over the file. Raises UserError."""
     from matryoshka.config import load_config

@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from ..options import ConfigFile, Device, Model, Overrides, Prefix, Run, Runs, Shards, Split, Tokens, read_settings
+from ..options import (
+    ConfigFile,
+    Device,
+    Model,
+    Overrides,
+    Prefix,
+    Run,
+    Runs,
+    Shards,
+    Split,
+    Tokens,
+    lm_overrides,
+    read_settings,
+)
 
 
 def faithfulness(
@@ -32,7 +45,7 @@ def faithfulness(
     from ..next_step import then_report
     from ..screen import measure
 
-    overrides = [*(set_ or ()), *([f"evaluate.faithfulness.tokens={tokens}"] if tokens else ()), *_lm(model)]
+    overrides = [*(set_ or ()), *([f"evaluate.faithfulness.tokens={tokens}"] if tokens else ()), *lm_overrides(model)]
     flags = {"shards": shards, "split": split, "prefix": prefix, "device": device}
     settings = read_settings(config, overrides, flags)
     measure("faithfulness", runs, settings, error_term=error_term)
@@ -52,7 +65,7 @@ def logits(
     from ..screen import measure
 
     flags = {"shards": shards, "device": device}
-    overrides = [*(set_ or ()), *_lm(model)]
+    overrides = [*(set_ or ()), *lm_overrides(model)]
     settings = read_settings(config, overrides, flags)
     measure("logits", runs, settings)
     then_report(runs, shards)
@@ -75,7 +88,7 @@ def ablate(
     from ..screen import measure
 
     flags = {"shards": shards, "tokens": tokens, "split": split, "device": device}
-    overrides = [*(set_ or ()), *_lm(model)]
+    overrides = [*(set_ or ()), *lm_overrides(model)]
     settings = read_settings(config, overrides, flags)
     measure("ablate", [run], settings, latents=latents, scale=scale)
     then_steer(run, latents[0], shards)
@@ -102,17 +115,10 @@ def steer(
     from .steering import Writing, steer
 
     flags = {"shards": shards, "device": device}
-    overrides = [*(set_ or ()), *_lm(model)]
+    overrides = [*(set_ or ()), *lm_overrides(model)]
     settings = read_settings(config, overrides, flags)
     writing = Writing(n_tokens=tokens, temperature=temperature, seed=seed)
     with Screen("steer") as screen:
         steered = steer(run, latent, text, settings, screen, scale=scale, writing=writing)
     show_steered(steered)
     then_show(run, latent)
-
-
-def _lm(model: str | None) -> list[str]:
-    from json import dumps
-
-    # As a JSON string, which is YAML too: a folder may be called 123 or off.
-    return [] if model is None else [f"evaluate.lm.model={dumps(model)}"]

@@ -4,6 +4,7 @@ index.html assets/                     the pages; they read the data by script t
 pages.json                             the mark: of which weights and which shard set the pages are
 data/overview.js latents.js            the report, the curves of training; one column an array for all latents
 data/hierarchy.js groups.js clusters.js logits.js    where measured: the nest, what groups add, the map, the tokens
+data/notes.js                          own notes and stars, as they were then
 data/chunk-N.js                        windows of CHUNK_LATENTS latents
 data/fires-N.js text-N.js              what is searched: the latents that fire on a token, the text of all windows
 """
@@ -39,6 +40,8 @@ from .data_file import write_data
 from .directions import nearest_directions
 from .group_gains import group_gains
 from .logit_tokens import LOGITS_FILE, LogitTokens
+from .matches import Matches
+from .notes import Notes
 from .overview import overview
 from .parts import COMMANDS, Parts, compared_digests, find_parts
 from .relations import Relations
@@ -53,7 +56,7 @@ PAGES_FILE = "pages.json"
 class PagesMark(Config):
     """The content of pages.json."""
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     transcoder: TranscoderFacts
     shard_set: ShardSetFacts
 
@@ -102,17 +105,30 @@ def make_report(
     n_groups = len(mark.transcoder.config["group_sizes"])
     if n_groups < len(transcoder.config.group_sizes):
         transcoder = transcoder.prefix(n_groups)
-    parts = find_parts(samples.parent, mark.transcoder.sha256, lambda: compared_digests(transcoder))
+    digests = cache(lambda: compared_digests(transcoder))
+    parts = find_parts(samples.parent, mark.transcoder.sha256, digests)
+    matches = Matches.near(checkpoint.run, samples.parent, digests, transcoder.config.d_sae)
+    notes += [f"{folder} has matches that cannot be read; make them again: evaluate match" for folder in matches.unread]
     notes += [f"{name} is of other weights and was left out; make it again: {COMMANDS[name]}" for name in parts.stale]
     search = write_search(partial / "data", WindowIndex.read(samples, texts))
-    write_data(partial / "data", "overview", overview(checkpoint, report, mark, parts, search))
+    write_data(partial / "data", "overview", overview(checkpoint, report, mark, parts, matches, search))
+    write_data(partial / "data", "notes", _own_notes(checkpoint.run, transcoder.config.d_sae, notes))
     progress.started(f"{checkpoint.name} pages", transcoder.config.d_sae)
-    _write_latents(partial / "data", samples, transcoder, parts, texts, progress)
+    _write_latents(partial / "data", samples, transcoder, parts, matches, texts, progress)
     write_site(partial, checkpoint.name, RUN_SITE)
     publish_json(partial / PAGES_FILE, PagesMark(transcoder=mark.transcoder, shard_set=mark.shard_set).model_dump())
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return Pages(folder / INDEX_FILE, tuple(notes))
+
+
+def _own_notes(run: Path, d_sae: int, notes: list[str]) -> dict[str, Any]:
+    """Own notes and stars; a file of them that cannot be read is said, and is no reason to have no pages."""
+    try:
+        return Notes(run, d_sae).shown()
+    except UserError as error:
+        notes.append(str(error))
+        return {}
 
 
 def _is_measured(checkpoint: Checkpoint, config: EvaluateConfig) -> bool:
@@ -156,6 +172,7 @@ def _write_latents(
     samples: Path,
     transcoder: Transcoder,
     parts: Parts,
+    matches: Matches,
     texts: Callable[[int], str],
     progress: Progress,
 ) -> None:
@@ -173,6 +190,7 @@ def _write_latents(
         relations=relations,
         logits=logits,
         ablations=parts.ablations,
+        matches=matches,
     )
     for windows in all_windows(samples):
         progress.advanced(writer.add(windows))
@@ -186,6 +204,14 @@ def _write_latents(
     for name, content in found.items():
         if content is not None:
             write_data(data, name, content)
+
+
+def largest_acts(folder: Path) -> list[float]:
+    """The largest activation of each latent on the rows that report.json in `folder` is of; 0 where it never fires."""
+    import pyarrow.parquet as pq
+
+    found = pq.read_table(folder / LATENTS_FILE, columns=["max_act"])["max_act"].to_pylist()
+    return [act or 0.0 for act in found]
 
 
 def _table(path: Path, words: list[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ..samples_file import Histogram, Window
 from .ablation import ablation_facts
 from .data_file import write_data
 from .logit_tokens import LogitTokens
+from .matches import Matches
 from .relations import Relations
 from .window_search import BLANK
 
@@ -33,9 +34,11 @@ class ChunkWriter:
         relations: Relations | None = None,
         logits: LogitTokens | None = None,
         ablations: Mapping[int, dict[str, Any]] | None = None,
+        matches: Matches | None = None,
     ) -> None:
         self._folder, self._histograms, self._near = folder, histograms, near
         self._relations, self._logits, self._ablations = relations, logits, ablations or {}
+        self._matches = matches or Matches([])
         self._text_of = text_of
         self._words: list[str] = []
         self._chunk: list[dict[str, Any]] = []
@@ -86,6 +89,8 @@ class ChunkWriter:
         if self._logits is not None:
             raised, lowered = self._logits.of(latent)
             found["raised"], found["lowered"] = self._tokens(raised), self._tokens(lowered)
+        if others := self._matches.of(latent):
+            found["matches"] = others
         if latent in self._ablations:
             found["ablation"] = ablation_facts(self._ablations[latent], self._text_of)
         return found

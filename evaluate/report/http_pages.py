@@ -1,6 +1,6 @@
-"""The HTTP server behind `evaluate serve`, for one person on 127.0.0.1: a folder, a search, and a text to try.
+"""The HTTP server behind `evaluate serve`, for one person on 127.0.0.1: a folder, a search, texts to try, and notes.
 
-Of the standard library, and not a framework: two questions and a folder need nothing that would have to be installed,
+Of the standard library, and not a framework: a few questions and a folder need nothing that would have to be installed,
 and http.server warns only of being put on a network, which this never is. What a local server has to fear are the
 other pages in the same browser: they cannot name it (Host is checked, against DNS rebinding), nor make it work
 (Origin and Sec-Fetch-Site are checked), nor load its files as scripts (Cross-Origin-Resource-Policy).
@@ -14,11 +14,16 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
+from pydantic import ValidationError
+
+from matryoshka.config import Config
 from matryoshka.errors import UserError
 
+from .live_text import Change
+from .notes import NewNote, NoteChanged, Notes
 from .window_search import FIRES, Found
 
 HOST = "127.0.0.1"
@@ -35,6 +40,7 @@ _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".json": "application/json",
 }
+_Asked = TypeVar("_Asked", bound=Config)
 _OWN_PAGES = (None, "same-origin", "none")
 """Sec-Fetch-Site of our own pages and of an address typed in; None: a client that is no browser."""
 
@@ -53,6 +59,10 @@ class Answers:
     """Latents that fire on words or have them in their windows: (words, which of the two)."""
     try_text: Callable[[str], dict[str, Any]]
     """The top latents of each token of a text. One call at a time."""
+    change: Callable[[Change], dict[str, Any]]
+    """How a text goes on with a latent changed. One call at a time."""
+    notes: Notes
+    """Own notes and stars."""
 
 
 class PortTaken(UserError):
@@ -97,6 +107,12 @@ class PageServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class _TryText(Config):
+    """What a page asks: the latents of a text."""
+
+    text: str
+
+
 class _Refused(Exception):
     """An answer other than 200."""
 
@@ -139,6 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
             kind, body = method()
         except _Refused as refused:
             self._send(refused.status, "application/json", _json({"error": str(refused)}))
+        except NoteChanged as changed:
+            body = _json({"error": str(changed), "note": changed.note.model_dump(mode="json")})
+            self._send(HTTPStatus.CONFLICT, "application/json", body)
         except UserError as error:
             self._send(HTTPStatus.BAD_REQUEST, "application/json", _json({"error": str(error)}))
         else:
@@ -153,6 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
             asked = parse_qs(address.query)
             found = self.pages.answers.search(asked.get("q", [""])[0], asked.get("in", [FIRES])[0])
             return "application/json", _json({"latents": found.latents, "shares": found.shares})
+        if address.path == "/api/notes":
+            self._require_own_page()
+            return "application/json", _json({"notes": self.pages.answers.notes.shown()})
         folder, _, name = address.path.rpartition("/")
         if folder == "/assets" and name in self.pages.answers.assets:
             return _kind(name), self.pages.answers.assets[name]
@@ -167,8 +189,22 @@ class _Handler(BaseHTTPRequestHandler):
             ) from error
 
     def _post(self) -> tuple[str, bytes]:
-        if urlsplit(self.path).path != "/api/try":
-            raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+        answers = self.pages.answers
+        match urlsplit(self.path).path:
+            case "/api/try":
+                found = answers.try_text(self._asked(_TryText, '{"text": "..."}').text)
+            case "/api/change":
+                example = '{"latent": 17, "text": "...", "how": "steer", "strength": 2}'
+                found = answers.change(self._asked(Change, example))
+            case "/api/note":
+                example = '{"latent": 17, "star": true, "text": "...", "changes": 0}'
+                found = answers.notes.keep(self._asked(NewNote, example)).model_dump(mode="json")
+            case _:
+                raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+        return "application/json", _json(found)
+
+    def _asked(self, kind: type[_Asked], example: str) -> _Asked:
+        """The body of a request of one of our own pages."""
         self._require_own_page()
         origin = self.headers.get("Origin")
         if origin is None or origin.removeprefix("http://") not in self.pages.hosts:
@@ -184,9 +220,13 @@ class _Handler(BaseHTTPRequestHandler):
             content = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
             raise _Refused(HTTPStatus.BAD_REQUEST, "the body is not JSON") from error
-        if not isinstance(content, dict) or not isinstance(content.get("text"), str):
-            raise _Refused(HTTPStatus.BAD_REQUEST, 'an object such as {"text": "..."} is expected')
-        return "application/json", _json(self.pages.answers.try_text(content["text"]))
+        try:
+            return kind.model_validate(content)
+        except ValidationError as error:
+            (*_, where), why = error.errors()[0]["loc"] or ("it",), error.errors()[0]["msg"]
+            raise _Refused(
+                HTTPStatus.BAD_REQUEST, f"an object such as {example} is expected; {where}: {why}"
+            ) from error
 
     def _require_own_page(self) -> None:
         if self.headers.get("Sec-Fetch-Site") not in _OWN_PAGES:

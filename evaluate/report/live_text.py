@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field
+
+from matryoshka.config import Config
 from matryoshka.errors import UserError
 
 from ..analysis import load_transcoder
@@ -20,14 +24,37 @@ MAX_TOKENS = 1024
 """Longer texts would make a page of their own, and with many latents a tensor of gigabytes."""
 N_LATENTS = 48
 """Strongest latents that are listed of each token."""
+MAX_PROMPT = 256
+"""Tokens of a text that the model goes on with: all of it runs again for each new one."""
+N_WRITTEN = 30
+"""Tokens that it writes."""
+
+
+class Change(Config):
+    """What a page asks: how a text goes on with one latent changed."""
+
+    latent: Annotated[int, Field(ge=0, strict=True)]
+    text: str
+    how: Literal["steer", "ablate"]
+    """steer: `strength` times its largest activation is added to every token; ablate: where it fires, its activation is
+    multiplied with `strength`."""
+    strength: Annotated[float, Field(ge=-1000, le=1000)]
 
 
 class LiveText:
     """Loads the language model when the first text comes, which takes seconds, and keeps it."""
 
-    def __init__(self, checkpoint: Checkpoint, facts: TranscoderFacts, config: EvaluateConfig) -> None:
-        """`facts`: the weights that the pages are about, which `checkpoint` must still be."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        facts: TranscoderFacts,
+        config: EvaluateConfig,
+        max_acts: Callable[[], Sequence[float]],
+    ) -> None:
+        """`facts`: the weights that the pages are about, which `checkpoint` must still be; `max_acts`: the largest
+        activation of each latent on held-out rows."""
         self._checkpoint, self._facts, self._config = checkpoint, facts, config
+        self._max_acts = max_acts
         self._probe: TextProbe | None = None
 
     def tokens(self, text: str) -> dict[str, Any]:
@@ -35,14 +62,8 @@ class LiveText:
 
         Raises UserError when the text or the model cannot be had.
         """
-        if not text.strip():
-            raise UserError("there is no text to try; type a few words")
-        if self._probe is None:
-            self._probe = self._load()
-        n_tokens = self._probe.tokens(text).shape[1]
-        if n_tokens > MAX_TOKENS:
-            raise UserError(f"the text has {n_tokens:,} tokens, and {MAX_TOKENS:,} can be shown; shorten it")
-        found = self._probe.top_latents(text, N_LATENTS)
+        probe = self._probe_for(text, MAX_TOKENS)
+        found = probe.top_latents(text, N_LATENTS)
         return {
             "tokens": [
                 {
@@ -52,6 +73,44 @@ class LiveText:
                 for token in found
             ]
         }
+
+    def changed(self, asked: Change) -> dict[str, Any]:
+        """{"prompt": ..., "plain": ..., "changed": ..., "max_act": ...}: how the text goes on, the most likely token
+        each time, without and with the change.
+
+        Raises UserError when the text or the model cannot be had, and for a latent that never fires.
+        """
+        from ..intervention.steering import Writing, adding, continuation, scaling
+
+        n_latents = sum(self._facts.config["group_sizes"])
+        if asked.latent >= n_latents:
+            raise UserError(f"the transcoder has the latents 0 to {n_latents - 1}, and no latent {asked.latent}")
+        max_act = self._max_acts()[asked.latent]
+        if asked.how == "steer" and max_act == 0:
+            raise UserError(f"latent {asked.latent} fires on no held-out row, so that there is no scale for it")
+        probe, writing = self._probe_for(asked.text, MAX_PROMPT), Writing(N_WRITTEN)
+        tokens = probe.tokens(asked.text)
+        if asked.how == "steer":
+            during = adding(asked.strength * max_act * probe.transcoder.W_dec[asked.latent], probe)
+        else:
+            during = scaling(asked.latent, asked.strength, probe)
+        return {
+            "prompt": visible(asked.text),
+            "plain": visible(continuation(probe.model, tokens, writing)),
+            "changed": visible(continuation(probe.model, tokens, writing, during)),
+            "max_act": float(f"{max_act:.5g}"),
+        }
+
+    def _probe_for(self, text: str, most: int) -> TextProbe:
+        """The probe, for a text that has tokens and not more than `most`."""
+        if not text.strip():
+            raise UserError("there is no text to try; type a few words")
+        if self._probe is None:
+            self._probe = self._load()
+        n_tokens = self._probe.tokens(text).shape[1]
+        if n_tokens > most:
+            raise UserError(f"the text has {n_tokens:,} tokens, and {most:,} can be taken here; shorten it")
+        return self._probe
 
     def _load(self) -> TextProbe:
         from ..intervention.live import TextProbe

@@ -13,6 +13,7 @@ from ..checkpoint import Checkpoint
 from ..report_file import Report
 from ..samples_file import SamplesMark
 from .chunks import CHUNK_LATENTS
+from .matches import Matches
 from .parts import Parts
 from .scores import absorption_facts, probing_facts
 
@@ -20,7 +21,12 @@ MAX_METRIC_POINTS = 1000
 
 
 def overview(
-    checkpoint: Checkpoint, report: Report, mark: SamplesMark, parts: Parts, search: dict[str, int]
+    checkpoint: Checkpoint,
+    report: Report,
+    mark: SamplesMark,
+    parts: Parts,
+    matches: Matches,
+    search: dict[str, int],
 ) -> dict[str, Any]:
     """Everything but the latents themselves; `search` is what `write_search` says of its files."""
     sizes = report.transcoder.config["group_sizes"]
@@ -36,12 +42,19 @@ def overview(
         "used": read_run_facts(checkpoint.run, checkpoint.step).lines() if checkpoint.step is not None else None,
         "comparison": parts.comparison,
         "faithfulness": parts.records.get("faithfulness"),
+        "logits": logit_facts(parts.records.get("logits")),
         "absorption": absorption_facts(parts.records.get("absorption")),
         "probing": probing_facts(parts.records.get("probing")),
+        "matches": matches.facts(),
         "missing": parts.missing(),
         "stale": list(parts.stale),
         "has_map": parts.has_map(),
     }
+
+
+def logit_facts(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What turns the effects on the latents' pages into logits; None where they were not measured."""
+    return record and {name: record[name] for name in ("scale", "scale_rows", "soft_cap")}
 
 
 def prefix_ends(sizes: list[int]) -> list[int]:

@@ -20,9 +20,10 @@ from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
 from ..samples_file import SamplesMark
 from ..show import token_text, visible
-from .build import REPORT_FOLDER, make_report, near_place, read_pages_mark, samples_folder
+from .build import REPORT_FOLDER, largest_acts, make_report, near_place, read_pages_mark, samples_folder
 from .http_pages import HOST, Answers, PageServer, PortTaken
-from .live_text import LiveText
+from .live_text import Change, LiveText
+from .notes import Notes
 from .site_files import LIVE_SITE, asset_files, index_html
 from .window_search import Found, WindowIndex
 
@@ -100,11 +101,15 @@ def serve_report(
     text = token_text(mark, near_place(config, samples), tokenizer, notes.append)
     text_of = cache(lambda token: visible(text(token)))
     lock = threading.Lock()
-    live = LiveText(checkpoint, mark.transcoder, config)
+    live = LiveText(checkpoint, mark.transcoder, config, cache(lambda: largest_acts(samples.parent)))
 
     def try_text(typed: str) -> dict[str, Any]:
         with lock:
             return live.tokens(typed)
+
+    def change(asked: Change) -> dict[str, Any]:
+        with lock:
+            return live.changed(asked)
 
     index_lock, windows = threading.Lock(), cache(lambda: WindowIndex.read(samples, text_of))
 
@@ -118,6 +123,8 @@ def serve_report(
         folder=folder,
         search=search,
         try_text=try_text,
+        change=change,
+        notes=Notes(checkpoint.run, sum(mark.transcoder.config["group_sizes"])),
         assets=asset_files(),
     )
     return Served(_listening(answers, port), checkpoint.name, tuple(notes), lock)

@@ -28,7 +28,10 @@ _RUN_LINKS = (
     ("map", "#/map", "Map"),
     ("run", "#/run", "Run card"),
 )
-_LATENT_SCRIPTS = ("search", "latents", "windows", "latent", "relations", "nest", "sunburst", "hierarchy", "map")
+_LATENT_SCRIPTS = (
+    *("search", "notes", "latents", "windows", "copy", "change", "latent", "relations"),
+    *("nest", "sunburst", "hierarchy", "map"),
+)
 RUN_SITE = Site(
     scripts=("uplot", "page", "charts", "overview", "measured", *_LATENT_SCRIPTS, "main"),
     links=_RUN_LINKS,

@@ -1,7 +1,7 @@
 "use strict";
 // The browser: all latents in one table, of which only the visible rows exist. The address says what is looked for.
 const Browser = { address: "", top: 0 };
-const USUAL = { q: "", in: FIRES, group: "0", low: "", high: "", weak: "", strong: "", dead: "", token: "", side: "raised", sort: "", order: "" };
+const USUAL = { q: "", in: FIRES, group: "0", low: "", high: "", weak: "", strong: "", dead: "", starred: "", token: "", side: "raised", sort: "", order: "" };
 const ROW = 34, SPARE = 8;
 const NUMBERS = { low: ["from %", "Density from, percent"], high: ["to %", "Density to, percent"], weak: ["from", "Max activation from"], strong: ["to", "Max activation to"] };
 
@@ -14,24 +14,26 @@ Report.pages.latents = async (main, _, query) => {
     ["density", "density", (i) => table.density[i], percent], ["max", "max act", (i) => table.max[i], number], ["mean", "mean act", (i) => table.mean[i], number],
     ["cosine", "near cosine", (i) => table.cosine[i], number], ["words", "strongest on", (i) => table.words[i], String],
   ];
+  // Pages whose notes cannot be read have no starred latents; the page of a latent says why.
+  const notes = await readNotes().catch(() => ({})), isStarred = (i) => notes[i]?.star === true;
   const { field: search, where } = searchControls(asked, apply);
   const group = el("select", { id: "group", "aria-label": "Group" }, el("option", { value: "0" }, "all groups"),
     ...o.group_sizes.map((size, i) => el("option", { value: String(i + 1) }, `group ${i + 1} (${whole(size)})`)));
   const numbers = Object.fromEntries(Object.entries(NUMBERS).map(([id, [hint, label]]) => [id, el("input", { type: "number", id, step: "any", min: "0", placeholder: hint, "aria-label": label })]));
   const dead = el("input", { type: "checkbox", id: "dead" });
+  const starred = el("input", { type: "checkbox", id: "starred" });
   const token = el("input", { type: "search", id: "token", placeholder: o.missing.logits ? "needs evaluate logits" : "token", title: o.missing.logits, "aria-label": "Logit token", maxlength: MAX_QUERY });
   const side = el("select", { id: "side", "aria-label": "Raises or lowers" }, el("option", { value: "raised" }, "raises"), el("option", { value: "lowered" }, "lowers"));
   token.disabled = side.disabled = Boolean(o.missing.logits);
   for (const box of [group, side]) { choose(box, asked[box.id]); box.addEventListener("change", apply); }
   for (const field of [...Object.values(numbers), token]) { field.value = asked[field.id]; field.addEventListener("input", later(apply)); }
-  dead.checked = asked.dead !== "";
-  dead.addEventListener("change", apply);
+  for (const box of [dead, starred]) { box.checked = asked[box.id] !== ""; box.addEventListener("change", apply); }
   const count = el("span", { class: "soft", id: "count", role: "status" }), note = el("p", { class: "note", id: "search-note" });
   const heads = columns.map(([key, label]) => el("button", { type: "button", "data-key": key, class: `col-${key}`, disabled: key === "words" ? "" : null, onclick: () => sortBy(key) }, label));
   const space = el("div", { class: "space" }), view = el("div", { class: "view", id: "view", tabindex: "0", role: "region", "aria-label": "Latents" }, space);
   const list = el("div", { class: "list" }, el("div", { class: "columns" }, ...heads), view);
   main.append(el("h1", {}, "Latents"), el("div", { class: "controls" }, where, search, group, el("label", {}, "density", numbers.low, numbers.high),
-    el("label", {}, "max act", numbers.weak, numbers.strong), el("label", {}, dead, "dead too"), el("label", {}, side, token), count), note, list);
+    el("label", {}, "max act", numbers.weak, numbers.strong), el("label", {}, dead, "dead too"), el("label", {}, starred, "starred"), el("label", {}, side, token), count), note, list);
 
   // The share while there is one, else the density; largest first, but for what only counts.
   const sorting = () => {
@@ -59,7 +61,7 @@ Report.pages.latents = async (main, _, query) => {
   }
   function rowOf(i, at) {
     const cells = columns.map(([key, , value, text]) => el("span", { class: key === "words" ? key : `col-${key}` }, text(value(i))));
-    const row = el("a", { class: "row", href: `#/latent/${i}`, "data-at": at }, ...cells);
+    const row = el("a", { class: isStarred(i) ? "row starred" : "row", href: `#/latent/${i}`, "data-at": at }, ...cells);
     row.style.top = `${at * ROW}px`;
     return row;
   }
@@ -77,6 +79,7 @@ Report.pages.latents = async (main, _, query) => {
       if (!dead.checked && table.density[i] === 0) continue;
       if (table.density[i] < low || table.density[i] > high) continue;
       if ((table.max[i] ?? 0) < weak || (table.max[i] ?? 0) > strong) continue;
+      if (starred.checked && !isStarred(i)) continue;
       if (found && !found.has(i)) continue;
       if (promoted && !promoted.has(i)) continue;
       shown.push(i);
@@ -104,7 +107,7 @@ Report.pages.latents = async (main, _, query) => {
   // From what the controls say to the address and the rows; an answer that comes after the next question is dropped.
   async function apply() {
     if (gone) return;
-    const own = ++run, values = { q: search.value.trim(), in: where.value, group: group.value, dead: dead.checked ? "1" : "", token: token.value, side: side.value };
+    const own = ++run, values = { q: search.value.trim(), in: where.value, group: group.value, dead: dead.checked ? "1" : "", starred: starred.checked ? "1" : "", token: token.value, side: side.value };
     asked = { ...asked, ...values, ...Object.fromEntries(Object.entries(numbers).map(([id, field]) => [id, field.value])) };
     const address = addressOf("latents", USUAL, asked), same = Browser.address === address;
     Report.list = Browser.address = address;

@@ -1,13 +1,16 @@
 "use strict";
 // With a server behind the pages: it searches for them, and a text of your own goes through the model.
 Report.search = (query, where) => ask(`api/search?${new URLSearchParams({ q: query, in: where })}`);
+Report.change = (asked) => ask("api/change", asked);
+Report.readNotes = async () => (await ask("api/notes")).notes;
+Report.keepNote = (note) => ask("api/note", note);
 
 async function ask(address, content) {
   const options = content === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(content) };
   let answer;
   try { answer = await fetch(address, options); } catch { throw new Error("the server does not answer; is evaluate serve still running?"); }
   const found = await answer.json();
-  if (!answer.ok) throw new Error(found.error ?? answer.statusText);
+  if (!answer.ok) throw Object.assign(new Error(found.error ?? answer.statusText), { note: found.note });
   return found;
 }
 

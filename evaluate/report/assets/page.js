@@ -1,7 +1,7 @@
 "use strict";
 // Shared by the pages: elements, data loaded by script tags (fetch is blocked on file://), numbers.
-// home: the page of an address without a name. search: set by the live pages, which ask their server. order, list: the
-// latents that were listed last, and the address of that list.
+// home: the page of an address without a name. search, change, readNotes, keepNote: set by the live pages, which ask
+// their server. order, list: the latents that were listed last, and the address of that list.
 const Report = { pages: {}, data: new Map(), waiting: new Map(), home: "overview", search: null, order: null, list: "#/latents" };
 
 // Every text goes through here: textContent, so that no token is ever read as HTML.

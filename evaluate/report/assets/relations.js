@@ -12,15 +12,24 @@ const SHOWN = 12;
 
 function latentTokens(aside, o, own, texts) {
   if (!own.raised) { aside.append(besides("logits", "Logits", missing(o, "logits", "Which tokens it raises and lowers is"))); return; }
-  const largest = Math.max(...[...own.raised, ...own.lowered].map(([, effect]) => Math.abs(effect)), 1e-9);
-  const side = (id, title, pairs) => el("div", { class: "tokens", id }, el("h3", {}, title),
-    el("ol", {}, ...pairs.map(([place, effect]) => tokenEffect(texts[place], effect, largest))));
-  aside.append(besides("logits", "Logits", el("div", { class: "columns2" }, side("raised", "raises", own.raised), side("lowered", "lowers", own.lowered)),
-    el("p", { class: "note" }, "Its decoder direction through the unembedding: added to a token\u2019s logit per unit of activation.")));
+  const { scale } = o.logits, largest = Math.max(...[...own.raised, ...own.lowered].map(([, effect]) => Math.abs(effect)), 1e-9);
+  const heads = el("li", { class: "heads" }, el("span", {}, "token"), ...(scale === null ? [] : [el("span", { class: "soft" }, "logit")]), el("span", { class: "soft" }, "direction"));
+  const side = (id, title, pairs) => el("div", { class: scale === null ? "tokens" : "tokens scaled", id }, el("h3", {}, title),
+    el("ol", {}, heads.cloneNode(true), ...pairs.map(([place, effect]) => tokenEffect(texts[place], effect, largest, scale))));
+  aside.append(besides("logits", "Logits", el("div", { class: "columns2" }, side("raised", "raises", own.raised), side("lowered", "lowers", own.lowered)), el("p", { class: "note" }, logitNote(o.logits))));
 }
 
-function tokenEffect(text, effect, largest) {
-  return el("li", { class: effect < 0 ? "down" : null }, bar(Math.abs(effect) / largest, text, `\u201c${text}\u201d ${effect}`), el("span", { class: "soft" }, number(effect, 2)));
+function logitNote({ scale, scale_rows, soft_cap }) {
+  const direction = "direction: its decoder row through the final norm\u2019s gain and the unembedding, less the mean over tokens; the scale of the norm is left out.";
+  if (scale === null) return `${direction} What that is in logits was not measured: run evaluate logits again.`;
+  const cap = soft_cap === null ? "" : `, before the model\u2019s soft cap at ${soft_cap}`;
+  return `logit: added to a token\u2019s logit per unit of activation${cap}, past all later layers: direction times ${scale.toPrecision(3)}, the median scale (1 / rms) of the final norm over ${whole(scale_rows)} held-out rows. ${direction}`;
+}
+
+// With `scale` the effect in logits too, before that of the direction.
+function tokenEffect(text, effect, largest, scale = null) {
+  const logit = scale === null ? null : el("span", {}, (effect * scale).toPrecision(2));
+  return el("li", { class: effect < 0 ? "down" : null }, bar(Math.abs(effect) / largest, text, `\u201c${text}\u201d ${effect}`), logit, el("span", { class: "soft" }, number(effect, 2)));
 }
 
 function latentRelations(aside, o, own, table) {
@@ -42,6 +51,16 @@ function latentRelations(aside, o, own, table) {
   if (own.partners && own.partners.length) aside.append(besides("partners", "Fires together with", el("ul", {}, ...own.partners.map(([other, both, jaccard, phi]) =>
     item(other, phi, number(phi, 2), `phi ${phi}, ${whole(both)} rows together, Jaccard ${jaccard}`)))));
   if (own.near.length) aside.append(besides("near", "Nearest decoder directions", el("ul", { class: "near" }, ...own.near.map(([other, cosine]) => item(other, cosine, number(cosine, 2), `cosine ${cosine}`)))));
+}
+
+// The latents of other transcoders that fire most like it, and those that write most like it.
+function latentMatches(aside, o, own) {
+  if (!own.matches) return;
+  aside.append(besides("matches", "Closest in other transcoders", ...own.matches.flatMap(([at, like, correlation, nearest, cosine]) => {
+    const { name, layer_hook, n_rows } = o.matches[at];
+    const item = (other, value, what) => other === null ? null : el("li", {}, el("span", { class: "who" }, `${other}`, el("span", { class: "soft" }, what)), bar(value, number(value, 2), `${what} ${value}`));
+    return [el("h3", {}, name), el("p", { class: "note" }, `Reads ${layer_hook}; ${whole(n_rows)} rows of both.`), el("ul", {}, ...[item(like, correlation, "correlation"), item(nearest, cosine, "decoder cosine")].filter(Boolean))];
+  })));
 }
 
 const share_ = (value) => `${(value * 100).toFixed(value < 0.1 ? 1 : 0)}%`;

@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig, HierarchyConfig
+from evaluate.contenders import Contender
 from evaluate.report.build import make_report
 from evaluate.structure.hierarchy import HierarchyAnalysis
+from evaluate.structure.matching import Best
+from evaluate.structure.matching_file import Matching, write_matching
 from matryoshka.runs import publish_json
+from matryoshka.transcoder import Transcoder
 
 EVIL = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", '"><b>', "</script>", "\u2028'`${1}"]
 
@@ -82,6 +87,9 @@ def measured(index: Path, made: Any, tmp_path_factory: pytest.TempPathFactory) -
     config = EvaluateConfig(shards=shards, device="cpu", bootstrap=10, hierarchy=hierarchy)
     folder = answer(HierarchyAnalysis(), [run], config)[0].path.parent
     _measure(folder, json.loads((folder / "report.json").read_text()), made)
+    _match(run, folder)
+    note = {"star": True, "text": f"mine: {EVIL[0]}{EVIL[1]}\nand more", "changes": 3}
+    publish_json(run / "notes.json", {"format_version": 1, "latents": {"20": note, "7": {**note, "text": ""}}})
     pages = make_report(run, config, tokenizer=str(tokenizer))
     assert pages.notes == ()
     return pages.index
@@ -110,6 +118,8 @@ def _measure(folder: Path, report: dict[str, Any], made: Any) -> None:
     kinds = {"latent": "int32", "side": "int8", "rank": "int16", "token": "int32", "effect": "float"}
     _table(folder / "logits.parquet", logits, kinds)
     results = made.results(facts)
+    scaled = {"scale": 0.025, "scale_rows": 4099, "soft_cap": 30.0}
+    results["logits"] = results["logits"].model_copy(update=scaled)
     for name in ("logits", "faithfulness"):
         publish_json(folder / results[name].FILE, results[name].model_dump(mode="json"))
     (folder / "ablations").mkdir()
@@ -140,6 +150,25 @@ def _measure(folder: Path, report: dict[str, Any], made: Any) -> None:
     publish_json(
         folder / "probing.json", {**facts, "tokenizer": "t", "sets": [probed], "skipped": {"tags": "<no> tags"}}
     )
+
+
+def _match(run: Path, folder: Path) -> None:
+    """Two results of `evaluate match`: one of these weights, whose other side is named like HTML, and one of others."""
+    (step,) = run.glob("checkpoints/step-000400")
+    group = {"n_latents": 48, "n_alive": 47, "mean_max_cosine": 0.5, "share_close_cosine": 0.5, "share_mutual": None}
+    group |= {"mean_max_correlation": 0.5, "share_close_correlation": 0.5}
+    side = {"layer_hook": "blocks.1.hook_resid_mid", "input": "resid_mid", "prefix_ends": [48], "groups": [group]}
+    own = {**side, "total": group, "name": "run", "weights_sha256": Contender("", Transcoder.load(step)).digest()}
+    other = {**side, "total": group, "name": EVIL[1], "weights_sha256": "0" * 64, "layer_hook": "blocks.4.<b>hook"}
+    record = {"shard_sets": ["l1", "l1"], "shard_set_digests": ["a", "a"], "split": "val", "tokens": None}
+    record |= {"n_rows": 873, "close": 0.7}
+    for name, sides in (("match-a", [other, own]), ("match-b", [other, other])):
+        (folder / name).mkdir()
+        latents = torch.arange(48)
+        none = torch.where(latents == 9, torch.nan, (latents / 50).double())
+        like = Best(none, torch.where(latents == 9, -1, 47 - latents))
+        near = Best(none / 2, torch.where(latents == 9, -1, latents))
+        write_matching(folder / name, Matching.model_validate({**record, "sides": sides}), (near, near), (like, like))
 
 
 def _table(path: Path, columns: dict[str, list[Any]], kinds: dict[str, str]) -> None:

@@ -43,6 +43,22 @@ def test_the_tokens_of_a_latent(full: Any, words: list[str]) -> None:
         shown = full.texts(f"#{side} .share")
         assert [text.replace("\ufffd", "\u2028") for text in shown] == [words[token] for token in wanted]
     assert full.all("aside script, aside img, aside b") == []
+    # In logits, at the median scale of the final norm, beside the direction's own effect.
+    assert full.texts("#raised .heads span") == ["token", "logit", "direction"]
+    numbers = [
+        [float(text) for text in full.texts(f"#{side} li:not(.heads) :nth-child({i})")]
+        for side in ("raised", "lowered")
+        for i in (2, 3)
+    ]
+    assert numbers[1::2] == [[2.5, 1.5, 0.5], [-2.5, -1.5, -0.5]]
+    assert numbers[::2] == [pytest.approx([0.025 * x for x in own], rel=0.05) for own in numbers[1::2]]
+    (note,) = full.texts("#logits .note")
+    for part in (
+        "per unit of activation, before the model\u2019s soft cap at 30",
+        "0.0250, the median scale",
+        "4,099 held-out rows",
+    ):
+        assert part in note
     full.go("#/latent/20", "latent/20")
     facts = (
         dict(full.cells("#ablation .facts"))

@@ -19,8 +19,11 @@ import torch
 from warm_processes import WarmPython
 
 from evaluate.config import EvaluateConfig
+from evaluate.intervention.steering import Writing, steer
 from evaluate.report.build import make_report
 from evaluate.report.http_pages import MAX_BODY, Answers, PageServer
+from evaluate.report.live_text import N_WRITTEN, Change
+from evaluate.report.notes import Notes
 from evaluate.report.serve import FIRST_PORT, Served, serve_report
 from evaluate.report.site_files import asset_files
 from evaluate.report.window_search import CONTEXTS, Found, WindowIndex
@@ -237,7 +240,7 @@ def test_pages_are_made_when_there_are_none(place: Path, tmp_path: Path) -> None
 
 
 def test_a_port_that_is_taken(server: PageServer, tmp_path: Path) -> None:
-    answers = Answers("", tmp_path, {}, lambda *_: Found([], None), lambda _: {})
+    answers = Answers("", tmp_path, {}, lambda *_: Found([], None), lambda _: {}, lambda _: {}, Notes(tmp_path, 48))
     with pytest.raises(UserError, match=f"port {server.port} of 127.0.0.1 cannot be had"):
         PageServer(answers, server.port)
 
@@ -344,3 +347,173 @@ def test_a_text_that_cannot_be_tried(live: Any) -> None:
     assert live.all("#typed .token") == []
     # The refusal itself is what the browser logs.
     assert all("400" in entry["message"] for entry in live.driver.get_log("browser"))
+
+
+def asked(**content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+STEER = {"latent": 20, "text": "w5 w17 w80", "how": "steer", "strength": 40}
+
+
+def test_a_text_with_a_latent_changed(server: PageServer, place: Path) -> None:
+    config = EvaluateConfig.model_validate({"shards": place / "l1", "device": "cpu"})
+    own = steer(place / "l1-k9", 20, STEER["text"], config, scale=40, writing=Writing(N_WRITTEN))  # type: ignore[arg-type]
+    status, _, body = ask(server, "POST", "/api/change", asked(**STEER))
+    found = json.loads(body)
+    assert status == 200
+    assert (found["prompt"], found["plain"], found["changed"]) == (STEER["text"], own.plain, own.steered)
+    assert found["plain"] != found["changed"]
+    assert found["max_act"] == pytest.approx(own.max_act, rel=1e-2)
+    # Multiplied with 1 nothing changes, with something else it does.
+    same = json.loads(ask(server, "POST", "/api/change", asked(**{**STEER, "how": "ablate", "strength": 1}))[2])
+    assert same["changed"] == same["plain"] == found["plain"]
+    fires = server.answers.try_text(str(STEER["text"]))["tokens"][1]["latents"][0][0]
+    scaled = {**STEER, "latent": fires, "how": "ablate", "strength": -400}
+    other = json.loads(ask(server, "POST", "/api/change", asked(**scaled))[2])
+    assert other["changed"] != other["plain"] == found["plain"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent": 48}, "the latents 0 to 47, and no latent 48"),
+        ({"latent": -1}, "latent: Input should be greater than or equal to 0"),
+        ({"latent": "20"}, "latent: Input should be a valid integer"),
+        ({"strength": 1001}, "strength: Input should be less than or equal to 1000"),
+        ({"strength": "NaN"}, "strength: "),
+        ({"how": "more"}, "how: Input should be 'steer' or 'ablate'"),
+        ({"text": 5}, "text: Input should be a valid string"),
+        ({"text": "  "}, "type a few words"),
+        ({"text": "w1 " * 300}, "the text has 300 tokens, and"),
+        ({"more": 1}, "more: Extra inputs are not permitted"),
+    ],
+)
+def test_a_change_that_cannot_be_made(change: dict[str, Any], message: str, server: PageServer) -> None:
+    status, _, body = ask(server, "POST", "/api/change", asked(**{**STEER, **change}))
+    assert status == 400
+    assert message in json.loads(body)["error"]
+
+
+def test_the_model_of_a_change_must_be_there(place: Path, tmp_path: Path) -> None:
+    """A set that names a folder which is gone: a sentence, and the pages go on."""
+    shutil.copytree(place / "l1-k9", tmp_path / "l1-k9")
+    config = EvaluateConfig.model_validate(
+        {"shards": place / "l1", "device": "cpu", "lm": {"model": str(tmp_path / "gone")}}
+    )
+    served = serve_report(tmp_path / "l1-k9", config)
+    try:
+        with pytest.raises(UserError, match=r"the language model of .*l1 is needed.*gone.*name it with --model"):
+            served.server.answers.change(Change.model_validate(STEER))
+    finally:
+        served.server.server_close()
+
+
+def test_notes_are_kept_and_a_stale_one_is_refused(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "l1-k9", tmp_path / "l1-k9")
+    served = serve_report(tmp_path / "l1-k9", EvaluateConfig.model_validate({"shards": place / "l1", "device": "cpu"}))
+    server = served.server
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    new = {"latent": 4, "star": True, "text": "<b>mine</b>", "changes": 0}
+    try:
+        assert json.loads(ask(server, "GET", "/api/notes")[2]) == {"notes": {}}
+        status, _, body = ask(server, "POST", "/api/note", asked(**new))
+        kept = {"star": True, "text": "<b>mine</b>", "changes": 1}
+        assert (status, json.loads(body)) == (200, kept)
+        status, _, body = ask(server, "POST", "/api/note", asked(**{**new, "text": "another tab"}))
+        assert (status, json.loads(body)["note"]) == (409, kept)
+        assert json.loads(ask(server, "GET", "/api/notes")[2]) == {"notes": {"4": kept}}
+        assert Notes(tmp_path / "l1-k9", 48).shown() == {"4": kept}
+        for wrong in ({"text": "x" * 4001}, {"latent": 48}, {"star": 1}, {"changes": None}):
+            assert ask(server, "POST", "/api/note", asked(**{**new, **wrong}))[0] == 400
+        assert ask(server, "GET", "/notes.json")[0] == 404
+        (tmp_path / "l1-k9" / "notes.json").write_text("{")
+        status, _, body = ask(server, "GET", "/api/notes")
+        assert status == 400
+        assert "cannot be read as notes" in json.loads(body)["error"]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+def test_other_pages_can_neither_change_nor_note(server: PageServer) -> None:
+    for path, body in (("/api/change", asked(**STEER)), ("/api/note", asked(latent=1, star=True, text="", changes=0))):
+        assert ask(server, "POST", path, body, Host="evil.example")[0] == 421
+        for origin in (None, "null", "http://evil.example"):
+            assert ask(server, "POST", path, body, Origin=origin)[0] == 403
+        assert ask(server, "POST", path, body, Sec_Fetch_Site="cross-site")[0] == 403
+        assert ask(server, "POST", path, body, Content_Type="text/plain")[0] == 415
+        assert ask(server, "POST", path, b"[1]")[0] == 400
+    assert ask(server, "GET", "/api/notes", Sec_Fetch_Site="cross-site")[0] == 403
+    assert ask(server, "GET", "/api/notes", Host="evil.example")[0] == 421
+    assert server.answers.notes.read() == {}
+
+
+def test_a_change_in_a_browser(live: Any, place: Path) -> None:
+    live.go("#/latent/20", "latent/20")
+    live.one("#change-text").send_keys(str(STEER["text"]))
+    live.one("#strength").clear()
+    live.one("#strength").send_keys("40")
+    live.one("#change-go").click()
+    live.wait(lambda _: live.all("#changed"))
+    config = EvaluateConfig.model_validate({"shards": place / "l1", "device": "cpu"})
+    own = steer(place / "l1-k9", 20, str(STEER["text"]), config, scale=40, writing=Writing(N_WRITTEN))
+    assert live.texts("#plain, #changed") == [STEER["text"] + own.plain, STEER["text"] + own.steered]
+    live.one('#how option[value="ablate"]').click()
+    assert live.one("#strength").get_attribute("value") == "0"
+    live.one("#strength").clear()
+    live.one("#strength").send_keys("1")
+    live.one("#change-go").click()
+    live.wait(lambda _: live.one("#change-state").text == "nothing changes")
+    # The text is there again for the next latent, and a refusal is said.
+    live.driver.execute_script("scrollTo(0, 0)")
+    live.one("#next").click()
+    live.wait(lambda driver: "latent/20" not in driver.current_url and live.all("#change-text"))
+    assert live.one("#change-text").get_attribute("value") == STEER["text"]
+    live.one("#change-text").clear()
+    live.one("#change-go").click()
+    live.wait(lambda _: "type a few words" in live.one("#change-state").text)
+    assert all("400" in entry["message"] for entry in live.driver.get_log("browser"))
+    live.resize(390, 800)
+    assert live.fits(390)
+
+
+def test_notes_of_two_tabs_in_a_browser(live: Any, server: PageServer) -> None:
+    evil = "<img src=x onerror=window.hacked=1>"
+    live.go("#/latent/20", "latent/20")
+    live.one("#star").click()
+    live.wait(lambda _: live.one("#note-state").text == "saved")
+    first = live.driver.current_window_handle
+    live.driver.switch_to.new_window("tab")
+    try:
+        # The other tab has the star, and is the first to write a text.
+        live.go("#/latent/20", "latent/20")
+        assert live.one("#star").get_attribute("aria-pressed") == "true"
+        live.one("#note").send_keys("of the other tab")
+        live.one("#save-note").click()
+        live.wait(lambda _: live.one("#note-state").text == "saved")
+        live.driver.close()
+        live.driver.switch_to.window(first)
+        live.one("#note").send_keys(evil)
+        live.one("#save-note").click()
+        live.wait(lambda _: "changed elsewhere" in live.one("#note-state").text)
+        assert live.texts("#other-note") == ["\u2605 of the other tab"]
+        assert live.one("#note").get_attribute("value") == evil
+        assert server.answers.notes.read()[20].text == "of the other tab"
+        live.one("#save-note").click()
+        live.wait(lambda _: live.one("#note-state").text == "saved")
+        assert server.answers.notes.read()[20].text == evil
+        assert live.texts("#other-note") == [""]
+        # A click on a link leaves the field, which saves it.
+        live.one("#note").send_keys(" and more")
+        live.one("nav [data-page=latents]").click()
+        live.at("latents")
+        live.wait(lambda _: server.answers.notes.read()[20].text == f"{evil} and more")
+        live.one("#starred").click()
+        live.count("1 of 48")
+        assert live.latents() == [20]
+        assert all("409" in entry["message"] for entry in live.driver.get_log("browser"))
+    finally:
+        server.answers.notes.path.unlink(missing_ok=True)
