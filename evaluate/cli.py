@@ -151,7 +151,8 @@ def report(
     set_: Overrides = None,
 ) -> None:
     """Pages to look at a run and each of its latents, or at all runs of a fleet; they open from the disk."""
-    from .next_step import then_serve
+    from .checkpoint import expand_fleets
+    from .next_step import then_report, then_serve
     from .report.build import make_report
     from .report.fleet import is_fleet, make_fleet_report
     from .screen import Screen
@@ -166,7 +167,11 @@ def report(
             pages = make_report(runs[0], settings, tokenizer=tokenizer, progress=screen)
             log_pages(pages.index.parent, settings)
     screen.pages(pages)
-    then_serve(runs)
+    if is_fleet(runs):
+        # Its page leads to those of the members, once they are made, and has no server.
+        then_report(expand_fleets(runs)[:1], shards)
+    else:
+        then_serve(runs[0])
 
 
 @app.command()

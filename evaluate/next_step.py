@@ -22,10 +22,9 @@ def then_report(runs: Sequence[Path], shards: Path | None) -> None:
     next_command("evaluate", "report", *runs, *where, *several)
 
 
-def then_serve(runs: Sequence[Path]) -> None:
-    """After the pages were made; those of a fleet have no server."""
-    if len(runs) == 1:
-        next_command("evaluate", "serve", runs[0])
+def then_serve(run: Path) -> None:
+    """After the pages of a run were made."""
+    next_command("evaluate", "serve", run)
 
 
 def then_match(transcoders: Sequence[str], shards: Path | None) -> None:

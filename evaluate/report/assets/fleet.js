@@ -61,7 +61,7 @@ Report.pages.fleet = async (main, _, query) => {
     const head = ([id, name]) => el("th", { scope: "col", "aria-sort": id === asked.sort ? (falling ? "descending" : "ascending") : "none" }, el("button", { type: "button", "data-key": id, onclick: () => {
       asked.order = asked.sort === id && !falling ? "down" : "up";
       asked.sort = id;
-      table(shown, place);
+      keepFocus(() => table(shown, place));
     } }, name + (id === asked.sort ? (falling ? " \u2193" : " \u2191") : "")));
     const cell = (m, [id, , value]) => {
       if (id === "name") { const dot = el("i", { class: "dot" }); dot.style.setProperty("--hue", hue(place(m))); return el("td", {}, dot, m.pages ? el("a", { href: m.pages }, m.name) : m.name, m.finished ? null : el("span", { class: "soft" }, " (not finished)")); }

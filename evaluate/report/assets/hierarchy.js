@@ -53,7 +53,7 @@ Report.pages.hierarchy = async (main, argument, query) => {
     const more = (from) => {
       box.append(...latents.slice(from, from + most).map((i) => line(i, i === open)));
       const rest = latents.length - from - most;
-      if (rest > 0) { const button = el("button", { type: "button", class: "more", onclick: () => { button.parentNode.remove(); more(from + most); } }, `${whole(rest)} more`); box.append(el("li", {}, button)); }
+      if (rest > 0) { const button = el("button", { type: "button", class: "more", onclick: () => { button.parentNode.remove(); more(from + most); box.children[from + most].querySelector(".fold").focus(); } }, `${whole(rest)} more`); box.append(el("li", {}, button)); }
     };
     more(0);
     return box;

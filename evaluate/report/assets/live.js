@@ -27,6 +27,7 @@ Report.pages.try = async (main) => {
   let gone = false;
 
   async function run() {
+    if (button.disabled) return;
     button.disabled = true;
     state.textContent = "working\u2026";
     try {
@@ -47,7 +48,8 @@ Report.pages.try = async (main) => {
     const acts = Trial.tokens.map((token) => Trial.latent < 0 ? token.latents[0]?.[1] ?? 0 : token.latents.find(([latent]) => latent === Trial.latent)?.[1] ?? 0);
     const largest = Math.max(...acts, 1e-9);
     shown.replaceChildren(...Trial.tokens.map((token, i) => {
-      const span = el("span", { class: "token", role: "button", tabindex: "0", onclick: () => { Trial.at = Trial.at === i ? -1 : i; draw(); }, onkeydown: (event) => { if (event.key === "Enter") event.target.click(); } }, token.text);
+      const span = el("span", { class: "token", role: "button", tabindex: "0", "aria-pressed": String(i === Trial.at), "data-key": `token-${i}`, onclick: () => { Trial.at = Trial.at === i ? -1 : i; keepFocus(draw); },
+        onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); event.target.click(); } } }, token.text);
       if (acts[i] > 0) { span.classList.add("on"); span.style.setProperty("--share", (acts[i] / largest).toFixed(3)); if (acts[i] > 0.72 * largest) span.classList.add("strong"); }
       if (i === Trial.at) span.classList.add("peak");
       span.dataset.tip = Trial.latent < 0 ? token.latents.slice(0, 4).map(([latent, act]) => `${latent}: ${number(act, 2)}  ${table.words[latent]}`).join("\n") || "no latent fires" : String(acts[i]);
@@ -59,14 +61,14 @@ Report.pages.try = async (main) => {
       sums.set(latent, { most: Math.max(own.most, act), times: own.times + 1 });
     }
     const all = [...sums].sort((a, b) => b[1].most - a[1].most);
-    const row = (latent, act, most, more) => el("li", { class: latent === Trial.latent ? "chosen" : null },
+    const row = (part, latent, act, most, more) => el("li", { class: latent === Trial.latent ? "chosen" : null },
       el("span", { class: "who" }, el("a", { href: `#/latent/${latent}` }, String(latent)), groupBadge(groups[latent]), el("span", { class: "words", title: table.words[latent] }, table.words[latent])),
-      bar(act / most, number(act, 2), more), el("button", { type: "button", class: "more", title: "Shade the text by this latent", "aria-pressed": String(latent === Trial.latent), onclick: () => { Trial.latent = Trial.latent === latent ? -1 : latent; draw(); } }, "shade"));
+      bar(act / most, number(act, 2), more), el("button", { type: "button", class: "more", title: "Shade the text by this latent", "aria-pressed": String(latent === Trial.latent), "data-key": `${part}-${latent}`, onclick: () => { Trial.latent = Trial.latent === latent ? -1 : latent; keepFocus(draw); } }, "shade"));
     const list = (id, title, note, rows) => el("div", { id, class: "besides fires" }, el("h2", {}, title), el("p", { class: "note" }, note), el("ul", {}, ...rows));
     const own = Trial.at < 0 ? null : Trial.tokens[Trial.at];
     lists.replaceChildren(...[
-      list("of-text", "In the whole text", `${whole(all.length)} latents fire; by their largest activation.`, all.slice(0, 40).map(([latent, { most, times }]) => row(latent, most, all[0][1].most, `on ${times} tokens`))),
-      own ? list("of-token", `On \u201c${own.text}\u201d`, `Token ${Trial.at + 1}; ${own.latents.length} latents fire.`, own.latents.map(([latent, act]) => row(latent, act, own.latents[0][1], "activation")))
+      list("of-text", "In the whole text", `${whole(all.length)} latents fire; by their largest activation.`, all.slice(0, 40).map(([latent, { most, times }]) => row("text", latent, most, all[0][1].most, `on ${times} tokens`))),
+      own ? list("of-token", el("span", {}, "On \u201c", el("bdi", {}, own.text), "\u201d"), `Token ${Trial.at + 1}; ${own.latents.length} latents fire.`, own.latents.map(([latent, act]) => row("token", latent, act, own.latents[0][1], "activation")))
         : el("div", { class: "besides" }, el("h2", {}, "On one token"), el("p", { class: "note" }, "Click a token."))]);
   }
   draw();

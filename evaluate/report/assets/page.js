@@ -68,6 +68,13 @@ function choose(box, value) {
   if ([...box.options].some((option) => option.value === value)) box.value = value;
 }
 
+// Draws anew; what had the focus has it again, known by its data-key.
+function keepFocus(draw) {
+  const key = document.activeElement?.dataset.key;
+  draw();
+  if (key) document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus();
+}
+
 // Calls once a person has stopped typing.
 function later(action) {
   let timer = 0;

@@ -86,7 +86,10 @@ def test_the_command(
         launch.evaluate()
     assert not ended.value.code
     (index,) = fleet.glob("eval/*/report/index.html")
-    assert f"{index}: written; open {index.as_uri()}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{index}: written; open {index.as_uri()}" in said
+    # A fleet has no server; its members have pages.
+    assert f"next: evaluate report {fleet / 'a'} --shards {val_set.path}" in said
 
 
 def test_same_bytes_again_and_without_the_shard_set(fleet: Path, config: EvaluateConfig) -> None:
@@ -153,6 +156,7 @@ def test_the_page(browser: Any, fleet: Path, config: EvaluateConfig) -> None:
     order = sorted(found, key=lambda name: found[name]["fvu"][-1])
     assert names(page) == order
     page.one('#runs [data-key="l0"]').click()
+    assert page.driver.switch_to.active_element.get_attribute("data-key") == "l0"
     assert names(page) == sorted(found, key=lambda name: found[name]["l0"][-1])
     page.one('#runs [data-key="l0"]').click()
     assert names(page) == sorted(found, key=lambda name: -found[name]["l0"][-1])

@@ -117,6 +117,20 @@ def test_one_latent_and_one_group(browser: Any, made: Any, index: Path, tmp_path
 
 
 @pytest.mark.parametrize("width", [1280, 390])
+def test_a_run_of_a_long_name(browser: Any, index: Path, tmp_path: Path, width: int) -> None:
+    folder, name = tmp_path / "report", "r" * 240
+    shutil.copytree(index.parent, folder)
+    for path in (folder / "index.html", folder / "data" / "overview.js"):
+        path.write_text(path.read_text().replace("&lt;b&gt;run", name).replace("<b>run", name))
+    long = browser.on(folder / "index.html")
+    long.resize(width, 800)
+    for route, page in {"": "overview", "#/latents": "latents", "#/run": "run"}.items():
+        long.go(route, page)
+        assert long.fits(width)
+    assert name in long.driver.title
+
+
+@pytest.mark.parametrize("width", [1280, 390])
 def test_texts_of_any_length_and_direction(browser: Any, measured: Path, words: list[str], width: int) -> None:
     full = browser.on(measured)
     full.resize(width, 800)

@@ -329,7 +329,16 @@ def test_a_text_in_a_browser(live: Any, place: Path) -> None:
     assert set(shown) == set(wanted)
     assert [wanted[latent] for latent in shown] == sorted(wanted.values(), reverse=True)
     before = live.all("#typed .token")[1].get_attribute("style")
+    # By keys: the lists are drawn anew, and what had the focus has it still.
+    for _ in range(2):
+        live.driver.switch_to.active_element.send_keys(" ")
+        assert live.driver.switch_to.active_element.text == "w17"
+    assert shown == [int(text) for text in live.texts("#of-token li a")]
+    live.one("#theme").click()
+    live.at("try")
+    assert live.one("#text").get_attribute("value").startswith("w5 w17")
     live.all("#of-token li button")[-1].click()
+    assert live.driver.switch_to.active_element.text == "shade"
     assert live.all("#typed .token")[1].get_attribute("style") != before
     live.resize(390, 800)
     assert live.fits(390)
