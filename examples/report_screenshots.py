@@ -1,7 +1,14 @@
 """Pictures of the pages of `evaluate report`, for the README and to look at while changing them.
 
-    python examples/report_screenshots.py data/demo/runs/l15-k32/eval/l15-379517cd/report docs/images --latent 17
-    python examples/report_screenshots.py .../report docs/images --root 181 --fleet data/demo/runs/fleet/eval/.../report
+    python examples/report_screenshots.py data/demo/runs/l15-k32/eval/l15-f17ca782/report docs/images \\
+        --root 163 --words paris --fleet data/demo/runs/l15-fleet/eval/l15-f17ca782/report
+
+Those of the README are of `make demo`, with the map that it leaves out and a fleet of six short runs:
+
+    evaluate hierarchy data/demo/runs/l15-k32 && evaluate report data/demo/runs/l15-k32
+    train run --shards data/demo/l15 --group-sizes 288,576,1152 --steps 100 \\
+        --set "train.grid={k: [16, 32, 64], lr: [1.0e-3, 3.0e-3]}"
+    evaluate report data/demo/runs/l15-fleet
 
 The hierarchy and the map need `evaluate hierarchy`, the tokens of a latent `evaluate logits`; a page without them says
 so. Needs Debian's chromium and chromium-driver, and selenium (in the dev extra).
@@ -14,6 +21,7 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 WIDE, PHONE = (1280, 900), (390, 844)
 
@@ -24,16 +32,25 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--latent", type=int, default=0, help="latent whose page is taken")
     parser.add_argument("--root", type=int, default=0, help="latent that the hierarchy is opened at")
+    parser.add_argument("--words", help="words that are looked for in the list of latents")
     parser.add_argument("--fleet", type=Path, help="the report of a fleet, for its page")
     words = parser.parse_args()
     words.out.mkdir(parents=True, exist_ok=True)
     latent, hierarchy = f"latent/{words.latent}", f"hierarchy/{words.root}"
-    pages = {"overview": "", "latents": "latents", "latent": latent, "hierarchy": hierarchy, "map": "map", "run": "run"}
+    listed = "latents" if words.words is None else f"latents?{urlencode({'q': words.words})}"
+    pages = {"overview": "", "latents": listed, "latent": latent, "hierarchy": hierarchy, "map": "map", "run": "run"}
     driver = open_browser()
     try:
         address = (words.report / "index.html").resolve().as_uri()
         for name, route in pages.items():
-            shoot(driver, f"{address}#/{route}", route or name, WIDE, "light", words.out / f"report-{name}.png")
+            shoot(
+                driver,
+                f"{address}#/{route}",
+                route.partition("?")[0] or name,
+                WIDE,
+                "light",
+                words.out / f"report-{name}.png",
+            )
         shoot(driver, f"{address}#/{latent}", latent, WIDE, "dark", words.out / "report-latent-dark.png")
         shoot(driver, f"{address}#/{latent}", latent, PHONE, "light", words.out / "report-latent-phone.png")
         shoot(driver, f"{address}#/{hierarchy}", hierarchy, WIDE, "dark", words.out / "report-hierarchy-dark.png")
