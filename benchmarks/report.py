@@ -176,6 +176,9 @@ def sizes(folder: Path) -> None:
     print(f"first page {sum(file.stat().st_size for file in first) / 1e6:.2f} MB")
     for name in ("latents", "hierarchy", "clusters", "logits"):
         print(f"{name}.js {(folder / 'data' / f'{name}.js').stat().st_size / 1e6:.1f} MB")
+    for name in ("fires", "text"):
+        parts = [file.stat().st_size for file in (folder / "data").glob(f"{name}-*.js")]
+        print(f"{name}-N.js {sum(parts) / 1e6:.1f} MB, the largest of {len(parts)} {max(parts) / 1e6:.2f} MB")
     print(f"all of it {sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 1e6:.0f} MB")
 
 
@@ -186,6 +189,8 @@ def measure(index: Path) -> None:
         for name, route in {
             "overview": "",
             "browser": "#/latents",
+            "fires on": "#/latents?q=word1",
+            "contexts": "#/latents?q=word1&in=contexts",
             "latent": "#/latent/17",
             "hierarchy": "#/hierarchy",
             "map": "#/map",

@@ -3,17 +3,22 @@
 // window_search.py gives, from files of which a search for firing reads those of its words alone.
 const FIRES = "fires", CONTEXTS = "contexts", MAX_QUERY = 200;
 
+// The last answer: another order or filter asks the same again.
+const Found = { asked: null, latents: null };
+
 // Case, and spaces at the ends, do not count.
 const normal = (text) => text.trim().normalize("NFC").toLowerCase();
 
 // Latent -> the share of its activation on the words (null where firing was not asked for), in order: a latent whose
 // number was typed, then the largest share. null where nothing is looked for.
 async function findLatents(o, query, where) {
-  const wanted = normal(query), found = new Map();
+  const wanted = normal(query), found = new Map(), asked = `${where} ${wanted}`;
   if (wanted === "") return null;
+  if (Found.asked === asked) return Found.latents;
   if (/^\d+$/.test(wanted) && +wanted < o.prefix_ends.at(-1)) found.set(+wanted, null);
   const parts = o.search.share_parts, { latents, shares } = await (Report.search ?? search)(query, where, o.search);
   latents.forEach((latent, i) => found.set(latent, shares ? shares[i] / parts : null));
+  Object.assign(Found, { asked, latents: found });
   return found;
 }
 
