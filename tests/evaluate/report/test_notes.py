@@ -83,6 +83,7 @@ def test_it_survives_a_kill(tmp_path: Path) -> None:
         "for i in range(10**6):\n"
         "    notes.keep(NewNote(latent=i, star=False, text='x' * 999, changes=0)); print(i, flush=True)\n"
     )
+    kept = -1
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=ROOT,
