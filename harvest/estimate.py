@@ -10,7 +10,8 @@ from matryoshka.errors import UserError
 from matryoshka.shards import CommitRecord, Manifest
 from matryoshka.shards.layout import RATIO
 from matryoshka.shards.manifest import BYTES_PER_VALUE
-from matryoshka.shards.place import Place, place_of
+from matryoshka.shards.storage import Storage
+from matryoshka.shards.storage_open import open_storage
 
 _RESERVE_BYTES = 64 * 2**20
 """Left free on the disk, so that a full one is not found by the last shard."""
@@ -46,7 +47,7 @@ class Estimate:
 def estimate(
     manifest: Manifest,
     n_tokens: int,
-    where: str | Path | Place,
+    where: str | Path | Storage,
     tokens_per_second: float | None,
     records: Sequence[CommitRecord] = (),
 ) -> Estimate:
@@ -59,7 +60,7 @@ def estimate(
     return Estimate(
         n_tokens=n_tokens,
         n_bytes=n_bytes,
-        free_bytes=place_of(where).free_bytes(),
+        free_bytes=open_storage(where).free_bytes(),
         seconds=None if tokens_per_second is None else n_tokens / tokens_per_second,
         smaller={codec: size for codec, size in others.items() if size < n_bytes},
     )

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from matryoshka.config import explain
 from matryoshka.errors import UserError
-from matryoshka.shards.place import place_of
 from matryoshka.shards.records import read_manifest
+from matryoshka.shards.storage_open import open_storage
 from matryoshka.shards.verify import Verdict, discard, verify
 
 from .config import HarvestConfig
@@ -33,11 +33,11 @@ def verify_and_repair(
     if verdict.is_whole or not repair:
         return verdict.is_whole
     config = recorded_config(path, operational)
-    place = place_of(path)
-    saved = read_manifest(place)
+    storage = open_storage(path)
+    saved = read_manifest(storage)
     check_model(saved, path, config.model, config.revision)  # before anything is thrown away
-    with place.exclusive():
-        discard(place, verdict)
+    with storage.exclusive():
+        discard(storage, verdict)
     for result in harvest(config):
         say(f"{result.path}: {result.n_shards_written} shards harvested again")
     verdict = verify(path)

@@ -95,8 +95,8 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
                     rest = _cost(sets, capture, passes, ranks)
                     rest.check(todo[0].folder)
                     for target in todo:
-                        target.place.make()
-                        stack.enter_context(target.place.exclusive())
+                        target.storage.make()
+                        stack.enter_context(target.storage.exclusive())
                 writers = _open(sets, lm, ranks)
                 if rest is not None:
                     progress.started(rest, sum(max(s.n_tokens for s in one.sets) for one in passes))
@@ -131,7 +131,7 @@ def estimate_nothing(config: HarvestConfig) -> Estimate:
     target = Target(config.members()[0])
     saved = target.begun()
     assert saved is not None
-    return estimate(saved, 0, target.place, None)
+    return estimate(saved, 0, target.storage, None)
 
 
 def tokenize(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
@@ -209,8 +209,8 @@ def _check_changed_files(sets: tuple[_Set, ...], jobs_of: Callable[[str], Iterat
     changed = []
     for one in sets:
         saved = one.target.begun()
-        if saved is not None and saved.dataset != one.manifest.dataset and read_records(one.target.place):
-            changed.append(CommittedText(one.target.place))
+        if saved is not None and saved.dataset != one.manifest.dataset and read_records(one.target.storage):
+            changed.append(CommittedText(one.target.storage))
     for split in SPLIT_ORDER:
         n_shards = max((text.n_shards(split) for text in changed), default=0)
         for job in islice(jobs_of(split), n_shards):
@@ -227,9 +227,9 @@ def _cost(sets: list[_Set], capture: Capture, passes: list[_Pass], ranks: Ranks)
     missing, parts = {}, []
     for one in sets:
         folder = one.target.folder
-        records = read_records(one.target.place)
+        records = read_records(one.target.storage)
         missing[folder] = one.n_tokens - sum(record.n_contexts for record in records) * one.manifest.ctx_len
-        parts.append(estimate(one.manifest, missing[folder], one.target.place, None, records))
+        parts.append(estimate(one.manifest, missing[folder], one.target.storage, None, records))
     n_tokens = sum(max(missing[s.target.folder] for s in one.sets) for one in passes)
     speed = capture.speed(passes[0].first["train"].tokens, _hook_points(passes[0].sets)) * ranks.world
     return together(parts, n_tokens, n_tokens / speed)
@@ -240,7 +240,7 @@ def _open(sets: list[_Set], lm: LanguageModel, ranks: Ranks) -> dict[Any, ShardS
 
     def writer(one: _Set) -> ShardSetWriter:
         start = ShardSetWriter.open if ranks.is_first else ShardSetWriter.join
-        return start(one.target.place, one.manifest, one.target.norm(lm))
+        return start(one.target.storage, one.manifest, one.target.norm(lm))
 
     if not ranks.is_first:
         ranks.wait()

@@ -15,9 +15,10 @@ from matryoshka.norms import Norm
 from matryoshka.runs import changed_fields, provenance, refuse_changes
 from matryoshka.shards import Manifest, ShardSet, SiteFacts, SplitPlan, extend_splits, plan_splits
 from matryoshka.shards.manifest import NormFacts
-from matryoshka.shards.place import Place, place_of
 from matryoshka.shards.records import has_manifest, read_manifest, read_records
-from matryoshka.shards.writer import check_place
+from matryoshka.shards.storage import Storage
+from matryoshka.shards.storage_open import open_storage
+from matryoshka.shards.writer import check_storage
 from matryoshka.sites import HookPair, Site
 
 from .config import HarvestConfig
@@ -55,9 +56,9 @@ class Target:
         return self.config.folder()
 
     @cached_property
-    def place(self) -> Place:
+    def storage(self) -> Storage:
         """The same, to work in."""
-        return place_of(self.folder)
+        return open_storage(self.folder)
 
     @cached_property
     def pair(self) -> HookPair:
@@ -74,10 +75,10 @@ class Target:
 
         Raises UserError when the folder cannot be used, or holds a set of other settings; more tokens are no others.
         """
-        check_place(self.place)
-        if not has_manifest(self.place):
+        check_storage(self.storage)
+        if not has_manifest(self.storage):
             return None
-        saved = read_manifest(self.place)
+        saved = read_manifest(self.storage)
         wanted = {**same_spelling(saved, self.config.content()), "val_unit": self.config.val_unit}
         if isinstance(had := saved.settings.get("tokens"), int) and had < self.config.tokens:
             wanted["tokens"] = had
@@ -96,7 +97,7 @@ class Target:
         saved = self.begun()
         if saved is None or not saved.complete or saved.settings.get("tokens") != self.config.tokens:
             return False
-        return len(read_records(self.place)) == sum(plan.n_shards for plan in saved.splits.values())
+        return len(read_records(self.storage)) == sum(plan.n_shards for plan in saved.splits.values())
 
     def norm(self, lm: LanguageModel) -> Norm | None:
         """The norm behind the source site, if there is one."""
@@ -137,7 +138,7 @@ class Target:
 
     def result(self, n_written: int) -> HarvestResult:
         """What is there now. The set must be finished."""
-        shards = ShardSet.open(self.place)
+        shards = ShardSet.open(self.storage)
         n_contexts = shards.train.n_contexts + shards.val.n_contexts
         return HarvestResult(
             path=self.folder,

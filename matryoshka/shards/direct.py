@@ -19,7 +19,8 @@ import numpy as np
 
 from matryoshka.errors import UserError
 from matryoshka.locations import inside
-from matryoshka.shards.place import Place, place_of
+from matryoshka.shards.storage import Storage
+from matryoshka.shards.storage_open import open_storage
 
 _ABSENT = 2**64 - 1
 """Offset of a chunk that was never written."""
@@ -31,10 +32,10 @@ class ShardFiles:
     """The files of one array [n_shards, positions, contexts, width] with one file a shard, chunked by positions."""
 
     def __init__(
-        self, place: Place, name: str, *, shape: tuple[int, ...], step: int, dtype: np.dtype[Any], codec: str
+        self, storage: Storage, name: str, *, shape: tuple[int, ...], step: int, dtype: np.dtype[Any], codec: str
     ) -> None:
         """`name`: the array's. `shape`: of one shard. `step`: positions in a chunk. `codec`: blosc, or raw."""
-        self._place = place
+        self._storage = storage
         self._name = name
         self._shape = shape
         self._step = step
@@ -60,7 +61,7 @@ class ShardFiles:
         if reuse and len(places) == 1:
             return self._read_again(key, int(places[0, 0]), int(places[0, 1]))
         # Of a folder these are maps, which cost nothing before they are decoded.
-        stored = self._place.ranges(key, [(int(offset), int(length)) for offset, length in places])
+        stored = self._storage.ranges(key, [(int(offset), int(length)) for offset, length in places])
         if len(stored) == 1 and not self._blosc:
             return self._raw(key, stored[0])
         out = np.empty((stop - start, *self._shape[1:]), self._dtype)
@@ -78,13 +79,13 @@ class ShardFiles:
         values = decoded.view(self._dtype).reshape(self._step, *self._shape[1:])
         if self._blosc:
             if length > 2 * self._chunk_bytes + 64:
-                raise _damaged(self._place, key, f"a chunk of {self._chunk_bytes} bytes takes {length}")
+                raise _damaged(self._storage, key, f"a chunk of {self._chunk_bytes} bytes takes {length}")
             stored = self._scratch("stored", length)
-            self._place.read_into(key, offset, stored)
+            self._storage.read_into(key, offset, stored)
             self._decode(key, stored, values)
         else:
             self._check_raw(key, length)
-            self._place.read_into(key, offset, decoded)
+            self._storage.read_into(key, offset, decoded)
         return values
 
     def _scratch(self, name: str, n_bytes: int) -> np.ndarray:
@@ -100,7 +101,7 @@ class ShardFiles:
 
     def _check_raw(self, key: str, length: int) -> None:
         if length != self._chunk_bytes:
-            raise _damaged(self._place, key, f"a chunk has {length} bytes")
+            raise _damaged(self._storage, key, f"a chunk has {length} bytes")
 
     def _decode(self, key: str, stored: np.ndarray, out: np.ndarray) -> None:
         from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue] -- a compiled module
@@ -108,7 +109,7 @@ class ShardFiles:
         try:
             blosc.decompress(stored, out)
         except (RuntimeError, ValueError) as error:
-            raise _damaged(self._place, key, f"a chunk cannot be decoded ({error})") from error
+            raise _damaged(self._storage, key, f"a chunk cannot be decoded ({error})") from error
 
     def _read_index(self, shard: int) -> np.ndarray:
         """[chunks, 2] uint64: offset and length of each."""
@@ -116,16 +117,16 @@ class ShardFiles:
 
         key = self._key(shard)
         size = 16 * (self._shape[0] // self._step)
-        found = self._place.tail(key, size + 4)
+        found = self._storage.tail(key, size + 4)
         if google_crc32c.value(found[:size]) != int.from_bytes(found[size:], "little"):
-            raise _damaged(self._place, key, "its index differs from its checksum")
+            raise _damaged(self._storage, key, "its index differs from its checksum")
         return np.frombuffer(found[:size], "<u8").reshape(-1, 2)
 
     def _key(self, shard: int) -> str:
         return f"{self._name}/c/{shard}/{'/'.join('0' * len(self._shape))}".removeprefix("/")
 
 
-def open_files(path: str | Path | Place, array: Any, name: str = "") -> ShardFiles | None:
+def open_files(path: str | Path | Storage, array: Any, name: str = "") -> ShardFiles | None:
     """The files of the Zarr array `name` below `path`, or None when it is not of the kind that is read directly.
 
     Raises nothing for a strange array: Zarr itself may well know how to read it.
@@ -161,7 +162,7 @@ def open_files(path: str | Path | Place, array: Any, name: str = "") -> ShardFil
         return None
     codec = "blosc" if names else "raw"
     dtype = dtype.newbyteorder("<")
-    return ShardFiles(place_of(path), name, shape=grid[1:], step=chunk[1], dtype=dtype, codec=codec)
+    return ShardFiles(open_storage(path), name, shape=grid[1:], step=chunk[1], dtype=dtype, codec=codec)
 
 
 def _plain(codecs: Any) -> list[dict[str, Any]]:
@@ -173,6 +174,6 @@ def _plain(codecs: Any) -> list[dict[str, Any]]:
     return plain
 
 
-def _damaged(place: Place, key: str, problem: str) -> UserError:
-    where = inside(place.location, key)
+def _damaged(storage: Storage, key: str, problem: str) -> UserError:
+    where = inside(storage.location, key)
     return UserError(f"{where} is damaged: {problem}. Delete its record in manifest/ and run the same harvest again")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.shards.manifest import Manifest, SplitPlan
-from matryoshka.shards.place import Place
+from matryoshka.shards.storage import Storage
 
 if TYPE_CHECKING:
     import zarr
@@ -26,33 +26,33 @@ SCALED = {"logical_dtype": "bfloat16", "encoding": "int8 * channel * scale"}
 """Attributes of an int8 array; the factors lie beside it in <side>_channel and <side>_scale."""
 
 
-def open_root(place: Place, *, writable: bool, finished: bool = True) -> zarr.Group:
-    """The Zarr group at `place`, which must exist. `finished` says whether the set is."""
+def open_root(storage: Storage, *, writable: bool, finished: bool = True) -> zarr.Group:
+    """The Zarr group at `storage`, which must exist. `finished` says whether the set is."""
     import zarr
 
     # A writer changes arrays, which the copy of their metadata in the root's does not follow until the end.
     use_consolidated = False if writable or not finished else None
     return zarr.open_group(
-        place.store(writable=writable),
+        storage.store(writable=writable),
         mode="r+" if writable else "r",
         zarr_format=3,
         use_consolidated=use_consolidated,
     )
 
 
-def create_arrays(place: Place, manifest: Manifest) -> zarr.Group:
+def create_arrays(storage: Storage, manifest: Manifest) -> zarr.Group:
     """Make the root group and all arrays at their full planned size. The root attributes are the manifest."""
     import zarr
 
     attributes = manifest.model_dump(mode="json")
-    root = zarr.create_group(place.store(writable=True), zarr_format=3, attributes=attributes)
+    root = zarr.create_group(storage.store(writable=True), zarr_format=3, attributes=attributes)
     for name, plan in manifest.splits.items():
         _create_split(root, name, plan, manifest)
     _create_stats(root, manifest)
     return root
 
 
-def publish(place: Place, manifest: Manifest) -> None:
+def publish(storage: Storage, manifest: Manifest) -> None:
     """Put the metadata of all arrays into the root's, and then, in one atomic write, the final manifest.
 
     With the copy, opening takes one read, and manifest/ is not taken for data.
@@ -63,7 +63,7 @@ def publish(place: Place, manifest: Manifest) -> None:
     with warnings.catch_warnings():
         # Readers that do not know it ignore it, so that it is not in the v3 core specification does no harm.
         warnings.simplefilter("ignore", ZarrUserWarning)
-        root = zarr.consolidate_metadata(place.store(writable=True), zarr_format=3)
+        root = zarr.consolidate_metadata(storage.store(writable=True), zarr_format=3)
     root.update_attributes(manifest.model_dump(mode="json"))
 
 

@@ -14,17 +14,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matryoshka.errors import UserError
 from matryoshka.runs import json_bytes
 from matryoshka.shards.manifest import MANIFEST_FOLDER
-
-if TYPE_CHECKING:
-    from matryoshka.shards.object_place import ObjectPlace
 
 logger = logging.getLogger(__name__)
 
@@ -35,23 +32,28 @@ WATCH_SECONDS = 60.0
 """How long a lock has to stay the same before it is taken over."""
 
 
+Explained = Callable[[], AbstractContextManager[None]]
+"""A context that turns what obstore raises into a UserError."""
+
+
 @contextmanager
-def lease(place: ObjectPlace) -> Iterator[None]:
-    """Hold `place` for this process; raises UserError when a living process has it."""
-    held = _Lease(place)
+def lease(client: Any, where: str, explained: Explained) -> Iterator[Callable[[], None]]:
+    """Hold the storage behind an obstore `client` for this process; raises UserError when a living process has it.
+
+    Gives what to call before each commit: it raises UserError when the lock was taken over. `where`: for messages.
+    """
+    held = _Lease(client, where, explained)
     held.take()
-    place.guard = held.check
     held.start()
     try:
-        yield
+        yield held.check
     finally:
         held.stop()
-        place.guard = lambda: None
 
 
 class _Lease:
-    def __init__(self, place: ObjectPlace) -> None:
-        self._place = place
+    def __init__(self, client: Any, where: str, explained: Explained) -> None:
+        self._client, self._where, self._explained = client, where, explained
         self._name = uuid.uuid4().hex
         self._n_beats = 0
         self._tag: dict[str, Any] = {}
@@ -75,7 +77,7 @@ class _Lease:
             except (AlreadyExistsError, PreconditionError) as error:
                 # Somebody was faster, or the answer to our own PUT was lost and it was sent again.
                 if last:
-                    raise _taken(self._place, None) from error
+                    raise _taken(self._where, None) from error
 
     def start(self) -> None:
         """Begin to keep it alive."""
@@ -87,7 +89,13 @@ class _Lease:
         self._thread.join()
         now = None if self._lost else self._seen()
         if now is not None and now[0].get("name") == self._name:
-            self._place.delete(LOCK)
+            self._delete()
+
+    def _delete(self) -> None:
+        import obstore
+
+        with self._explained(), suppress(FileNotFoundError):
+            obstore.delete(self._client, LOCK)
 
     def check(self) -> None:
         """Raise UserError when somebody has taken the lock over."""
@@ -96,7 +104,7 @@ class _Lease:
             self._renew()
         if self._lost:
             raise UserError(
-                f"{self._place} was taken over by another process, because this one did not show itself for "
+                f"{self._where} was taken over by another process, because this one did not show itself for "
                 f"{WATCH_SECONDS:.0f} s (was it suspended, or the network gone?). Stop one of the two; what is "
                 "committed stays"
             )
@@ -107,13 +115,13 @@ class _Lease:
 
         content = json_bytes({**_owner(), "name": self._name, "beat": self._n_beats})
         self._n_beats += 1
-        with self._place.explained():
+        with self._explained():
             try:
-                found: Any = obstore.put(self._place.client, LOCK, content, mode=mode)
+                found: Any = obstore.put(self._client, LOCK, content, mode=mode)
             except (NotSupportedError, NotImplementedError):
                 # A store without conditional PUTs: the watching is all there is.
                 self._conditional = False
-                found = obstore.put(self._place.client, LOCK, content)
+                found = obstore.put(self._client, LOCK, content)
         self._tag = _tag(found)
 
     def _watched(self) -> dict[str, Any] | None:
@@ -128,7 +136,7 @@ class _Lease:
             return tag
         logger.warning(
             "%s is locked by process %s on %s: watching for %.0f s whether that one still works",
-            *(self._place, owner.get("pid"), owner.get("host"), WATCH_SECONDS),
+            *(self._where, owner.get("pid"), owner.get("host"), WATCH_SECONDS),
         )
         watched = 0.0
         while watched < WATCH_SECONDS:
@@ -139,7 +147,7 @@ class _Lease:
             if now is None:
                 return None
             if now[1] != tag:
-                raise _taken(self._place, now[0])
+                raise _taken(self._where, now[0])
         return tag
 
     def _seen(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -147,8 +155,8 @@ class _Lease:
         import obstore
 
         try:
-            with self._place.explained():
-                found: Any = obstore.get(self._place.client, LOCK)
+            with self._explained():
+                found: Any = obstore.get(self._client, LOCK)
                 content = bytes(found.bytes())
         except FileNotFoundError:
             return None
@@ -165,7 +173,7 @@ class _Lease:
             try:
                 self._renew()
             except (UserError, BaseError) as error:
-                logger.warning("the lock of %s could not be renewed: %s", self._place, error)
+                logger.warning("the lock of %s could not be renewed: %s", self._where, error)
 
     def _renew(self) -> None:
         """Put the lock again, or find that it is lost."""
@@ -219,6 +227,6 @@ def _boot() -> str | None:
         return None
 
 
-def _taken(place: ObjectPlace, owner: dict[str, Any] | None) -> UserError:
+def _taken(where: str, owner: dict[str, Any] | None) -> UserError:
     who = "another process" if owner is None else f"process {owner.get('pid')} on {owner.get('host')}"
-    return UserError(f"{place} is being written by {who}; wait for it, or stop it first (its lock is {LOCK})")
+    return UserError(f"{where} is being written by {who}; wait for it, or stop it first (its lock is {LOCK})")

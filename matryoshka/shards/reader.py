@@ -19,9 +19,10 @@ from matryoshka.norms import Norm
 from matryoshka.shards import layout
 from matryoshka.shards.direct import ShardFiles, open_files
 from matryoshka.shards.manifest import MANIFEST_FOLDER, SPLITS, CommitRecord, FileRecord, Manifest, record_name
-from matryoshka.shards.place import Place, place_of
 from matryoshka.shards.records import held, read_manifest, read_records
 from matryoshka.shards.scaled import unscale
+from matryoshka.shards.storage import Storage
+from matryoshka.shards.storage_open import open_storage
 
 if TYPE_CHECKING:
     import zarr
@@ -140,7 +141,7 @@ class Split:
     def _stored(self, side: str, shard: int, start: int, stop: int, *, reuse: bool = False) -> np.ndarray:
         """Positions of a shard as they are stored: from its file where that can be read directly, else through Zarr."""
         if side not in self._files:
-            self._files[side] = open_files(self._set.place, self._array(side), f"{self.name}/{side}")
+            self._files[side] = open_files(self._set.storage, self._array(side), f"{self.name}/{side}")
         files = self._files[side]
         found = None if files is None else files.read(shard, start, stop, reuse=reuse)
         return self._array(side)[shard, start:stop] if found is None else found
@@ -164,8 +165,8 @@ class ShardSet:
     >>> for block in shards.val.blocks(): x, y = block.rows()          # doctest: +SKIP
     """
 
-    def __init__(self, place: Place, manifest: Manifest, records: list[CommitRecord], root: zarr.Group) -> None:
-        self.place = place
+    def __init__(self, storage: Storage, manifest: Manifest, records: list[CommitRecord], root: zarr.Group) -> None:
+        self.storage = storage
         self.manifest = manifest
         self.records = records
         self.root = root
@@ -173,15 +174,15 @@ class ShardSet:
         self.val = Split(self, "val")
 
     @classmethod
-    def open(cls, path: str | Path | Place, *, verify: bool = False) -> ShardSet:
+    def open(cls, path: str | Path | Storage, *, verify: bool = False) -> ShardSet:
         """Open a finished set in a folder or at a URL; with `verify` every file is read and its crc32c checked.
 
         Raises UserError when there is no shard set, when it is unfinished, or misses or differs from what was
         committed.
         """
-        place = place_of(path)
-        manifest = read_manifest(place)
-        records = read_records(place)
+        storage = open_storage(path)
+        manifest = read_manifest(storage)
+        records = read_records(storage)
         planned = {
             (split, shard): n_contexts
             for split, plan in manifest.splits.items()
@@ -190,20 +191,20 @@ class ShardSet:
         committed = {(record.split, record.shard): record.n_contexts for record in records}
         if not manifest.complete or committed.keys() != planned.keys():
             raise UserError(
-                f"{place} is unfinished: it has {len(records)} of {len(planned)} shards. Run the harvest command that "
-                "made it again, with the same settings, to finish it"
+                f"{storage} is unfinished: it has {len(records)} of {len(planned)} shards. Run the harvest command "
+                "that made it again, with the same settings, to finish it"
             )
-        sizes = place.sizes(
-            held(place, (key for files in (*(r.files for r in records), manifest.summary) for key in files))
+        sizes = storage.sizes(
+            held(storage, (key for files in (*(r.files for r in records), manifest.summary) for key in files))
         )
         for record in records:
             keys = layout.shard_keys(manifest, record.split, record.shard)
             if committed[record.split, record.shard] != planned[record.split, record.shard]:
-                raise _damaged(place, record.name, "does not hold the contexts that the manifest says")
-            _check_files(place, record.files, keys, record.name, sizes, verify=verify)
+                raise _damaged(storage, record.name, "does not hold the contexts that the manifest says")
+            _check_files(storage, record.files, keys, record.name, sizes, verify=verify)
         first = record_name("train", 0)
-        _check_files(place, manifest.summary, layout.summary_keys(manifest), first, sizes, verify=verify)
-        return cls(place, manifest, records, layout.open_root(place, writable=False))
+        _check_files(storage, manifest.summary, layout.summary_keys(manifest), first, sizes, verify=verify)
+        return cls(storage, manifest, records, layout.open_root(storage, writable=False))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process opens it anew: no handle of a file or a connection goes along.
@@ -221,12 +222,12 @@ class ShardSet:
     @property
     def path(self) -> Path | str:
         """Where it lies: a folder as Path, or a URL as str."""
-        return self.place.location
+        return self.storage.location
 
     @property
     def name(self) -> str:
         """Last part of where it lies: `l17`."""
-        return self.place.name
+        return self.storage.name
 
     @property
     def d_in(self) -> int:
@@ -307,7 +308,7 @@ class ShardSet:
 
 
 def problem_with(
-    place: Place, files: Mapping[str, FileRecord], keys: Sequence[str], sizes: Mapping[str, int], *, verify: bool
+    storage: Storage, files: Mapping[str, FileRecord], keys: Sequence[str], sizes: Mapping[str, int], *, verify: bool
 ) -> str | None:
     """What is wrong with the files of one record, or None. Presence and size always, crc32c on request.
 
@@ -319,7 +320,7 @@ def problem_with(
             return f"misses {key}"
         if size != expected.size:
             return f"has {size} bytes in {key}, not {expected.size}"
-        if verify and place.checksum(key) != expected:
+        if verify and storage.checksum(key) != expected:
             return f"differs from its checksum in {key}"
     if files.keys() != set(keys):
         return "does not vouch for exactly the files of its shard"
@@ -327,7 +328,7 @@ def problem_with(
 
 
 def _check_files(
-    place: Place,
+    storage: Storage,
     files: Mapping[str, FileRecord],
     keys: Sequence[str],
     record: str,
@@ -336,12 +337,12 @@ def _check_files(
     verify: bool,
 ) -> None:
     """`record` names the commit record that has to go for the files to be written again."""
-    problem = problem_with(place, files, keys, sizes, verify=verify)
+    problem = problem_with(storage, files, keys, sizes, verify=verify)
     if problem is not None:
-        raise _damaged(place, record, problem)
+        raise _damaged(storage, record, problem)
 
 
-def _damaged(path: Place, record: str, problem: str) -> UserError:
+def _damaged(path: Storage, record: str, problem: str) -> UserError:
     return UserError(
         f"{path} is damaged: what {MANIFEST_FOLDER}/{record} stands for {problem}. Delete that record and run the same "
         f"harvest command again to rewrite this shard alone; `harvest verify {path} --repair` does both"

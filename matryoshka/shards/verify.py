@@ -13,9 +13,10 @@ import torch
 from matryoshka.errors import UserError
 from matryoshka.shards import layout
 from matryoshka.shards.manifest import MANIFEST_FOLDER, CommitRecord, Manifest, record_name
-from matryoshka.shards.place import Place, place_of
 from matryoshka.shards.reader import ShardSet, problem_with
 from matryoshka.shards.records import ROOT_FILE, held, parse_record, read_manifest, read_root
+from matryoshka.shards.storage import Storage
+from matryoshka.shards.storage_open import open_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +52,24 @@ class Verdict:
         return not self.damage and not self.metadata
 
 
-def verify(path: str | Path | Place, checked: Callable[[str, int, int], None] = lambda *_: None) -> Verdict:
+def verify(path: str | Path | Storage, checked: Callable[[str, int, int], None] = lambda *_: None) -> Verdict:
     """Check every planned shard of the set at `path`: its commit record, the presence, sizes and crc32c of its files,
     and what they hold: shapes, finite values, document numbers in order, special tokens where they belong, and the
     facts that the record states of them.
 
     `checked(split, shard, n_bytes)` is called after each shard. Raises UserError when `path` is no shard set.
     """
-    place = place_of(path)
-    manifest = read_manifest(place)
-    root = layout.open_root(place, writable=False, finished=manifest.complete)
+    storage = open_storage(path)
+    manifest = read_manifest(storage)
+    root = layout.open_root(storage, writable=False, finished=manifest.complete)
     damage: list[Damage] = []
     records: list[CommitRecord] = []
     n_bytes = 0
-    shards = ShardSet(place, manifest, records, root)
+    shards = ShardSet(storage, manifest, records, root)
     for split, plan in manifest.splits.items():
         for shard in range(plan.n_shards):
             key = f"{MANIFEST_FOLDER}/{record_name(split, shard)}"
-            text = place.read(key)
+            text = storage.read(key)
             if text is None:
                 if manifest.complete:
                     damage.append(Damage(split, shard, f"has lost its commit record {key}"))
@@ -81,8 +82,8 @@ def verify(path: str | Path | Place, checked: Callable[[str, int, int], None] = 
                 n_bytes += sum(entry.size for entry in record.files.values())
             checked(split, shard, n_bytes)
     if manifest.complete:
-        sizes = place.sizes(held(place, manifest.summary))
-        problem = problem_with(place, manifest.summary, layout.summary_keys(manifest), sizes, verify=True)
+        sizes = storage.sizes(held(storage, manifest.summary))
+        problem = problem_with(storage, manifest.summary, layout.summary_keys(manifest), sizes, verify=True)
         if problem is not None:
             # The statistics of the set are made again when any shard is.
             damage.append(Damage("train", 0, f"is whole, but the statistics of the set are not: the set {problem}"))
@@ -92,30 +93,30 @@ def verify(path: str | Path | Place, checked: Callable[[str, int, int], None] = 
         n_bytes=n_bytes,
         complete=manifest.complete,
         damage=tuple(damage),
-        metadata=tuple(name for name, _ in _changed_metadata(place, manifest)),
+        metadata=tuple(name for name, _ in _changed_metadata(storage, manifest)),
     )
 
 
-def discard(path: str | Path | Place, verdict: Verdict) -> None:
+def discard(path: str | Path | Storage, verdict: Verdict) -> None:
     """Take back what `verify` found to be damaged, so that the same harvest command makes it again.
 
     The metadata of arrays is mended at once, from the copy in the root's.
     """
-    place = place_of(path)
-    for name, wanted in _changed_metadata(place, read_manifest(place)):
-        place.publish(f"{name}/{ROOT_FILE}", json.dumps(wanted, indent=2).encode())
+    storage = open_storage(path)
+    for name, wanted in _changed_metadata(storage, read_manifest(storage)):
+        storage.publish(f"{name}/{ROOT_FILE}", json.dumps(wanted, indent=2).encode())
     for damage in verdict.damage:
-        place.delete(f"{MANIFEST_FOLDER}/{record_name(damage.split, damage.shard)}")
+        storage.delete(f"{MANIFEST_FOLDER}/{record_name(damage.split, damage.shard)}")
 
 
 def _checked_record(shards: ShardSet, key: str, text: bytes) -> tuple[CommitRecord | None, str | None]:
     """The record in the file `key`, and what is wrong with it or with what it stands for."""
-    place, manifest = shards.place, shards.manifest
+    storage, manifest = shards.storage, shards.manifest
     try:
-        record = parse_record(place, key, text)
+        record = parse_record(storage, key, text)
         keys = layout.shard_keys(manifest, record.split, record.shard)
-        sizes = place.sizes(held(place, record.files))
-        problem = problem_with(place, record.files, keys, sizes, verify=True)
+        sizes = storage.sizes(held(storage, record.files))
+        problem = problem_with(storage, record.files, keys, sizes, verify=True)
     except UserError as error:
         return None, f"has a bad commit record: {error}"
     if problem is None:
@@ -160,18 +161,18 @@ def _wrong_content(shards: ShardSet, record: CommitRecord) -> str | None:
     return None
 
 
-def _changed_metadata(place: Place, manifest: Manifest) -> list[tuple[str, Any]]:
+def _changed_metadata(storage: Storage, manifest: Manifest) -> list[tuple[str, Any]]:
     """Arrays whose own zarr.json is not what the root's has of them, with what it should be."""
     if not manifest.complete:
         return []  # the copy is made when the set is finished
-    copies = (read_root(place).get("consolidated_metadata") or {}).get("metadata", {})
+    copies = (read_root(storage).get("consolidated_metadata") or {}).get("metadata", {})
     try:
-        texts = place.read_all([f"{name}/{ROOT_FILE}" for name in copies])
+        texts = storage.read_all([f"{name}/{ROOT_FILE}" for name in copies])
     except UserError:
         raise
     except OSError as error:
         raise UserError(
-            f"the metadata of {place} cannot be read ({error}); see to its permissions or its disk"
+            f"the metadata of {storage} cannot be read ({error}); see to its permissions or its disk"
         ) from error
     changed = []
     for (name, wanted), text in zip(copies.items(), texts, strict=True):

@@ -30,11 +30,12 @@ from matryoshka.shards.manifest import (
     Manifest,
     is_extension,
 )
-from matryoshka.shards.place import Place, place_of
 from matryoshka.shards.quantiles import quantiles
 from matryoshka.shards.records import ROOT_FILE, has_manifest, read_manifest, read_records
 from matryoshka.shards.row_sums import row_sums
 from matryoshka.shards.scaled import to_scaled
+from matryoshka.shards.storage import Storage
+from matryoshka.shards.storage_open import open_storage
 
 if TYPE_CHECKING:
     import zarr
@@ -49,35 +50,35 @@ class ShardSetWriter:
     One process opens and finishes it; others may join it and write other shards meanwhile. Readers wait for `finish`.
     """
 
-    def __init__(self, place: Place, manifest: Manifest, norm: Norm | None, root: zarr.Group) -> None:
-        self.place = place
+    def __init__(self, storage: Storage, manifest: Manifest, norm: Norm | None, root: zarr.Group) -> None:
+        self.storage = storage
         self.manifest = manifest
         self._norm = norm
         self._root = root
         self._arrays: dict[str, Any] = {}
-        self._records = {(record.split, record.shard): record for record in read_records(place)}
+        self._records = {(record.split, record.shard): record for record in read_records(storage)}
 
     @classmethod
-    def open(cls, path: str | Path | Place, manifest: Manifest, norm: Norm | None) -> ShardSetWriter:
+    def open(cls, path: str | Path | Storage, manifest: Manifest, norm: Norm | None) -> ShardSetWriter:
         """Start a shard set at `path`, or go on with one of the same settings, or let it grow to more tokens.
 
         Raises UserError when `path` holds something else, or a set of other settings (the difference is named).
         """
-        place = place_of(path)
-        check_place(place)
-        saved = read_manifest(place) if has_manifest(place) else None
+        storage = open_storage(path)
+        check_storage(storage)
+        saved = read_manifest(storage) if has_manifest(storage) else None
         grows = saved is not None and _grows(saved, manifest)
         if saved is not None:
-            refuse_changes(place, "harvested", changed_fields(_identity(saved, grows), _identity(manifest, grows)))
-        place.make()
-        place.sweep()
-        if saved is None or not read_records(place):
+            refuse_changes(storage, "harvested", changed_fields(_identity(saved, grows), _identity(manifest, grows)))
+        storage.make()
+        storage.remove_partials()
+        if saved is None or not read_records(storage):
             # Nothing is committed: what a killed start may have left half-made is made again.
             for name in _ARRAY_FOLDERS:
-                place.delete_folder(name)
-            place.delete(ROOT_FILE)
-            layout.create_arrays(place, manifest)
-            place.settle_small()
+                storage.delete_folder(name)
+            storage.delete(ROOT_FILE)
+            layout.create_arrays(storage, manifest)
+            storage.fsync_metadata()
             saved = manifest
         elif saved.complete or grows or saved.dataset != manifest.dataset:
             # A shard is to be rewritten or added; until the statistics follow, the set must not pass for whole.
@@ -85,19 +86,19 @@ class ShardSetWriter:
             planned["dataset"] = manifest.dataset
             planned |= {"splits": manifest.splits, "settings": manifest.settings} if grows else {}
             saved = saved.model_copy(update=planned)
-            layout.publish(place, saved)
-            place.settle([ROOT_FILE])
-        root = layout.open_root(place, writable=True)
+            layout.publish(storage, saved)
+            storage.fsync([ROOT_FILE])
+        root = layout.open_root(storage, writable=True)
         layout.fit_arrays(root, saved)
-        return cls(place, saved, norm, root)
+        return cls(storage, saved, norm, root)
 
     @classmethod
-    def join(cls, path: str | Path | Place, manifest: Manifest, norm: Norm | None) -> ShardSetWriter:
+    def join(cls, path: str | Path | Storage, manifest: Manifest, norm: Norm | None) -> ShardSetWriter:
         """Write shards of a set that another process has opened and will finish. Raises UserError as `open` does."""
-        place = place_of(path)
-        saved = read_manifest(place)
-        refuse_changes(place, "harvested", changed_fields(_identity(saved, False), _identity(manifest, False)))
-        return cls(place, saved, norm, layout.open_root(place, writable=True))
+        storage = open_storage(path)
+        saved = read_manifest(storage)
+        refuse_changes(storage, "harvested", changed_fields(_identity(saved, False), _identity(manifest, False)))
+        return cls(storage, saved, norm, layout.open_root(storage, writable=True))
 
     def is_committed(self, split: str, shard: int) -> bool:
         """Whether this shard is whole on disk."""
@@ -122,7 +123,7 @@ class ShardSetWriter:
             self._records[split, shard],
             tokens,
             doc_ids,
-            place=self.place,
+            storage=self.storage,
             dataset=self.manifest.dataset.get("name"),
         )
 
@@ -153,7 +154,7 @@ class ShardSetWriter:
             if split == "train":
                 self._write_stats(shard, sides, keep)
             keys = layout.shard_keys(self.manifest, split, shard)
-            self.place.settle(keys)
+            self.storage.fsync(keys)
             record = CommitRecord(
                 split=split,
                 shard=shard,
@@ -162,13 +163,13 @@ class ShardSetWriter:
                 largest=largest,
                 n_documents=len(doc_ids.unique()),
                 loss=losses,
-                files={key: self.place.written(key) for key in keys},
+                files={key: self.storage.written(key) for key in keys},
             )
-            self.place.publish_json(f"{MANIFEST_FOLDER}/{record.name}", record.model_dump(mode="json"))
+            self.storage.publish_json(f"{MANIFEST_FOLDER}/{record.name}", record.model_dump(mode="json"))
         except OSError as error:
             raise UserError(
-                f"writing shard {shard} of {split} to {self.place} failed ({error.strerror}); free some space or mend "
-                "the disk and run the same command again: committed shards are kept"
+                f"writing shard {shard} of {split} to {self.storage} failed ({error.strerror}); free some space or "
+                "fix the disk and run the same command again: committed shards are kept"
             ) from error
         self._records[split, shard] = record
         return record
@@ -180,13 +181,13 @@ class ShardSetWriter:
         Raises UserError when a split came out empty.
         """
         # From the disk, because other processes may have written some of the shards.
-        self._records = {(record.split, record.shard): record for record in read_records(self.place)}
+        self._records = {(record.split, record.shard): record for record in read_records(self.storage)}
         splits = {}
         for name, plan in self.manifest.splits.items():
             records = sorted((r for r in self._records.values() if r.split == name), key=lambda r: r.shard)
             if not records:
                 raise UserError(
-                    f"no text fell into the {name} split of {self.place}: the text is too short for it. Give more "
+                    f"no text fell into the {name} split of {self.storage}: the text is too short for it. Give more "
                     "text, a smaller --ctx-len, or another harvest.val_fraction or --seed, in a new --out"
                 )
             assert [r.shard for r in records] == list(range(len(records)))
@@ -194,8 +195,8 @@ class ShardSetWriter:
             if len(records) < plan.n_shards:
                 self._cut(name, len(records))
         self._write_summary(splits["train"].shard_contexts)
-        self.place.settle_small()
-        summary = {key: self.place.written(key) for key in layout.summary_keys(self.manifest)}
+        self.storage.fsync_metadata()
+        summary = {key: self.storage.written(key) for key in layout.summary_keys(self.manifest)}
         measured = measure_codec(self.manifest, self._records.values())
         manifest = self.manifest.model_copy(
             update={
@@ -206,8 +207,8 @@ class ShardSetWriter:
                 "complete": True,
             }
         )
-        layout.publish(self.place, manifest)
-        self.place.settle([ROOT_FILE])
+        layout.publish(self.storage, manifest)
+        self.storage.fsync([ROOT_FILE])
         self.manifest = manifest
         return manifest
 
@@ -245,7 +246,7 @@ class ShardSetWriter:
         n_shards = len(shard_contexts)
         n_rows = int(self._array("stats/shard_rows")[:n_shards].sum())
         if n_rows == 0:
-            raise UserError(f"{self.place} holds only special tokens; check the tokenizer and the dataset")
+            raise UserError(f"{self.storage} holds only special tokens; check the tokenizer and the dataset")
         for site in layout.stat_sites(self.manifest):
             total = self._array(f"stats/{site}/shard_sum")[:n_shards].sum(0)
             total_sq = self._array(f"stats/{site}/shard_sum_sq")[:n_shards].sum(0)
@@ -283,18 +284,18 @@ class ShardSetWriter:
             array.resize((n_shards, *array.shape[1:]))
 
 
-def check_place(path: str | Path | Place) -> None:
+def check_storage(path: str | Path | Storage) -> None:
     """Raise UserError unless a shard set is at `path` or can be made there. Changes nothing, so ask it early."""
-    place = place_of(path)
-    place.check()
-    if has_manifest(place):
+    storage = open_storage(path)
+    storage.check()
+    if has_manifest(storage):
         return
     # Folders named train or val are refused too: without the root's metadata they are somebody else's.
-    strange = [name for name in place.tops() if name != MANIFEST_FOLDER and not name.endswith(".partial")]
-    strange += [key for key in place.keys(MANIFEST_FOLDER) if key.endswith(".json")]
+    strange = [name for name in storage.list_root() if name != MANIFEST_FOLDER and not name.endswith(".partial")]
+    strange += [key for key in storage.keys(MANIFEST_FOLDER) if key.endswith(".json")]
     if strange:
         raise UserError(
-            f"{place} is not empty and not a shard set (it holds {', '.join(sorted(strange)[:5])}); choose another "
+            f"{storage} is not empty and not a shard set (it holds {', '.join(sorted(strange)[:5])}); choose another "
             "--out"
         )
 

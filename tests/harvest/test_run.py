@@ -264,7 +264,9 @@ def test_refused_before_the_model_is_loaded(
 
 def test_an_unfinished_set_of_other_settings_is_refused(harvest: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("matryoshka.shards.place.checksum", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
+        patch.setattr(
+            "matryoshka.shards.storage_local.checksum", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error"))
+        )
         assert "I/O error" in refused(harvest())
     assert "seed: 0 -> 3" in refused(harvest("--seed", "3"))
     assert harvest()[0] == 0

@@ -13,17 +13,17 @@ from warm_processes import WarmPython
 
 from matryoshka import launch
 from matryoshka.shards import ShardSet
-from matryoshka.shards.object_place import ObjectPlace
-from matryoshka.shards.place import place_of
+from matryoshka.shards.storage_object import ObjectStorage
+from matryoshka.shards.storage_open import open_storage
 
 Cli = Callable[..., tuple[int, str, str]]
 
 
 def content(url: str) -> dict[str, bytes | None]:
-    place = place_of(url)
-    assert isinstance(place, ObjectPlace)
-    keys = list(place._listed(""))
-    return dict(zip(keys, place.read_all(keys), strict=True))
+    storage = open_storage(url)
+    assert isinstance(storage, ObjectStorage)
+    keys = list(storage._listed(""))
+    return dict(zip(keys, storage.read_all(keys), strict=True))
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -59,9 +59,9 @@ def test_the_set_is_that_of_a_folder_and_every_command_knows_it(
 def test_a_flipped_bit_is_named_and_repaired(cli: Cli, arguments: list[str], s3_bucket: str) -> None:
     url = f"{s3_bucket}/l1"
     assert cli(*arguments, "--out", url)[0] == 0
-    before, place = content(url), place_of(url)
+    before, storage = content(url), open_storage(url)
     key = "train/target/c/4/0/0/0"
-    place.publish(key, bytes([(place.read(key) or b"")[0] ^ 1, *(place.read(key) or b"")[1:]]))
+    storage.publish(key, bytes([(storage.read(key) or b"")[0] ^ 1, *(storage.read(key) or b"")[1:]]))
     code, said, _ = cli("verify", url)
     assert code == 1
     assert f"{url}: shard 4 of train differs from its checksum in {key}" in said
@@ -87,12 +87,12 @@ def test_killed_and_continued(
     arguments: list[str], finished: Path, s3_bucket: str, tmp_path: Path, warm_python: WarmPython
 ) -> None:
     url = f"{s3_bucket}/l1"
-    place = place_of(url)
+    storage = open_storage(url)
     command = ["-m", "harvest", *arguments, "--out", url]
     with warm_python.start(command, tmp_path) as process:
-        process.until(lambda: [key for key in place.keys("manifest") if key.endswith(".json")])
+        process.until(lambda: [key for key in storage.keys("manifest") if key.endswith(".json")])
         process.send_signal(signal.SIGKILL)
-    assert place.read("manifest/.lock") is not None  # nobody gave it back
+    assert storage.read("manifest/.lock") is not None  # nobody gave it back
     again = warm_python.run(command, tmp_path)
     assert again.returncode == 0, again.stderr
     assert content(url).keys() == files(finished).keys()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from matryoshka.errors import UserError
-from matryoshka.shards import ShardSet, ShardSetWriter, layout, place
-from matryoshka.shards.place import Folder
+from matryoshka.shards import ShardSet, ShardSetWriter, layout, storage_local
+from matryoshka.shards.storage_local import LocalStorage
 
 
 class Killed(Exception):
@@ -42,15 +42,15 @@ def bomb(real: Any, after: int, *, late: bool) -> Any:
 
 STAGES = [
     ("create_arrays", layout, 0),
-    ("settle_small", Folder, 0),
+    ("fsync_metadata", LocalStorage, 0),
     ("_array", ShardSetWriter, 0),
     ("_array", ShardSetWriter, 12),
-    ("fsync_path", place, 30),
-    ("written", Folder, 5),
-    ("settle", Folder, 0),
-    ("publish_json", Folder, 1),
-    ("publish_json", Folder, 9),
-    ("settle_small", Folder, 1),
+    ("fsync_path", storage_local, 30),
+    ("written", LocalStorage, 5),
+    ("fsync", LocalStorage, 0),
+    ("publish_json", LocalStorage, 1),
+    ("publish_json", LocalStorage, 9),
+    ("fsync_metadata", LocalStorage, 1),
     ("publish", layout, 0),
 ]
 

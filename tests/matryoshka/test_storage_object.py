@@ -12,40 +12,42 @@ import torch
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet, ShardSetWriter, lease
 from matryoshka.shards.lease import LOCK
-from matryoshka.shards.object_place import ObjectPlace
-from matryoshka.shards.place import Folder, Place, place_of
+from matryoshka.shards.storage import Storage
+from matryoshka.shards.storage_local import LocalStorage
+from matryoshka.shards.storage_object import ObjectStorage
+from matryoshka.shards.storage_open import open_storage
 
 
 @pytest.fixture
-def bucket(s3_bucket: str) -> Place:
-    """A place for one set."""
-    return place_of(f"{s3_bucket}/sets/l1")
+def bucket(s3_bucket: str) -> Storage:
+    """A storage for one set."""
+    return open_storage(f"{s3_bucket}/sets/l1")
 
 
 @pytest.fixture
-def remote(bucket: Place, toy: Any) -> Place:
+def remote(bucket: Storage, toy: Any) -> Storage:
     """A finished set, as `toy_path` has it on the disk."""
     toy.write(bucket)
     return bucket
 
 
-def content(place: Place) -> dict[str, bytes | None]:
-    if isinstance(place, Folder):
-        return {str(p.relative_to(place.path)): p.read_bytes() for p in place.path.rglob("*") if p.is_file()}
-    assert isinstance(place, ObjectPlace)
-    keys = list(place._listed(""))
-    return dict(zip(keys, place.read_all(keys), strict=True))
+def content(storage: Storage) -> dict[str, bytes | None]:
+    if isinstance(storage, LocalStorage):
+        return {str(p.relative_to(storage.path)): p.read_bytes() for p in storage.path.rglob("*") if p.is_file()}
+    assert isinstance(storage, ObjectStorage)
+    keys = list(storage._listed(""))
+    return dict(zip(keys, storage.read_all(keys), strict=True))
 
 
-def test_it_holds_what_a_folder_holds(remote: Place, toy_path: Path) -> None:
-    assert content(remote) == content(Folder(toy_path))
+def test_it_holds_what_a_folder_holds(remote: Storage, toy_path: Path) -> None:
+    assert content(remote) == content(LocalStorage(toy_path))
 
 
-def test_what_other_systems_leave_is_nobodys(remote: Place) -> None:
+def test_what_other_systems_leave_is_nobodys(remote: Storage) -> None:
     """As in a folder: a set that was copied to a bucket from somebody's disk is still whole."""
     for key in (".DS_Store", "._zarr.json", "manifest/._train-00000.json", "manifest/Thumbs.db"):
         remote.publish(key, b"\0\5\x16\7")
-    assert not [name for name in (*remote.tops(), *remote.keys("manifest")) if "._" in name or ".DS" in name]
+    assert not [name for name in (*remote.list_root(), *remote.keys("manifest")) if "._" in name or ".DS" in name]
     ShardSet.open(remote, verify=True)
 
 
@@ -64,7 +66,7 @@ def test_written_is_read(codec: str, make_toy: Any, s3_bucket: str, tmp_path: Pa
     assert shards.norm_quantiles("target") == here.norm_quantiles("target")
 
 
-def test_a_harvest_that_was_cut_off_goes_on(bucket: Place, toy: Any, toy_path: Path) -> None:
+def test_a_harvest_that_was_cut_off_goes_on(bucket: Storage, toy: Any, toy_path: Path) -> None:
     toy.write_shards(ShardSetWriter.open(bucket, toy.manifest, toy.norm), 4)
     with pytest.raises(UserError, match="s3://.*/sets/l1 is unfinished: it has 4 of 10 shards"):
         ShardSet.open(bucket)
@@ -73,10 +75,10 @@ def test_a_harvest_that_was_cut_off_goes_on(bucket: Place, toy: Any, toy_path: P
     writer = ShardSetWriter.open(bucket, toy.manifest, toy.norm)
     assert [writer.is_committed(*piece) for piece in toy.pieces] == [True, True, False, True, *[False] * 6]
     toy.write(bucket)
-    assert content(bucket) == content(Folder(toy_path))
+    assert content(bucket) == content(LocalStorage(toy_path))
 
 
-def test_other_settings_and_strangers_are_refused(remote: Place, toy: Any, s3_bucket: str) -> None:
+def test_other_settings_and_strangers_are_refused(remote: Storage, toy: Any, s3_bucket: str) -> None:
     other = toy.manifest.model_copy(update={"settings": {**toy.manifest.settings, "seed": 7}})
     with pytest.raises(UserError, match="sets/l1 was harvested with other settings"):
         ShardSetWriter.open(remote, other, toy.norm)
@@ -90,7 +92,7 @@ KEYS = ["train/source/c/3/0/0/0", "stats/target/row_norm/c/1/0/0", "val/tokens/c
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_damage_is_found_and_mended_as_the_message_says(key: str, remote: Place, toy: Any, toy_path: Path) -> None:
+def test_damage_is_found_and_mended_as_the_message_says(key: str, remote: Storage, toy: Any, toy_path: Path) -> None:
     whole = remote.read(key)
     assert whole is not None
     flipped = bytearray(whole)
@@ -108,10 +110,10 @@ def test_damage_is_found_and_mended_as_the_message_says(key: str, remote: Place,
     (record,) = {word for word in str(refused.value).split() if word.startswith("manifest/")}
     remote.delete(record)
     toy.write(remote)
-    assert content(remote) == content(Folder(toy_path))
+    assert content(remote) == content(LocalStorage(toy_path))
 
 
-def test_records_that_point_elsewhere_are_refused(remote: Place) -> None:
+def test_records_that_point_elsewhere_are_refused(remote: Storage) -> None:
     import json
 
     record = json.loads(remote.read("manifest/train-00000.json") or b"")
@@ -121,10 +123,10 @@ def test_records_that_point_elsewhere_are_refused(remote: Place) -> None:
         ShardSet.open(remote)
 
 
-def test_one_writer_at_a_time(bucket: Place, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_writer_at_a_time(bucket: Storage, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(lease, "WATCH_SECONDS", 1.0)
-    other = place_of(f"{s3_bucket}/sets/l1")
+    other = open_storage(f"{s3_bucket}/sets/l1")
     with bucket.exclusive(), pytest.raises(UserError, match="is being written by process"), other.exclusive():
         pass
     with other.exclusive():  # given back
@@ -132,7 +134,7 @@ def test_one_writer_at_a_time(bucket: Place, s3_bucket: str, monkeypatch: pytest
     assert other.read(LOCK) is None
 
 
-def test_the_lock_of_a_process_that_has_ended_is_taken_over(bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_of_a_process_that_has_ended_is_taken_over(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(lease, "WATCH_SECONDS", 0.2)
     owner = lease._owner()
@@ -148,10 +150,10 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(bucket: Place, monke
 
 
 def test_who_lost_its_lock_commits_nothing(
-    bucket: Place, s3_bucket: str, toy: Any, monkeypatch: pytest.MonkeyPatch
+    bucket: Storage, s3_bucket: str, toy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
-    other = place_of(f"{s3_bucket}/sets/l1")
+    other = open_storage(f"{s3_bucket}/sets/l1")
     with bucket.exclusive():
         writer = ShardSetWriter.open(bucket, toy.manifest, toy.norm)
         toy.write_shards(writer, 1)
@@ -165,7 +167,7 @@ def test_who_lost_its_lock_commits_nothing(
 
 
 def test_a_store_without_conditional_puts_is_watched_instead(
-    bucket: Place, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+    bucket: Storage, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a store would let one writer put its lock over the living one of another."""
     import obstore
@@ -182,12 +184,12 @@ def test_a_store_without_conditional_puts_is_watched_instead(
     test_one_writer_at_a_time(bucket, s3_bucket, monkeypatch)
     with bucket.exclusive():
         held = next(thread for thread in threading.enumerate() if thread.name == "lease")
-        place_of(f"{s3_bucket}/sets/l1").publish_json(LOCK, {"name": "somebody else"})
+        open_storage(f"{s3_bucket}/sets/l1").publish_json(LOCK, {"name": "somebody else"})
         held.join(10)
         assert not held.is_alive()
 
 
-def test_a_network_that_comes_and_goes_does_not_end_the_beats(bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_comes_and_goes_does_not_end_the_beats(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     from obstore.exceptions import PreconditionError
 
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
@@ -211,14 +213,14 @@ def test_a_network_that_comes_and_goes_does_not_end_the_beats(bucket: Place, mon
     assert bucket.read(LOCK) is None
 
 
-def test_who_was_suspended_asks_before_it_commits(bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_was_suspended_asks_before_it_commits(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """No beat comes in this test: the writer itself has to look."""
     monkeypatch.setattr(lease, "WATCH_SECONDS", 0.0)
     with bucket.exclusive():
-        bucket.guard()  # pyright: ignore[reportAttributeAccessIssue] -- of an ObjectPlace
+        bucket.guard()  # pyright: ignore[reportAttributeAccessIssue] -- of an ObjectStorage
         bucket.publish_json(LOCK, {"name": "somebody else"})
         with pytest.raises(UserError, match="was taken over by another process"):
-            bucket.guard()  # pyright: ignore[reportAttributeAccessIssue] -- of an ObjectPlace
+            bucket.guard()  # pyright: ignore[reportAttributeAccessIssue] -- of an ObjectStorage
     assert bucket.read(LOCK) is not None
 
 

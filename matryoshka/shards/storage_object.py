@@ -6,23 +6,28 @@ A PUT is whole or not at all and lasts when it has returned, so nothing has to b
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from matryoshka.errors import UserError
 from matryoshka.shards.checksum import checksum_of
+from matryoshka.shards.lease import lease
 from matryoshka.shards.manifest import FileRecord
-from matryoshka.shards.place import Place, is_left_by_system
+from matryoshka.shards.storage import Storage, is_left_by_system
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
+    from zarr.core.buffer import Buffer
 
 _PIECE = 8 * 2**20
+_LARGE = 2**20
+"""Bytes from which a checksum is made in a thread of its own."""
 _PARALLEL = 16
 """Small files that are read at once: each costs a round trip."""
 
@@ -41,7 +46,7 @@ class ObjectError(UserError, OSError):
         self.strerror = reason[:400]
 
 
-class ObjectPlace(Place):
+class ObjectStorage(Storage):
     """A shard set under the prefix of a bucket."""
 
     def __init__(self, url: str) -> None:
@@ -49,25 +54,29 @@ class ObjectPlace(Place):
         self.url = url
         self.client = _client(url)
         self.guard: Callable[[], None] = _nothing
-        """Called before each commit: raises UserError when the place is no longer this process's."""
+        """Called before each commit: raises UserError when the storage is no longer this process's."""
         self._written: dict[str, FileRecord] = {}
 
     def check(self) -> None:
         # That a bucket can be written only a PUT tells; that it can be reached and read, a listing does.
-        self.tops()
+        self.list_root()
 
     def make(self) -> None:
         """Prefixes need no making."""
 
-    def exclusive(self) -> AbstractContextManager[None]:
-        from matryoshka.shards.lease import lease
-
-        return lease(self)
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with lease(self.client, self.url, self.explained) as check:
+            self.guard = check
+            try:
+                yield
+            finally:
+                self.guard = _nothing
 
     def free_bytes(self) -> int | None:
         return None
 
-    def tops(self) -> list[str]:
+    def list_root(self) -> list[str]:
         import obstore
 
         with self.explained():
@@ -79,7 +88,7 @@ class ObjectPlace(Place):
         names = {key: key.removeprefix(f"{folder}/") for key in self._listed(folder)}
         return sorted(key for key, name in names.items() if "/" not in name and not is_left_by_system(name))
 
-    def holds(self, key: str) -> bool:
+    def contains(self, key: str) -> bool:
         return not key.startswith("/") and ".." not in key.split("/")
 
     def sizes(self, keys: Iterable[str]) -> Mapping[str, int]:
@@ -157,19 +166,17 @@ class ObjectPlace(Place):
             with self.explained():
                 obstore.delete(self.client, found)
 
-    def sweep(self) -> None:
+    def remove_partials(self) -> None:
         """Nothing is ever half-made here. (Parts of an upload that was cut off are for the bucket's lifecycle rule.)"""
 
-    def settle(self, keys: Iterable[str]) -> None:
+    def fsync(self, keys: Iterable[str]) -> None:
         """A PUT lasts when it has returned."""
 
-    def settle_small(self) -> None:
+    def fsync_metadata(self) -> None:
         """A PUT lasts when it has returned."""
 
     def store(self, *, writable: bool) -> Store:
-        from matryoshka.shards.object_zarr import open_store
-
-        return open_store(self, writable=writable)
+        return _zarr_store(self, writable=writable)
 
     def sent(self, key: str, content: memoryview) -> None:
         """Zarr is about to write this."""
@@ -210,6 +217,29 @@ class ObjectPlace(Place):
             return [function(key) for key in keys]
         with ThreadPoolExecutor(_PARALLEL) as executor:
             return list(executor.map(function, keys))
+
+
+def _zarr_store(storage: ObjectStorage, *, writable: bool) -> Store:
+    """Zarr's own store class over `storage`, with two things added: checksums of what is sent, and plain errors."""
+    from zarr.storage import ObjectStore
+
+    class CheckedStore(ObjectStore[Any]):
+        """Tells `storage` of each file that is written."""
+
+        async def get(self, *args: Any, **options: Any) -> Buffer | None:
+            with storage.explained():
+                return await super().get(*args, **options)
+
+        async def set(self, key: str, value: Buffer) -> None:
+            content = memoryview(value.as_buffer_like())
+            if len(content) < _LARGE:
+                storage.sent(key, content)
+            else:
+                await asyncio.to_thread(storage.sent, key, content)
+            with storage.explained():
+                await super().set(key, value)
+
+    return CheckedStore(storage.client, read_only=not writable)
 
 
 def _client(url: str) -> Any:
