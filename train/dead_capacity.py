@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 HORIZON = 32
-"""Steps that one count holds for. Half of them pass between asking for a count and reading it."""
+"""Steps that one count holds for: so many, or an eighth of those after which a latent is dead, if that is less. Half of
+them pass between asking for a count and reading it."""
 _LEAST = 64
 
 
 class DeadCapacity:
     """The length of a list that holds every dead latent, in each step.
 
-    A latent that is dead in one of the next HORIZON steps has been silent for at least `dead_after_tokens` less what
+    A latent that is dead in one of the next steps has been silent for at least `dead_after_tokens` less what
     these steps bring: their number now is a bound for all these steps. It is copied to the host while the device works
     on, and read half a horizon later, when it has long been there. Only the first is waited for. While nothing can be
     dead it is 0.
@@ -25,6 +26,7 @@ class DeadCapacity:
         self._step = 0
         self._valid_until = 0
         self._bound = 0
+        # until which step a count holds, the count, and when it is on the host
         self._asked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def at(
@@ -35,16 +37,17 @@ class DeadCapacity:
         `n_rows`: rows of a batch; `largest`: a count -> the largest of all ranks, which ask together.
         """
         step, self._step = self._step, self._step + 1
-        if self._asked is None and step + HORIZON // 2 >= self._valid_until:
-            silent = (tokens_since_fired + HORIZON * n_rows >= dead_after_tokens).sum()
+        horizon = max(2, min(HORIZON, dead_after_tokens // (8 * n_rows)))
+        if self._asked is None and step + horizon // 2 >= self._valid_until:
+            silent = (tokens_since_fired + horizon * n_rows >= dead_after_tokens).sum()
             count = largest(silent).to("cpu", non_blocking=True)
-            self._asked = (step, count, _recorded(silent))
+            self._asked = (step + horizon, count, _recorded(silent))
         if step >= self._valid_until:
             assert self._asked is not None
-            asked, count, event = self._asked
+            until, count, event = self._asked
             if event is not None:
                 event.synchronize()
-            self._bound, self._valid_until, self._asked = int(count), asked + HORIZON, None
+            self._bound, self._valid_until, self._asked = int(count), until, None
         return _rounded(self._bound, tokens_since_fired.shape[0])
 
 

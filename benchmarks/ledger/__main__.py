@@ -10,29 +10,42 @@ from benchmarks.ledger.fake_step import PHASES, Count, count
 from benchmarks.ledger.machines import MACHINES, Machine, host_seconds
 from benchmarks.ledger.recipes import recipes
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float16}
-"""Precision -> the machines that `auto` takes it on, by the type their matrix units are made for."""
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What `auto` takes, by the type that a machine's matrix units are made for."""
 
 
 def main() -> None:
-    """Print the rates, then each recipe in each precision."""
+    """Print the rates, each recipe in each precision, and all of them together."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description="What a step costs on a GPU.")
     parser.add_argument("--recipes", nargs="+", choices=[r.name for r in recipes()], help="by default all")
+    parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp16", "fp32"], default=["bf16", "fp16"])
     parser.add_argument("--backend", choices=["auto", "sparse", "dense"], default="auto")
-    parser.add_argument("--operators", action="store_true", help="list every operator of the step")
+    parser.add_argument("--dead", type=float, nargs="+", default=[0.0, 0.05], help="shares of dead latents")
+    parser.add_argument("--operators", action="store_true", help="list every operator of each step")
+    parser.add_argument("--short", action="store_true", help="the rates and the last table alone")
     options = parser.parse_args()
     print("Never run on a GPU: counts of operators, divided by these rates.\n")
     print("| GPU | bf16 or fp16, TFLOP/s | fp32, TFLOP/s | memory, TB/s | us a kernel | peaks of the floor |")
     print("|---|---|---|---|---|---|")
     for machine in MACHINES:
         print(_rates(machine))
+    lines = []
     for recipe in recipes():
-        if options.recipes is None or recipe.name in options.recipes:
-            for precision, low in PRECISIONS.items():
-                counted = count(recipe, precision=precision, backend=options.backend)
-                _print(counted, precision, [machine for machine in MACHINES if machine.low == low])
+        if options.recipes is not None and recipe.name not in options.recipes:
+            continue
+        for precision in options.precisions:
+            machines = [m for m in MACHINES if m.low == PRECISIONS.get(precision, m.low)]
+            for share in options.dead:
+                counted = count(recipe, precision=precision, backend=options.backend, dead_share=share)
+                lines += [_line(counted, share, machine) for machine in machines]
+                if not options.short:
+                    _print(counted, share, machines)
                 if options.operators:
                     _print_operators(counted)
+    print("\n### All, conditioning of the batch aside\n")
+    print("| recipe | dead | GPU | precision, backend | kernels | waits | peak, GB | floor, ms | step, ms | x floor |")
+    print(f"|{'---|' * 10}")
+    print("\n".join(lines))
 
 
 def _rates(machine: Machine) -> str:
@@ -43,15 +56,37 @@ def _rates(machine: Machine) -> str:
     )
 
 
-def _print(counted: Count, precision: str, machines: list[Machine]) -> None:
-    recipe, d = counted.recipe, counted.recipe.d
-    batch = recipe.config.batch_tokens
+def _floor(counted: Count, machine: Machine) -> float:
+    recipe = counted.recipe
+    sizes = {"d_in": recipe.d, "d_out": recipe.d, "d_sae": recipe.d_sae, "batch": recipe.config.batch_tokens}
+    return machine.floor(**sizes, low=counted.precision != "fp32")
+
+
+def _line(counted: Count, share: float, machine: Machine) -> str:
+    floor, step = _floor(counted, machine), machine.seconds(counted.training)
+    cells = [
+        counted.recipe.name,
+        f"{share:.0%}",
+        machine.name,
+        f"{counted.precision}, {counted.backend}",
+        f"{sum(o.n_kernels for o in counted.training)}",
+        f"{sum(o.waits for o in counted.step)}",
+        f"{counted.step_peak / 1e9:.2f}",
+        f"{1e3 * floor:.2f}",
+        f"{1e3 * step:.1f}",
+        f"{step / floor:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _print(counted: Count, share: float, machines: list[Machine]) -> None:
+    recipe = counted.recipe
     print(
-        f"\n### {recipe.name}: d {d:,}, {recipe.d_sae:,} latents, k {recipe.config.k}, batch {batch:,}; "
-        f"{precision}, {counted.backend}\n"
+        f"\n### {recipe.name}: d {recipe.d:,}, {recipe.d_sae:,} latents, {share:.0%} dead, k {recipe.config.k}, batch "
+        f"{recipe.config.batch_tokens:,}; {counted.precision}, {counted.backend}\n"
     )
     print(f"| | GFLOP | GB | kernels | waits | {' | '.join(f'{m.name}, ms' for m in machines)} |")
-    print(f"|---|---|---|---|---|{'---|' * len(machines)}")
+    print(f"|{'---|' * (5 + len(machines))}")
     step = [phase for phase in PHASES if phase != "conditioning"]
     for name, phases in [*[(phase, [phase]) for phase in PHASES], ("step, without conditioning", step)]:
         operations = counted.of(*phases)
@@ -63,11 +98,8 @@ def _print(counted: Count, precision: str, machines: list[Machine]) -> None:
             *[f"{1e3 * machine.seconds(operations):.2f}" for machine in machines],
         ]
         print(f"| {name} | {' | '.join(cells)} |")
-    sizes = {"d_in": d, "d_out": d, "d_sae": recipe.d_sae, "batch": batch}
-    floors = [machine.floor(**sizes, low=precision != "fp32") for machine in machines]
+    floors = [_floor(counted, machine) for machine in machines]
     print(f"| floor | | | | | {' | '.join(f'{1e3 * floor:.2f}' for floor in floors)} |")
-    times = [machine.seconds(counted.training) / floor for machine, floor in zip(machines, floors, strict=True)]
-    print(f"| step / floor | | | | | {' | '.join(f'{ratio:.1f}' for ratio in times)} |")
     print(
         f"\n{len(counted.step)} operators, which the host starts in about {1e3 * host_seconds(counted.step):.1f} ms; "
         f"a step that logs waits {sum(o.waits for o in counted.log_step)} times. Peak {counted.step_peak / 1e9:.2f} GB "

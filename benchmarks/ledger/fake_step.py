@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,7 @@ from matryoshka.norms import Norm
 from train.conditioning import Conditioning
 from train.initial import initial_state
 from train.memory import member_need
+from train.prefixes import sampled_sizes
 from train.rows import Rows
 from train.step import StepSettings, TrainStep
 from train.stream import Batch
@@ -73,6 +74,9 @@ def count(recipe: Recipe, *, precision: str, backend: str = "auto", dead_share: 
         peaks: list[int] = []
         for log in (False, False, True):
             counter.restart()
+            if config.sampled_prefixes is not None:
+                sizes = sampled_sizes(plan.d_sae, config.sampled_prefixes, seed=0, step=len(operations))
+                step.settings = replace(step.settings, sampled_sizes=sizes)
             batch = torch.empty(config.batch_tokens, d, dtype=torch.bfloat16)
             take(step, conditioning, Batch(source=batch, target=batch), log=log)
             operations.append(counter.operations)

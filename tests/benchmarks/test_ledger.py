@@ -66,6 +66,14 @@ def test_no_step_with_dead_latents_waits(layer17_dead: Count) -> None:
     assert [o for o in layer17_dead.step if o.waits] == []
 
 
+def test_sampled_prefixes_do_not_wait_either() -> None:
+    sampled = RECIPES["layer 17"].at("sampled", sampled_prefixes=10)
+    for backend in ("dense", "sparse"):
+        counted = count(sampled, precision=CASES[backend], backend=backend)
+        assert [o for o in counted.step if o.waits] == []
+        assert sum(o.name == "fill_" for o in counted.step) == (10 if backend == "sparse" else 0)
+
+
 def test_kernels_of_a_step(layer17: Count) -> None:
     assert sum(o.n_kernels for o in layer17.step) <= KERNELS[layer17.backend]
 
