@@ -176,38 +176,12 @@ def memory_table(shape: Shape, sizes: list[int]) -> None:
     show(f"Peak extra memory of a step (batch {shape.batch}, d {shape.d}), weights and Adam aside", header, rows)
 
 
-def paper_table() -> None:
-    """Arithmetic on data-sheet peaks, nothing measured: what a GPU could not beat at Gemma-2-2b sizes."""
-    shape = Shape(batch=4096, d=2304, d_sae=18432, k=96)
-    gemm = 2 * shape.batch * shape.d * shape.d_sae
-    adam_bytes = 28 * 2 * shape.d * shape.d_sae  # reads weight, gradient, two moments; writes weight and moments
-    gather_bytes = 4 * 4 * shape.k * shape.batch * shape.d  # four products, one fp32 row per kept entry each
-    print(f"\ngemm {gemm / 1e9:.0f} GFLOP, Adam {adam_bytes / 1e9:.2f} GB, sparse gathers {gather_bytes / 1e9:.1f} GB")
-    rows = []
-    # FLOP/s of the encoder GEMM (a T4 has no bf16 units, so fp32) and bytes/s of memory, from the data sheets
-    for name, flops, bandwidth in (
-        ("T4, fp32", 8.1e12, 0.32e12),
-        ("A100, bf16", 312e12, 2.0e12),
-        ("H100", 989e12, 3.35e12),
-    ):
-        gemm_ms, adam_ms, gather_ms = (
-            1e3 * gemm / flops,
-            1e3 * adam_bytes / bandwidth,
-            1e3 * gather_bytes / bandwidth,
-        )
-        floor = gemm_ms + adam_ms
-        cells = [gemm_ms, adam_ms, floor, floor + 4 * gemm_ms, floor + gather_ms]
-        rows.append([name, *[f"{cell:.2f}" for cell in cells]])
-    header = ["ms at data-sheet peaks", "encoder GEMM", "Adam", "floor", "dense backend", "sparse backend"]
-    show(f"On paper: batch {shape.batch}, d {shape.d}, d_sae {shape.d_sae}, k {shape.k}", header, rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the main table only, in few rounds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts of the main table")
     parser.add_argument("--rounds", type=int, default=None, help="rounds a table (default 15, 5 with --quick)")
-    parser.add_argument("--tables", nargs="+", default=["main", "groups", "d_sae", "k", "memory", "paper"])
+    parser.add_argument("--tables", nargs="+", default=["main", "groups", "d_sae", "k", "memory"])
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = Shape()
@@ -235,8 +209,6 @@ def main() -> None:
         scaling_table("k", [replace(shape, k=n) for n in (16, 32, 64, 128, 256)], few)
     if "memory" in tables:
         memory_table(shape, [8192, 65536])
-    if "paper" in tables:
-        paper_table()
     print(f"\nload {os.getloadavg()[0]:.1f} at end")
 
 

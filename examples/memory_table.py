@@ -1,11 +1,12 @@
 """Print which widths and batch sizes train within a GPU's memory: python examples/memory_table.py --gb 15.
 
-Reckoned by the same function that refuses a run that does not fit (train/memory.py); nothing is measured here.
+Estimated by the same function that refuses a run that does not fit (train/memory.py); nothing is measured here.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Literal
 
 import torch
 
@@ -18,10 +19,10 @@ EXPANSIONS = (8, 16, 32, 64)
 BATCHES = (2048, 4096, 8192)
 
 
-def gigabytes(d: int, d_sae: int, batch: int) -> float:
+def gigabytes(d: int, d_sae: int, batch: int, precision: Literal["bf16", "fp16"]) -> float:
     """Of one run on a GPU, in 10^9 bytes."""
     groups = (d_sae // 16, d_sae // 8, d_sae // 4, d_sae - d_sae // 16 - d_sae // 8 - d_sae // 4)
-    config = TrainConfig(group_sizes=groups, k=96, batch_tokens=batch)
+    config = TrainConfig(group_sizes=groups, k=96, batch_tokens=batch, precision=precision)
     plan = Plan(
         group_sizes=groups,
         n_steps=1000,
@@ -43,12 +44,19 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=15.0, help="free memory of the GPU, in 10^9 bytes; a T4 has 15")
-    free = parser.parse_args().gb
+    parser.add_argument(
+        "--precision",
+        choices=["fp16", "bf16"],
+        default="fp16",
+        help="what auto takes: fp16 on a T4, bf16 from an A100 on",
+    )
+    options = parser.parse_args()
+    free = options.gb
     print(f"| model | width | latents | {' | '.join(f'batch {batch:,}' for batch in BATCHES)} |")
     print(f"|---|---|---|{'---|' * len(BATCHES)}")
     for model, d in MODELS.items():
         for expansion in EXPANSIONS:
-            sizes = [gigabytes(d, expansion * d, batch) for batch in BATCHES]
+            sizes = [gigabytes(d, expansion * d, batch, options.precision) for batch in BATCHES]
             cells = " | ".join(f"{size:.1f} GB" if size <= free else "-" for size in sizes)
             print(f"| {model} | {d:,} | {expansion * d:,} | {cells} |")
 

@@ -108,6 +108,7 @@ def test_auto_takes_what_is_faster_on_the_ledger(name: str, precision: str, mach
     faster = min(each, key=lambda b: seconds(each[b])[machine])
     sizes = {"d_in": recipe.d, "d_out": recipe.d, "d_sae": recipe.d_sae, "k": recipe.config.k, "batch": 4096}
     assert choose_backend(torch.device("cuda"), low=low, **sizes) == faster
+    assert all(counted.step_peak <= counted.estimated for counted in each.values())
 
 
 def test_the_floor_of_layer_17_is_its_gemm_and_adam() -> None:
