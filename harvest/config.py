@@ -15,7 +15,8 @@ from matryoshka.locations import Location, Name, inside, location
 from matryoshka.sites import HookPair, Site
 
 _OPERATIONAL = frozenset({"out", "batch_size", "device", "skip_bad_lines"})
-_CHOICE = frozenset({"layers", "source", "target"})
+_SIDES = ("source", "target")
+_CHOICE = frozenset({"layer", "layers", *_SIDES})
 _LATER = frozenset({"bos", "pack", "max_doc_tokens", "dedup"})
 """Settings that sets of the first version do not know; left out of the record while they are at their default."""
 
@@ -25,18 +26,22 @@ def _listed(value: object) -> object:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
+Sites = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+"""Names of sites, each with its layer (8:resid_mid) or without; "8:resid_mid,9:resid_mid" is read too."""
+
+
 class HarvestConfig(Config):
     """What to read, with which model, and what to keep of it."""
 
     REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "layer": ("layers", "source", "target"),
-        "layers": ("layer", "source", "target"),
-        "source": ("layer", "layers", "source_site", "target_site"),
-        "target": ("layer", "layers", "source_site", "target_site"),
-        "source_site": ("source", "target"),
-        "target_site": ("source", "target"),
+        "layer": ("layers",),
+        "layers": ("layer",),
         "model": ("revision",),
         "dataset": ("dataset_config", "dataset_split", "dataset_revision", "text_column"),
+    }
+    GONE: ClassVar[Mapping[str, str]] = {
+        "source_site": "a site is said by source alone, as in source: resid_pre",
+        "target_site": "a site is said by target alone, as in target: attn_out",
     }
 
     model: Name = "google/gemma-2-2b"
@@ -56,15 +61,12 @@ class HarvestConfig(Config):
     layer: Layer | None = None
     """Block of the language model, counted from 0."""
     layers: Layers | None = None
-    """Several blocks at once, in place of `layer`, such as 8,12,17 or 0-25: one forward pass, one set for each."""
-    source_site: str = "resid_mid"
-    """What the transcoder will read."""
-    target_site: str = "mlp_out"
-    """What the transcoder will predict."""
-    source: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
-    """Sites with their layers, such as 8:resid_mid, in place of `layer` and `source_site`; several with commas."""
-    target: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
-    """One site for each `source`, such as 9:mlp_out."""
+    """Several blocks at once, in place of layer, such as 8,12,17 or 0-25: one forward pass, one set for each."""
+    source: Sites = ("resid_mid",)
+    """Site that the transcoder will read; of another layer than layer as 8:resid_mid. Several, each with its layer,
+    with commas."""
+    target: Sites = ("mlp_out",)
+    """Site that the transcoder will predict, as source; of several, one for each source."""
     tokens: Count = 15_000_000
     """Tokens to run through the model, train and val together; 15M is read too."""
     ctx_len: Annotated[Count, Field(ge=2, le=2**20)] = 1024
@@ -113,38 +115,56 @@ class HarvestConfig(Config):
             )
         return self
 
+    @classmethod
+    def replaced(cls, weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> set[str]:
+        """As `Config.replaced`; a layer takes the place of one that a site carries, and the other way round."""
+        gone = super().replaced(weaker, stronger)
+        if stronger.get("layer") is not None or stronger.get("layers") is not None:
+            gone |= {side for side in _SIDES if _carries(weaker.get(side)) and stronger.get(side) is None}
+        sides = [stronger.get(side) if stronger.get(side) is not None else weaker.get(side) for side in _SIDES]
+        if all(map(_carries, sides)) and any(_carries(stronger.get(side)) for side in _SIDES):
+            gone |= {"layer", "layers"}
+        return gone
+
     def pairs(self) -> tuple[HookPair, ...]:
         """The source and target sites of each set that is asked for, in the order in which they were named."""
-        ways = [name for name in ("layer", "layers", "source") if getattr(self, name) is not None]
-        if (self.source is None) != (self.target is None):
-            raise UserError("source and target go together, as in --source 8:resid_mid --target 9:mlp_out")
-        if len(ways) != 1:
-            found = f"{' and '.join(ways)} are both given" if ways else "none is given"
-            raise UserError(f"say one of layer (17), layers (8,12,17), or source and target (8:resid_mid); {found}")
-        if self.source is None or self.target is None:
-            layers = self.layers if self.layers is not None else (self.layer,)
-            return tuple(
-                HookPair(Site(self.source_site, n), Site(self.target_site, n)) for n in layers if n is not None
+        if self.layer is not None and self.layers is not None:
+            raise UserError("layer and layers are both given; say one of them")
+        layers = self.layers if self.layers is not None else () if self.layer is None else (self.layer,)
+        carried = [":" in site for site in (*self.source, *self.target)]
+        if all(carried) and layers:
+            raise UserError(
+                f"source {','.join(self.source)} and target {','.join(self.target)} say their layers, and layer "
+                f"{','.join(map(str, layers))} is given too; leave out one of the two"
+            )
+        if not all(carried) and not layers:
+            raise UserError(
+                "no layer is given: say layer (17), layers (8,12,17), or the layers in source and target (8:resid_mid)"
             )
         if len(self.source) != len(self.target):
             raise UserError(
                 f"there are {len(self.source)} sources and {len(self.target)} targets; each pair needs both"
             )
-        return tuple(HookPair(Site.parse(s), Site.parse(t)) for s, t in zip(self.source, self.target, strict=True))
+        if layers and len(self.source) > 1:
+            raise UserError("several sources and targets each say their layers, as 8:resid_mid,9:resid_mid")
+        if not layers:
+            return tuple(HookPair(Site.parse(s), Site.parse(t)) for s, t in zip(self.source, self.target, strict=True))
+        (source,), (target,) = self.source, self.target
+        return tuple(HookPair(_site(source, layer), _site(target, layer)) for layer in layers)
 
     def members(self) -> tuple[HarvestConfig, ...]:
         """The settings of each set as if it were harvested alone."""
         pairs = self.pairs()
-        if len(pairs) == 1 and self.layer is not None:
+        if len(pairs) == 1 and self._names_are_plain() and self.layer is not None:
             return (self,)
-        none = dict.fromkeys(_CHOICE | {"layer"})
         found = []
         for pair in pairs:
-            here: dict[str, Any] = {**none, "out": self._place(pair, alone=len(pairs) == 1)}
-            if pair.source.layer == pair.target.layer:
-                here |= {"layer": pair.source.layer, "source_site": pair.source.name, "target_site": pair.target.name}
+            source, target = pair.source, pair.target
+            here: dict[str, Any] = {"out": self._place(pair, alone=len(pairs) == 1), "layers": None}
+            if source.layer == target.layer:
+                here |= {"layer": source.layer, "source": (source.name,), "target": (target.name,)}
             else:
-                here |= {"source": (str(pair.source),), "target": (str(pair.target),)}
+                here |= {"layer": None, "source": (str(source),), "target": (str(target),)}
             # Without validation, which would ask for the members again.
             found.append(self.model_copy(update=here))
         return tuple(found)
@@ -169,18 +189,38 @@ class HarvestConfig(Config):
         for name in _LATER:
             if content[name] == type(self).model_fields[name].default:
                 del content[name]
-        if self.source is not None and self.target is not None:
-            content |= {"source": self.source[0], "target": self.target[0]}
-            del content["layer"], content["source_site"], content["target_site"]
-        return content
+        # As sets have always said it.
+        source, target = self.pair().source, self.pair().target
+        if source.layer != target.layer:
+            return content | {"source": str(source), "target": str(target)}
+        return content | {"layer": source.layer, "source_site": source.name, "target_site": target.name}
+
+    def _names_are_plain(self) -> bool:
+        return not any(":" in site for site in (*self.source, *self.target))
 
     def _place(self, pair: HookPair, *, alone: bool) -> Path | str:
-        name = set_name(pair, plain=self.source is None)
+        name = set_name(pair, plain=self._names_are_plain())
         if self.out is None:
             return Path("data") / name
         if alone or "{layer}" in str(self.out):
             return location(str(self.out).replace("{layer}", str(pair.source.layer)))
         return inside(self.out, name)
+
+
+def recorded_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `content` gave, as the settings of today."""
+    renamed = {"source_site": "source", "target_site": "target"}
+    return {renamed.get(name, name): value for name, value in content.items()}
+
+
+def _carries(sites: object) -> bool:
+    """Whether a value of source or target says layers."""
+    return ":" in str(sites)
+
+
+def _site(text: str, layer: int) -> Site:
+    """A site that may say its layer, in this one where it does not."""
+    return Site.parse(text) if ":" in text else Site(text, layer)
 
 
 def set_name(pair: HookPair, *, plain: bool) -> str:

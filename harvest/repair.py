@@ -14,7 +14,7 @@ from matryoshka.shards.records import read_manifest
 from matryoshka.shards.storage_open import open_storage
 from matryoshka.shards.verify import Verdict, discard, verify
 
-from .config import HarvestConfig
+from .config import HarvestConfig, recorded_settings
 from .estimate import gigabytes
 from .run import harvest
 from .same_model import check_model
@@ -48,7 +48,11 @@ def verify_and_repair(
 def recorded_config(path: Path | str, operational: Mapping[str, Any]) -> HarvestConfig:
     """The settings with which the set at `path` was harvested."""
     manifest = read_manifest(path)
-    settings = {**manifest.settings, "val_unit": manifest.val_unit, "skip_bad_lines": bool(manifest.skipped_lines)}
+    settings = {
+        **recorded_settings(manifest.settings),
+        "val_unit": manifest.val_unit,
+        "skip_bad_lines": bool(manifest.skipped_lines),
+    }
     try:
         return HarvestConfig.model_validate({**settings, **operational, "out": path})
     except ValidationError as error:

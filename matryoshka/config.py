@@ -8,6 +8,7 @@ Unknown keys are errors: a misspelt setting must never be a silently ignored one
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -59,6 +60,12 @@ class Config(BaseModel):
     GONE: ClassVar[Mapping[str, str]] = {}
     """Setting of an earlier version -> what to do without it."""
 
+    @classmethod
+    def replaced(cls, weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> set[str]:
+        """The settings of `weaker` that those of `stronger` take the place of, whether or not they are there."""
+        del weaker
+        return {name for key, value in stronger.items() if value is not None for name in cls.REPLACES.get(key, ())}
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
@@ -71,7 +78,7 @@ class Config(BaseModel):
         if not isinstance(value, bool | str):
             return value  # also for speed: a set's records have a field for every file
         assert info.field_name is not None
-        kinds, words = _choices(cls.model_fields[info.field_name].annotation)
+        kinds, words = choices(cls.model_fields[info.field_name].annotation)
         if bool in kinds or Any in kinds:
             return value
         if value is False or (isinstance(value, str) and value.lower() in _NOTHING):
@@ -86,16 +93,16 @@ class Config(BaseModel):
         return value
 
 
-def _choices(annotation: Any) -> tuple[set[Any], set[Any]]:
+def choices(annotation: Any) -> tuple[set[Any], list[Any]]:
     """The types that an annotation names, and the values of its literals; what lists and mappings hold is left out."""
     if get_origin(annotation) is Literal:
-        return set(), set(get_args(annotation))
+        return set(), list(get_args(annotation))
     if get_origin(annotation) is Annotated:
-        return _choices(get_args(annotation)[0])
+        return choices(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        parts = [_choices(part) for part in get_args(annotation)]
-        return set().union(*(kinds for kinds, _ in parts)), set().union(*(words for _, words in parts))
-    return {get_origin(annotation) or annotation}, set()
+        parts = [choices(part) for part in get_args(annotation)]
+        return set().union(*(kinds for kinds, _ in parts)), [word for _, words in parts for word in words]
+    return {get_origin(annotation) or annotation}, []
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -206,6 +213,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {name: section or {} for name, section in content.items()}
 
 
+def parse_value(text: str, said: str) -> Any:
+    """A value of the command line that is written as in YAML; `said` is where, for the UserError."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{said}: the value is not valid YAML") from error
+
+
 def parse_overrides(overrides: Sequence[str], section: str) -> dict[str, Any]:
     """`--set section.key=value` items as a nested mapping for one section; values are read as YAML."""
     values: dict[str, Any] = {}
@@ -216,10 +231,7 @@ def parse_overrides(overrides: Sequence[str], section: str) -> dict[str, Any]:
             raise UserError(f"--set {item!r} should look like section.key=value, for example {section}.seed=1")
         if keys[0] != section:
             raise UserError(f"--set {item!r}: this command reads the section {section!r}, not {keys[0]!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {item!r}: the value is not valid YAML") from error
+        value = parse_value(text, f"--set {item!r}")
         place = values
         for key in keys[1:-1]:
             below = place.setdefault(key, {})
@@ -272,7 +284,10 @@ def unknown_key(model: type[BaseModel] | None, key: str) -> str:
     gone = model.GONE.get(key) if model is not None and issubclass(model, Config) else None
     if gone is not None:
         return f"unknown key, this setting is gone: {gone}"
-    return "unknown key" + ("" if model is None else f"; known keys: {', '.join(model.model_fields)}")
+    if model is None:
+        return "unknown key"
+    near = difflib.get_close_matches(key, model.model_fields, 1)
+    return f"unknown key{f', did you mean {near[0]}?' if near else ''}; known keys: {', '.join(model.model_fields)}"
 
 
 def _name_at(path: Sequence[int | str]) -> str:
@@ -297,7 +312,7 @@ def digest(content: object) -> str:
 
 def overlaid(model: type[Config], weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a stronger source over those of a weaker one, without what the stronger take the place of."""
-    gone = {name for key, value in stronger.items() if value is not None for name in model.REPLACES.get(key, ())}
+    gone = model.replaced(weaker, stronger)
     return _merged({key: value for key, value in weaker.items() if key not in gone}, stronger)
 
 

@@ -21,6 +21,7 @@ import typer
 from matryoshka.errors import UserError
 from matryoshka.interrupt import Stopped
 from matryoshka.locations import inside, location
+from matryoshka.options import with_paths
 from matryoshka.runs import default_run_path, default_shards_path
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ def _pipeline() -> None:
 
 
 @app.command()
+@with_paths
 def run(
     file: Annotated[Path, typer.Argument(help="Configuration file with all three sections.")] = Path("pipeline.yaml"),
 ) -> None:

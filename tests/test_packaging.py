@@ -27,7 +27,9 @@ def test_package_list_is_what_is_on_the_disk() -> None:
     found = {
         ".".join(path.parent.relative_to(ROOT).parts)
         for top in ROOT.iterdir()
-        if top.is_dir() and not top.name.startswith(".") and top.name not in ("tests", "data", "build", "dist")
+        if top.is_dir()
+        and not top.name.startswith(".")
+        and top.name not in ("tests", "benchmarks", "data", "build", "dist")
         for path in top.rglob("__init__.py")
     }
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(found)

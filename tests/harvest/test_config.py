@@ -48,12 +48,12 @@ def test_content_is_what_decides_the_result() -> None:
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
-        ({}, r"say one of layer \(17\), layers \(8,12,17\), or source and target .*; none is given"),
+        ({}, r"no layer is given: say layer \(17\), layers \(8,12,17\), or the layers in source and target"),
         ({"layer": -1}, "layer: .*greater than or equal to 0"),
         ({"layer": 1, "tokens": "abc"}, "tokens: expected a number such as 15M, 200k or 15000000, got 'abc'"),
         ({"layer": 1, "tokens": "100"}, "tokens = 100 is less than two contexts of ctx_len = 1024"),
         ({"layer": 1, "ctx_len": "1"}, "ctx_len: .*greater than or equal to 2"),
-        ({"layer": 1, "source_site": "mlp_middle"}, "There is no site .mlp_middle.*resid_mid"),
+        ({"layer": 1, "source": "mlp_middle"}, "There is no site .mlp_middle.*resid_mid"),
         ({"layer": 1, "codec": "zip"}, "codec: .*'compact', 'raw' or 'int8'"),
         ({"layer": 1, "val_fraction": 0}, "val_fraction: .*greater than 0"),
         ({"layer": 1, "val_fraction": 1}, "val_fraction: .*less than 1"),

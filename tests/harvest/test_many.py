@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from harvest.config import HarvestConfig
+from harvest.config import HarvestConfig, recorded_settings
 from matryoshka.config import load_config
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
@@ -150,7 +150,8 @@ def test_members_are_what_one_would_ask_for_alone() -> None:
     assert (content["source"], content["target"]) == ("8:resid_mid", "9:mlp_out")
     # what the manifest records is enough to ask for the same again
     for member in (*together.members(), cross):
-        again = HarvestConfig.model_validate({**json.loads(json.dumps(member.content())), "out": "x"})
+        recorded = json.loads(json.dumps(member.content()))
+        again = HarvestConfig.model_validate({**recorded_settings(recorded), "out": "x"})
         assert again.members()[0].content() == member.content()
         assert again.members()[0].folder() == Path("x")
 
@@ -170,8 +171,9 @@ def test_settings_that_sets_of_the_first_version_do_not_know_are_left_out_at_the
     ("flags", "what"),
     [
         ({"layer": 1, "layers": "1,2"}, "layer and layers are both given"),
-        ({"layer": 1, "source": "1:resid_mid", "target": "1:mlp_out"}, "layer and source are both given"),
-        ({"source": "1:resid_mid"}, "source and target go together"),
+        ({"layer": 1, "source": "1:resid_mid", "target": "1:mlp_out"}, "say their layers, and layer 1 is given too"),
+        ({"source": "1:resid_mid"}, "no layer is given"),
+        ({"layer": 1, "source": "1:resid_mid,resid_pre", "target": "mlp_out,mlp_out"}, "each say their layers"),
         ({"source": "1:resid_mid,2:resid_mid", "target": "1:mlp_out"}, "there are 2 sources and 1 targets"),
         ({"source": "x:resid_mid", "target": "1:mlp_out"}, "is not a site. Write the layer"),
         ({"source": "1:nowhere", "target": "1:mlp_out"}, "no site .nowhere"),
@@ -210,10 +212,39 @@ def test_a_flag_takes_along_what_belongs_to_what_it_replaces(tmp_path: Path) -> 
     other = read(model="x", dataset="y")
     assert (other.model, other.revision) == ("x", None)
     assert (other.dataset, other.dataset_config, other.dataset_revision, other.text_column) == ("y", None, None, "text")
-    assert read(layer=3).source == read(layer=3).target is None
-    one = read(source_site="resid_pre", layer=4)
-    assert (one.source, one.target, one.source_site, one.layer) == (None, None, "resid_pre", 4)
+    assert (read(layer=3).source, read(layer=3).target) == (("resid_mid",), ("mlp_out",))
+    one = read(source="resid_pre", layer=4)
+    assert (one.source, one.target, one.layer) == (("resid_pre",), ("mlp_out",), 4)
     assert read(source="8:resid_pre").target == ("9:mlp_out",)
+    file.write_text("harvest: {layer: 4, source: resid_pre}\n")
+    assert (read(layer=5).source, read(layers="5,6").source) == (("resid_pre",), ("resid_pre",))
+    assert [str(site) for pair in [read(target="6:mlp_out").pair()] for site in (pair.source, pair.target)] == [
+        "4:resid_pre",
+        "6:mlp_out",
+    ]
+    assert read(source="1:resid_mid", target="2:mlp_out").layer is None
+
+
+def test_a_pair_of_sites_is_recorded_as_it_always_was() -> None:
+    """So that sets of every version go on, and their repair asks for the same pair."""
+    for settings, said in (
+        ({"layer": 3}, {"layer": 3, "source_site": "resid_mid", "target_site": "mlp_out"}),
+        ({"layer": 3, "source": "resid_pre"}, {"layer": 3, "source_site": "resid_pre", "target_site": "mlp_out"}),
+        ({"source": "3:resid_mid", "target": "3:mlp_out"}, {"layer": 3, "source_site": "resid_mid"}),
+        ({"source": "3:resid_mid", "target": "5:mlp_out"}, {"source": "3:resid_mid", "target": "5:mlp_out"}),
+        ({"layer": 3, "target": "5:mlp_out"}, {"source": "3:resid_mid", "target": "5:mlp_out"}),
+    ):
+        (member,) = config(**settings).members()
+        content = member.content()
+        assert said.items() <= content.items()
+        assert {"layer", "source", "target", "source_site", "target_site"} & content.keys() >= said.keys()
+        assert HarvestConfig.model_validate(recorded_settings(content)).pair() == member.pair()
+
+
+@pytest.mark.parametrize("name", ["source_site", "target_site"])
+def test_the_names_of_before_are_answered_with_the_new_one(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: unknown key, this setting is gone: .* {name.partition('_')[0]} "):
+        config(layer=1, **{name: "resid_pre"})
 
 
 def test_a_flag_replaces_what_the_file_says_in_another_way(cli: Cli, tmp_path: Path) -> None:

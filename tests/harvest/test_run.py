@@ -244,7 +244,7 @@ def test_other_settings_are_refused_with_the_difference(no_model: Harvest, done:
     ("extra", "what"),
     [
         (("--tokens", "abc"), "tokens: expected a number such as 15M, 200k or 15000000, got 'abc'"),
-        (("--set", "harvest.target_site=mlp_middle"), "no site"),
+        (("--set", "harvest.target=mlp_middle"), "no site"),
         (("--set", "harvest.colour=red"), "colour: unknown key; known keys: model, "),
         (("--dataset", "./nowhere"), "the dataset ./nowhere does not exist"),
         (("--out", "file/below"), "the folder file/below cannot be made"),

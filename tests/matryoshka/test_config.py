@@ -126,10 +126,12 @@ def refused(tmp_path: Path, text: str) -> str:
 
 def test_unknown_keys_name_the_known_ones(tmp_path: Path) -> None:
     message = refused(tmp_path, "train: {sede: 1}")
-    assert "sede: unknown key; known keys: seed, tokens, sizes, model, inner" in message
+    assert "sede: unknown key, did you mean seed?; known keys: seed, tokens, sizes, model, inner" in message
     assert "bad.yaml" in message
-    assert "inner.dept: unknown key; known keys: depth, name" in refused(tmp_path, "train: {inner: {dept: 1}}")
-    with pytest.raises(UserError, match="sede: unknown key; known keys: seed, tokens"):
+    assert "inner.dept: unknown key, did you mean depth?; known keys: depth, name" in refused(
+        tmp_path, "train: {inner: {dept: 1}}"
+    )
+    with pytest.raises(UserError, match=r"sede: unknown key, did you mean seed\?; known keys: seed, tokens"):
         load_config(Settings, "train", overrides=["train.sede=1"])
 
 
