@@ -17,10 +17,10 @@ from matryoshka.terminal import console, note, show
 from matryoshka.tokens import TokenTexts
 
 from .analyses import load_analysis
-from .report.logit_tokens import LOGITS_FILE, LogitTokens
-from .report.relations import Relations
+from .intervention.logits import LOGITS_FILE, LogitTokens
 from .samples import find_samples
 from .samples_file import Histogram, SamplesMark, Window, read_histograms, read_windows
+from .structure.hierarchy_file import EDGES_FILE, PARENT_FIELDS, parents_by_child, read_columns
 
 _BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _TITLES = {"top": "largest activations", "decile": "by tenth of the activations", "random": "where it does not fire"}
@@ -76,7 +76,8 @@ def _facts(folder: Path, mark: SamplesMark, latent: int, text_of: Callable[[int]
             found.append((name, ", ".join(words) or "no token"))
         found.append(("logit effects", _which_is_which(logits)))
     if _result("hierarchy", folder, mark) is not None:
-        parents = Relations(folder, d_sae, with_clusters=False).of(latent).get("parents", [])
+        edges = read_columns(folder / EDGES_FILE, ("parent", "child"), d_sae)
+        parents = [] if edges is None else parents_by_child(edges, d_sae).rows(latent, PARENT_FIELDS)
         words = ", ".join(f"{parent} (on {inside:.0%} of its rows)" for parent, inside, *_ in parents[:_SHOWN])
         found.append(("parents", words or "none"))
     return found

@@ -117,6 +117,27 @@ def test_training_and_its_tests_never_need_the_language_model() -> None:
         assert not [name for name in imports(path) if name.startswith("matryoshka.lm")], path
 
 
+def test_only_the_commands_import_the_pages() -> None:
+    """The pages read results of every analysis; what another file needs of a result is read by the result's owner."""
+    users = [
+        path
+        for path in (ROOT / "evaluate").rglob("*.py")
+        if "report" not in path.relative_to(ROOT).parts[:-1]
+        and any(name.startswith("evaluate.report.") for name in imports(path))
+    ]
+    assert {path.name for path in users} <= {"cli.py", "screen.py"}
+
+
+def test_a_table_of_results_is_named_in_one_file() -> None:
+    named: dict[str, set[str]] = {}
+    for path in (ROOT / "evaluate").rglob("*.py"):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".parquet"):
+                named.setdefault(node.value, set()).add(path.name)
+    assert len(named) > 6
+    assert {name: files for name, files in named.items() if len(files) > 1} == {}
+
+
 def test_files_are_named_by_what_they_are_about() -> None:
     banned = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler", "base"}
     for path in SOURCES:

@@ -28,6 +28,7 @@ from matryoshka.transcoder import Transcoder
 from ..analysis import Progress, Silent, answer
 from ..checkpoint import Checkpoint, find_checkpoint
 from ..config import EvaluateConfig
+from ..intervention.logits import LOGITS_FILE, LogitTokens
 from ..report_file import LATENTS_FILE, Report
 from ..result import ShardSetFacts, TranscoderFacts
 from ..run import RunAnalysis
@@ -39,7 +40,7 @@ from .chunks import ChunkWriter
 from .data_file import write_data
 from .directions import nearest_directions
 from .group_gains import group_gains
-from .logit_tokens import LOGITS_FILE, LogitTokens
+from .logit_tokens import logit_table
 from .matches import Matches
 from .notes import Notes
 from .overview import overview
@@ -199,7 +200,7 @@ def _write_latents(
         "hierarchy": relations and relations.tree(),
         "groups": hierarchy and group_gains(hierarchy, texts),
         "clusters": relations and relations.map(),
-        "logits": logits and logits.table(texts),
+        "logits": logits and logit_table(logits, texts),
     }
     for name, content in found.items():
         if content is not None:

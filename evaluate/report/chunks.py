@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..intervention.logits import LogitTokens
 from ..samples_file import Histogram, Window
 from .ablation import ablation_facts
 from .data_file import write_data
-from .logit_tokens import LogitTokens
 from .matches import Matches
 from .relations import Relations
 from .window_search import BLANK

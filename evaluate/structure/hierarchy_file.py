@@ -7,12 +7,18 @@ when clusters were not asked for.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from matryoshka.config import Config
+from matryoshka.errors import UserError
 from matryoshka.runs import publish_bytes
 
 from ..result import Result
@@ -20,8 +26,12 @@ from .clusters import Clusters
 from .cofiring import Edges, Partners, jaccard, lift
 
 EDGES_FILE, COFIRING_FILE, CLUSTERS_FILE = "hierarchy.parquet", "cofiring.parquet", "clusters.parquet"
+PARENT_FIELDS = ("parent", "p_parent_given_child", "p_child_given_parent", "lift", "cosine")
+"""What is read of an edge for the child's own list."""
 IMPLIED = 0.5
 """A latent is implied by a parent that fires on at least this share of its rows."""
+
+Columns = dict[str, NDArray[Any]]
 
 
 class FrequencyGain(Config):
@@ -172,3 +182,62 @@ def _publish(path: Path, columns: dict[str, Tensor]) -> None:
     table = pa.table({name: pa.array(column.numpy()) for name, column in columns.items()})
     pq.write_table(table, buffer, compression="zstd")
     publish_bytes(path, buffer.getvalue())
+
+
+@dataclass(frozen=True, slots=True)
+class RowsByLatent:
+    """A table with the rows of each latent one after another."""
+
+    columns: Columns
+    starts: NDArray[np.int64]
+    """[d_sae + 1]: rows starts[i] to starts[i + 1] belong to latent i."""
+
+    @classmethod
+    def of(cls, columns: Columns, key: str, order: Sequence[NDArray[Any]], d_sae: int) -> RowsByLatent:
+        """The rows of `columns` by latent `key`, those of one latent by `order` (the first array decides most)."""
+        rows = np.lexsort((*reversed(order), columns[key]))
+        ordered = {name: column[rows] for name, column in columns.items()}
+        return cls(ordered, np.searchsorted(ordered[key], np.arange(d_sae + 1)))
+
+    def rows(self, latent: int, names: Sequence[str], most: int | None = None) -> list[list[int | float]]:
+        """The values of `names` in each row of `latent`, at most `most` rows; floats with 4 digits."""
+        start, stop = int(self.starts[latent]), int(self.starts[latent + 1])
+        stop = stop if most is None else min(stop, start + most)
+        parts = [_plain(self.columns[name][start:stop]) for name in names]
+        return [list(row) for row in zip(*parts, strict=True)]
+
+    def count(self, latent: int) -> int:
+        """Number of rows of `latent`."""
+        return int(self.starts[latent + 1] - self.starts[latent])
+
+
+def read_columns(path: Path, latents: Sequence[str], d_sae: int) -> Columns | None:
+    """The table at `path`, None where there is none.
+
+    Raises UserError when it is broken, or a column of `latents` is not of `d_sae` latents.
+    """
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowInvalid
+
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path)
+    except (OSError, ArrowInvalid) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run evaluate hierarchy again") from error
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    for name in latents:
+        if name not in columns or (len(columns[name]) and not 0 <= columns[name].min() <= columns[name].max() < d_sae):
+            raise UserError(f"{path} is not of {d_sae} latents; delete it and run evaluate hierarchy again")
+    return columns
+
+
+def parents_by_child(edges: Columns, d_sae: int) -> RowsByLatent:
+    """The parents of each latent, those that hold most of its rows first."""
+    return RowsByLatent.of(edges, "child", (-edges["p_parent_given_child"], edges["parent"]), d_sae)
+
+
+def _plain(values: NDArray[Any]) -> list[Any]:
+    if np.issubdtype(values.dtype, np.integer):
+        return values.tolist()
+    return [float(f"{value:.4g}") for value in values.tolist()]

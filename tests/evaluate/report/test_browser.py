@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from evaluate.intervention.logits import LogitTokens
 from evaluate.report.data_file import write_data
-from evaluate.report.logit_tokens import LogitTokens
+from evaluate.report.logit_tokens import logit_table
 from evaluate.report.relations import Relations
 
 FIRST_PAGE_BYTES = 1_000_000
@@ -192,7 +193,9 @@ def test_65536_latents(browser: Any, index: Path, tmp_path: Path) -> None:
     write_data(folder / "data", "hierarchy", relations.tree())
     write_data(folder / "data", "clusters", relations.map())
     write_data(folder / "data", "groups", {"groups": [], "pairs": []})
-    write_data(folder / "data", "logits", LogitTokens(tmp_path / "logits.parquet", n).table(lambda i: f"token{i}."))
+    write_data(
+        folder / "data", "logits", logit_table(LogitTokens(tmp_path / "logits.parquet", n), lambda i: f"token{i}.")
+    )
     overview = json.loads(read(index, "overview"))
     overview |= {"prefix_ends": [first, 16_384, n], "group_sizes": [first, 12_288, n - 16_384], "has_map": True}
     overview["missing"] = {}

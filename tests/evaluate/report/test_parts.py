@@ -11,10 +11,11 @@ import pytest
 
 from evaluate.compare import compare
 from evaluate.config import EvaluateConfig
+from evaluate.intervention.logits import LogitTokens
 from evaluate.report.ablation import ablation_facts
 from evaluate.report.build import make_report
 from evaluate.report.group_gains import group_gains
-from evaluate.report.logit_tokens import LogitTokens
+from evaluate.report.logit_tokens import logit_table
 from evaluate.report.parts import COMMANDS, find_parts
 from evaluate.report.relations import N_CHILDREN, Relations
 from evaluate.report.scores import absorption_facts, probing_facts
@@ -101,7 +102,7 @@ def test_logit_tokens_in_any_order_of_rows(tmp_path: Path) -> None:
     assert tokens.of(0) == ([(7, 2.0)], [])
     assert tokens.of(1) == ([(5, 3.0), (7, 1.0)], [(9, -2.0), (8, -1.0)])
     assert tokens.of(2) == ([], [])
-    assert tokens.table(str) == {
+    assert logit_table(tokens, str) == {
         "texts": ["7", "5", "9", "8"],
         "raised": [[0], [1, 0], []],
         "lowered": [[], [2, 3], []],
