@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := matryoshka harvest train evaluate tests examples benchmarks
 
-.PHONY: demo test test-evaluate test-rest check lint format browser clean
+.PHONY: demo tutorial test test-evaluate test-rest check lint format browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_inputs.py data/demo/inputs
@@ -14,6 +14,10 @@ demo: $(VENV)/.demo
 	$(BIN)/evaluate hierarchy data/demo/runs/l15-k32 --shards data/demo/l15 --no-clusters
 	$(BIN)/evaluate logits data/demo/runs/l15-k32 --shards data/demo/l15
 	$(BIN)/evaluate report data/demo/runs/l15-k32 --shards data/demo/l15
+
+# Runs the notebook with the demo's model (of `make demo`) and stores what it shows.
+tutorial: $(VENV)/.dev
+	$(BIN)/python examples/run_tutorial.py
 
 # Two processes, one for each core; their lines come as they are made.
 test: $(VENV)/.dev browser

@@ -254,7 +254,7 @@ def memory_table(options: argparse.Namespace, folder: Path) -> None:
         peaks[times] = found["peak"] / 1e6
         numbers = f"{peaks[times]:.0f} | {peaks[times] / peaks[1]:.3f} | {found['resident'] / 1e6:.0f}"
         print(f"| {n_rows:,} | {one.bytes_on_disk() / 1e6:.0f} | {numbers} |", flush=True)
-    print(f"\nreckoned before the start: {estimate(config, shards) / 1e6:.0f} MB")
+    print(f"\nestimated before the start: {estimate(config, shards) / 1e6:.0f} MB")
 
 
 def checkpoint_table(options: argparse.Namespace, folder: Path) -> None:

@@ -246,7 +246,7 @@ def _answers(
                 raise UserError(
                     f"the memory of the device is not enough for `evaluate {analysis.name}` of {checkpoint.name} "
                     f"({reason}). Use a smaller --set evaluate.batch_rows=N (it is {config.batch_rows}) or --device "
-                    "cpu; what was measured and saved is gone on from"
+                    "cpu; the same command continues after what was saved"
                 ) from error
             result.publish(path, saved.folder)
         answers.append(Answer(checkpoint, path, result, is_new=True, replaced=changes, n_resumed=saved.n_resumed))

@@ -71,7 +71,7 @@ def expand_fleets(runs: list[Path]) -> list[Path]:
         members = [member for member in members if member.resolve().parent == run.resolve()]
         trained = [member for member in members if any((member / CHECKPOINTS).glob("step-*"))]
         if not trained:
-            raise UserError(f"no member of the fleet {run} has a checkpoint yet; let `train run` go on first")
+            raise UserError(f"no member of the fleet {run} has a checkpoint yet; let `train run` continue first")
         expanded += trained
     return expanded
 

@@ -150,7 +150,7 @@ def report(
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """Pages to look at a run and each of its latents, or at all runs of a fleet; they open from the disk."""
+    """Pages to browse a run and each of its latents, or all runs of a fleet; they open from the disk."""
     from .checkpoint import expand_fleets
     from .next_step import then_report, then_serve
     from .report.build import make_report
@@ -215,7 +215,7 @@ def hierarchy(
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """Which latents imply which, which fire together, how directions cluster, and what each group adds."""
+    """Feature splitting and co-activation: which latents imply which or fire together, and what each group adds."""
     from .next_step import then_report
     from .screen import measure
 
@@ -238,7 +238,7 @@ def absorption(
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """How often a first-letter latent stays silent because another latent speaks for it (SAEBench's two scores)."""
+    """Absorption (SAEBench's two scores): first-letter latents that are silent because a more specific one fires."""
     from .next_step import then_report
     from .screen import measure
 
@@ -263,7 +263,7 @@ def probing(
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """How well the few latents that differ most tell known classes apart, beside a probe on the whole input."""
+    """k-sparse probing: how well a few latents classify known labels, beside a probe on the whole input."""
     from .next_step import then_report
     from .screen import measure
 
@@ -296,7 +296,7 @@ def match(
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """How much of one transcoder another one has: closest decoder rows, most correlated activations."""
+    """Latent matching between two transcoders: decoder cosine (MMCS) and activation correlation."""
     from .screen import Screen
     from .structure.matching import match
     from .structure.matching_file import MATCHING_FILE

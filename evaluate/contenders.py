@@ -108,7 +108,7 @@ def _foreign(folder: Path, form: str, shards: ShardSet) -> Transcoder:
     transcoder = from_pretrained(folder, layer=layer, norm_kind=None if norm is None else norm.kind)
     if not bool(transcoder.W_dec.any()):
         raise UserError(
-            f"the {form} transcoder {folder} is empty for layer {layer}: its decoder is all zeros, nobody trained one "
+            f"the {form} transcoder {folder} is empty for layer {layer}: its decoder is all zeros, none was trained "
             "for it. Compare on a shard set of a layer that has one"
         )
     facts, config = shards.manifest.model, transcoder.config

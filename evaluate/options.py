@@ -21,7 +21,7 @@ Shards = Annotated[
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Val rows to use, such as 200k. (all of them)")]
 Split = Annotated[
     str | None,
-    typer.Option("--split", help="val, or train to see what was learned by heart; never taken unasked. (val)"),
+    typer.Option("--split", help="val, or train to see what was memorised; only on request. (val)"),
 ]
 Prefix = Annotated[int | None, typer.Option("--prefix", help="The first N nested groups alone, from 1. (all of them)")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps. (auto)")]

@@ -77,7 +77,7 @@ class Screen:
 
     def _resumed(self, n_done: int, unit: str = "rows") -> None:
         if n_done > 0:
-            note(f"went on after {n_done:,} {unit} that an earlier command had done")
+            note(f"continued after {n_done:,} {unit} of an earlier command")
 
     def pages(self, pages: Pages) -> None:
         """Say where the pages lie and how to open them."""

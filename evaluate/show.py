@@ -108,7 +108,7 @@ def _result(name: str, folder: Path, mark: SamplesMark) -> Any:
 def token_text(
     mark: SamplesMark, folder: Path, tokenizer: str | None, note: Callable[[str], None]
 ) -> Callable[[int], str]:
-    """A function from a token id to its text; to its number when the tokenizer cannot be had, which `note` is told."""
+    """A function from a token id to its text; to its number when there is no tokenizer, which `note` is told."""
     try:
         texts = TokenTexts.read(tokenizer or mark.tokenizer, revision=mark.shard_set.model_revision, near=folder)
     except UserError as error:

@@ -107,7 +107,7 @@ class HarvestConfig(Config):
         except UserError as error:
             raise ValueError(str(error)) from error
         if len(set(names)) < len(names):
-            raise ValueError(f"two sets would lie in one folder ({', '.join(map(str, names))}); name each pair once")
+            raise ValueError(f"two sets would be in one folder ({', '.join(map(str, names))}); name each pair once")
         if self.tokens < 2 * self.ctx_len:
             raise ValueError(
                 f"tokens = {self.tokens} is less than two contexts of ctx_len = {self.ctx_len}; a set needs at least "

@@ -86,7 +86,7 @@ class Target:
         if (saved.val_unit, self.config.val_unit) == ("block", "document") and len(changes) == 1:
             raise UserError(
                 f"{self.folder} holds out blocks of documents, as sets made before --val-unit all do, and this harvest "
-                "asks for whole documents. Pass --val-unit block to go on with it, or --out with a new folder for a "
+                "asks for whole documents. Pass --val-unit block to continue it, or --out with a new folder for a "
                 "set whose val documents train never sees; nothing was changed"
             )
         refuse_changes(self.folder, "harvested", changes)

@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause and mend."""
+"""The one exception for invalid input and whatever else a user can fix."""
 
 
 class UserError(ValueError):

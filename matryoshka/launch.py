@@ -138,9 +138,7 @@ def _launch(name: str, module: str, packages: tuple[str, ...] = ()) -> None:
     except OSError as error:
         if error.errno not in _USER_OS_ERRORS:
             raise
-        _fail(
-            f"{error.strerror}: {error.filename or 'a file'}; free some space or mend the permissions, then run again"
-        )
+        _fail(f"{error.strerror}: {error.filename or 'a file'}; free some space or fix the permissions, then run again")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -158,7 +156,7 @@ def _say_how_to_go_on(name: str, number: signal.Signals) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # the first of several ranks speaks for all
     by = "Ctrl-C" if number == signal.SIGINT else number.name
-    _say(f"stopped by {by}; what was finished is kept and nothing is left half-written. The same command goes on:")
+    _say(f"stopped by {by}; what was finished is kept and nothing is left half-written. The same command continues:")
     # In one line at any width, so that it can be copied.
     print(f"next: {shlex.join([name, *sys.argv[1:]])}", file=sys.stderr)  # noqa: T201
 

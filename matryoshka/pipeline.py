@@ -116,7 +116,7 @@ def _passes(
     if set(wanted.values()) == {None}:
         return [_pass(list(own), places, form)]
     if None in wanted.values():
-        raise UserError(f"{file}: some layers have tokens of their own and some do not; say harvest.tokens for those")
+        raise UserError(f"{file}: some layers have tokens of their own and some do not; give harvest.tokens for those")
     found = []
     had = {layer: _tokens_of(place) for layer, place in places.items()}
     for goal in sorted({n for n in wanted.values() if n is not None}):

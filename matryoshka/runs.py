@@ -52,7 +52,7 @@ def check_directory(path: Path) -> None:
     if not place.is_dir():
         raise UserError(f"the folder {path} cannot be made ({place} is not a folder); choose another --out")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"the folder {place} is not writable; choose another --out or mend its permissions")
+        raise UserError(f"the folder {place} is not writable; choose another --out or fix its permissions")
 
 
 def make_directory(path: Path) -> None:
@@ -62,7 +62,7 @@ def make_directory(path: Path) -> None:
     except OSError as error:
         raise UserError(f"the folder {path} cannot be made ({error.strerror}); choose another --out") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"the folder {path} is not writable; choose another --out or mend its permissions")
+        raise UserError(f"the folder {path} is not writable; choose another --out or fix its permissions")
 
 
 def fsync_path(path: Path | str) -> None:

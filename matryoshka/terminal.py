@@ -28,7 +28,7 @@ def note(text: str, *, warning: bool = False, to: Console | None = None) -> None
 def note_file(file: Path | None) -> None:
     """Say which settings file was read, so that none is ever read unnoticed."""
     if file is not None:
-        note(f"settings: {file}, under what the command line says")
+        note(f"settings: {file}, under the flags of the command line")
 
 
 def result(text: str) -> None:

@@ -32,7 +32,7 @@ class TokenTexts:
     def read(cls, name: str, *, revision: str | None = None, near: Path | None = None) -> TokenTexts:
         """The tokenizer called `name`: a folder, or a repository of the hub or its cache.
 
-        A relative folder is also looked for from every folder above `near`. Raises UserError when it cannot be had.
+        A relative folder is also looked for from every folder above `near`. Raises UserError when it is not available.
         """
         from tokenizers import Tokenizer
 
@@ -90,7 +90,7 @@ def _find(name: str, revision: str | None, near: Path | None) -> Any:
 def _not_there(name: str, error: Exception) -> UserError:
     reason = str(error).strip().partition("\n")[0]
     return UserError(
-        f"the tokenizer {name!r} cannot be had: there is no such folder with a {TOKENIZER_FILE} here, and the hub "
+        f"the tokenizer {name!r} is not available: there is no such folder with a {TOKENIZER_FILE} here, and the hub "
         f"says: {reason}. Name it with --tokenizer"
     )
 

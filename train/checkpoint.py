@@ -51,7 +51,7 @@ class Checkpoint:
                 }
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the checkpoint {self.folder} cannot be read ({error}); delete that folder to go on "
+                f"the checkpoint {self.folder} cannot be read ({error}); delete that folder to continue "
                 "from the one before"
             ) from error
 

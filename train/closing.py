@@ -20,7 +20,7 @@ def close(result: FleetResult, folder: Path | None, shards: Path | str | None) -
             if run.outcome == "parked":
                 note(f"parked: {run.reason}")
         if any(run.outcome == "stopped" for run in result.runs):
-            note("the same command again goes on from there")
+            note("the same command continues from there")
     finished = [run for run in result.runs if run.outcome == "finished"]
     if result.stopped_by is None and finished:
         where = () if shards is None else ("--shards", shards)
@@ -44,7 +44,7 @@ def _say(run: TrainResult) -> None:
     if run.outcome == "parked":
         note(f"parked: {run.reason}")
     elif run.outcome == "stopped":
-        note(f"{run.path}: {run.reason}; the same command again goes on from there")
+        note(f"{run.path}: {run.reason}; the same command continues from there")
     elif run.n_steps_taken == 0:
         note(f"{run.path}: nothing left to do ({run.n_steps} steps were taken before)")
     else:

@@ -1,4 +1,4 @@
-"""How much memory a fleet takes, reckoned before the start and refused when it is not there."""
+"""How much memory a fleet takes, estimated before the start and refused when it is not there."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def memory_of(
         largest = max(buffers, key=lambda buffer: buffers[buffer])
         ways = ["fewer runs at once", "in a new run, smaller group_sizes or batch_tokens"]
         if dense:
-            ways.insert(0, "--set train.backend=sparse, with which the run goes on")
+            ways.insert(0, "--set train.backend=sparse, with which the run continues")
         raise UserError(
             f"the memory of {device} is not enough for the run {name} ({_first_line(error)}). The largest part of a "
             f"step is {largest}: {4 * buffers[largest] / 1e9:.2f} GB, several times. What was saved is good. Use "

@@ -77,7 +77,7 @@ class TrainDisplay:
                 groups = " + ".join(f"{size:,}" for size in plan.group_sizes)
                 note(f"{entry.name}: {plan.d_sae:,} latents in groups {groups}; reads {plan.input}{again}")
         if len(entries) > _MANY:
-            note(f"{len(entries)} runs, {sum(first > 0 for first in first_steps)} of them going on from a checkpoint")
+            note(f"{len(entries)} runs, {sum(first > 0 for first in first_steps)} of them continuing from a checkpoint")
         for entry, first in zip(entries, first_steps, strict=True):
             self._display.add(entry.name, entry.plan.n_steps, first)
 

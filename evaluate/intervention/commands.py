@@ -41,7 +41,7 @@ def faithfulness(
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """Loss, KL and top-1 agreement of the language model with each nested reconstruction in place of the target."""
+    """Splicing: loss, KL and top-1 agreement of the model with each nested reconstruction in place of the target."""
     from ..next_step import then_report
     from ..screen import measure
 
@@ -60,7 +60,7 @@ def logits(
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """The tokens each latent speaks for or against: its decoder row through the final norm and the unembedding."""
+    """Direct logit attribution (logit lens): the tokens each latent promotes and suppresses."""
     from ..next_step import then_report
     from ..screen import measure
 
@@ -83,7 +83,7 @@ def ablate(
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """What the language model predicts differently without single latents, where they fire."""
+    """Ablation (activation patching): what the model predicts differently without single latents, where they fire."""
     from ..next_step import then_steer
     from ..screen import measure
 
@@ -97,7 +97,7 @@ def ablate(
 def steer(
     run: Run,
     latent: Annotated[int, typer.Argument(help="Number of the latent, from 0.")],
-    text: Annotated[str, typer.Option(help="What the model goes on with.")],
+    text: Annotated[str, typer.Option(help="Text to continue.")],
     shards: Shards = None,
     scale: Annotated[float, typer.Option(help="How much of the direction, in units of its largest activation.")] = 1.0,
     tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 40,
@@ -108,7 +108,7 @@ def steer(
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """Let the language model go on with a text, as it is and with a latent's direction added to every token."""
+    """Steering: continue a text as it is, and with a latent's direction added at every token."""
     from ..next_step import then_show
     from ..screen import Screen
     from .screen import show_steered

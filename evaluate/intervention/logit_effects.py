@@ -1,4 +1,4 @@
-"""Which tokens each latent speaks for: its decoder row through the final norm and the unembedding, no text needed.
+"""Which tokens each latent promotes: its decoder row through the final norm and the unembedding, no text needed.
 
     effect[i, t] = ((W_dec[i] [- mean(W_dec[i])]) * gain) @ W_U[t]   - its mean over all tokens t
 

@@ -38,7 +38,7 @@ def load_model(shards: ShardSet, config: EvaluateConfig) -> LanguageModel:
         model = LanguageModel.load(name, revision=revision, dtype=weight_dtype(shards, config), device=config.device)
     except UserError as error:
         raise UserError(
-            f"the language model of {shards.path} is needed. {error} If it lies elsewhere now, name it with --model"
+            f"the language model of {shards.path} is needed. {error} If it has moved, name it with --model"
         ) from error
     if (what := differs(facts, model.weights_digest, model.config_digest)) is not None:
         raise UserError(

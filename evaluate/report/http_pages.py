@@ -76,7 +76,7 @@ class PageServer(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(self, answers: Answers, port: int = 0) -> None:
-        """Port 0 is any that is free. Raises PortTaken when it cannot be had."""
+        """Port 0 is any that is free. Raises PortTaken when it is not available."""
         self.answers = answers
         # Looked up, never joined to the folder: an address cannot lead out of it.
         self.files = {
@@ -87,7 +87,9 @@ class PageServer(ThreadingHTTPServer):
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
-            raise PortTaken(f"port {port} of {HOST} cannot be had ({error.strerror}); choose another, or 0") from error
+            raise PortTaken(
+                f"port {port} of {HOST} is not available ({error.strerror}); choose another, or 0"
+            ) from error
 
     @property
     def port(self) -> int:

@@ -60,7 +60,7 @@ class LiveText:
     def tokens(self, text: str) -> dict[str, Any]:
         """{"tokens": [{"text": ..., "latents": [[latent, activation], ...]}, ...]}, the strongest latents first.
 
-        Raises UserError when the text or the model cannot be had.
+        Raises UserError when the text or the model is not available.
         """
         probe = self._probe_for(text, MAX_TOKENS)
         found = probe.top_latents(text, N_LATENTS)
@@ -78,7 +78,7 @@ class LiveText:
         """{"prompt": ..., "plain": ..., "changed": ..., "max_act": ...}: how the text goes on, the most likely token
         each time, without and with the change.
 
-        Raises UserError when the text or the model cannot be had, and for a latent that never fires.
+        Raises UserError when the text or the model is not available, and for a latent that never fires.
         """
         from ..intervention.steering import Writing, adding, continuation, scaling
 

@@ -51,7 +51,7 @@ def clusters_line(hierarchy: Hierarchy) -> str:
     mixed = "" if clusters.share_mixed is None else f", {clusters.share_mixed:.0%} of them across groups"
     return (
         f"{clusters.n_clusters:,} clusters of decoder directions{mixed}; "
-        f"{clusters.share_clustered:.0%} of {clusters.n_directions:,} latents lie in one"
+        f"{clusters.share_clustered:.0%} of {clusters.n_directions:,} latents are in one"
     )
 
 

@@ -54,7 +54,7 @@ def write(inputs: ExportInputs, folder: Path) -> None:
     n_layers = origin.n_layers
     if n_layers is None:
         raise UserError(
-            "a circuit-tracer set has a file for every layer of the model, and nobody knows how many there are (the "
+            "a circuit-tracer set has a file for every layer of the model, and their number is unknown (the "
             "run's shard set is not there any more); pass --n-layers"
         )
     if max(by_layer) >= n_layers:
@@ -133,8 +133,8 @@ def _layer(transcoder: Transcoder) -> int:
     layer, _ = split_hook(config.source_hook)
     if config.d_in != config.d_out:
         raise UserError(
-            f"circuit-tracer knows transcoders of one width, this one maps {config.d_in} dimensions to {config.d_out}; "
-            "use --format saelens"
+            f"circuit-tracer supports transcoders of one width, this one maps {config.d_in} dimensions to "
+            f"{config.d_out}; use --format saelens"
         )
     if config.source_site != "resid_mid" or config.target_hook != f"blocks.{layer}.hook_mlp_out":
         raise UserError(

@@ -62,7 +62,7 @@ class Samples:
         return replace(self, tokenizer=tokenizer, model_revision=None, digest=digest([self.digest, tokenizer]))
 
     def token_texts(self) -> TokenTexts:
-        """The vocabulary; raises UserError when it cannot be had."""
+        """The vocabulary; raises UserError when it is not available."""
         return TokenTexts.read(self.tokenizer, revision=self.model_revision, near=self.folder)
 
     def windows(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:

@@ -142,8 +142,8 @@ def _description(model: Any, name: str) -> tuple[Any, dict[str, Any]]:
         # A description may fail in any way on a configuration that its author did not think of.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"TransformerLens does not know {name}, a {type(model).__name__}, so that nobody says which of its modules "
-            f"a hook point is: {reason} Use a model of an architecture that its TransformerBridge supports."
+            f"TransformerLens does not know {name}, a {type(model).__name__}, so which of its modules a hook "
+            f"point is cannot be known: {reason} Use a model of an architecture that its TransformerBridge supports."
         ) from error
 
 

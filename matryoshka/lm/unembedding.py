@@ -69,7 +69,7 @@ class Unembedding:
             bias = getattr(head, "bias", None)
             own = own if bias is None else own + bias.float()
         if _rank_correlation(own, logits) < _SAME_ORDER:
-            raise _unknown(name, "something more lies between its last block and its logits")
+            raise _unknown(name, "something else is between its last block and its logits")
         factor = _factor(own, logits, soft_cap)
         return cls(fitted, weight, factor, None if factor is None else soft_cap)
 

@@ -344,6 +344,6 @@ def _check_files(
 
 def _damaged(path: Storage, record: str, problem: str) -> UserError:
     return UserError(
-        f"{path} is damaged: what {MANIFEST_FOLDER}/{record} stands for {problem}. Delete that record and run the same "
+        f"{path} is damaged: what {MANIFEST_FOLDER}/{record} describes {problem}. Delete that record and run the same "
         f"harvest command again to rewrite this shard alone; `harvest verify {path} --repair` does both"
     )

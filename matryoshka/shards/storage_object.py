@@ -248,7 +248,7 @@ def _client(url: str) -> Any:
         from obstore.store import from_url
     except ImportError as error:
         raise UserError(
-            f"{url} is in an object store, and the package obstore that speaks to those is not installed. Run: "
+            f"{url} is in an object store, and the package obstore, which reads those, is not installed. Run: "
             "pip install -e '.[cloud]' in the checkout, or pip install obstore; or name a folder"
         ) from error
     try:

@@ -172,7 +172,7 @@ def _changed_metadata(storage: Storage, manifest: Manifest) -> list[tuple[str, A
         raise
     except OSError as error:
         raise UserError(
-            f"the metadata of {storage} cannot be read ({error}); see to its permissions or its disk"
+            f"the metadata of {storage} cannot be read ({error}); check its permissions and its disk"
         ) from error
     changed = []
     for (name, wanted), text in zip(copies.items(), texts, strict=True):

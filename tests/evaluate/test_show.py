@@ -57,7 +57,7 @@ def test_ids_where_there_is_no_tokenizer(
     show_latent(run, 3, to=console)
     assert "token ids are shown" in capsys.readouterr().err
     assert "[7]" in console.export_text()
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="is not available"):
         show_latent(run, 3, tokenizer=str(tmp_path / "nowhere"), to=console)
 
 

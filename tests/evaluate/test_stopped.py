@@ -77,7 +77,7 @@ def test_a_pass_goes_on_after_the_batch_in_hand(
     assert words[:4] == ["next:", "evaluate", command, "stopped run"]
     again = evaluate(number, -1, *words[2:])
     assert again.returncode == 0, again.stderr
-    assert f"went on after {3 * batch_rows} rows" in again.stderr
+    assert f"continued after {3 * batch_rows} rows" in again.stderr
     one, other = (next(folder.glob(f"{name}/eval/*/{result}")) for name in ("whole", "stopped run"))
     assert other.read_text().replace("stopped run", "whole") == one.read_text()
 

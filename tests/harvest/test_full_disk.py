@@ -50,7 +50,7 @@ def test_full_in_the_middle(
         code, said = harvest(out=out)
     assert code == 2
     assert "Traceback" not in said
-    assert "No space left on device); free some space or mend the disk and run the same command again" in said
+    assert "No space left on device); free some space or fix the disk and run the same command again" in said
     n_committed = len(list(out.glob("manifest/*.json")))
     assert 1 <= n_committed < 10
     with pytest.raises(UserError, match="unfinished"):

@@ -177,14 +177,14 @@ def test_settings_that_sets_of_the_first_version_do_not_know_are_left_out_at_the
         ({"source": "1:resid_mid,2:resid_mid", "target": "1:mlp_out"}, "there are 2 sources and 1 targets"),
         ({"source": "x:resid_mid", "target": "1:mlp_out"}, "is not a site. Write the layer"),
         ({"source": "1:nowhere", "target": "1:mlp_out"}, "no site .nowhere"),
-        ({"layers": "3,4,3"}, "two sets would lie in one folder .*name each pair once"),
+        ({"layers": "3,4,3"}, "two sets would be in one folder .*name each pair once"),
         ({"layers": "3,-4"}, "layers: expected numbers of blocks .* found '-4'"),
         ({"layers": "3;4"}, "layers: expected numbers of blocks .* found '3;4'"),
         ({"layers": "all"}, "expected numbers of blocks and ranges of them, such as 8,12,17 or 0-25, found 'all'"),
         ({"layers": [3, True]}, "layers: takes no list with a boolean"),
         ({"layers": "9-7"}, "9-7 is no range of blocks"),
         ({"layers": "0-99999999999999999"}, "to 9999 at most"),
-        ({"layers": "0-3,2"}, "two sets would lie in one folder"),
+        ({"layers": "0-3,2"}, "two sets would be in one folder"),
     ],
 )
 def test_bad_choices_of_sites(flags: dict[str, Any], what: str) -> None:

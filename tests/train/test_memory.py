@@ -114,7 +114,7 @@ def test_memory_that_ends_is_told_with_the_run_and_what_helps(
         "the memory of cpu is not enough for the run first (CUDA out of memory. Tried to allocate 2 GiB.). The largest "
         "part of a step is the activations of 128 rows x 48 latents, of the dense backend: 0.00 GB, several times."
     )
-    assert "--set train.backend=sparse, with which the run goes on; or fewer runs at once" in said
+    assert "--set train.backend=sparse, with which the run continues; or fewer runs at once" in said
     monkeypatch.undo()
     (run,) = train_fleet(TrainConfig.model_validate(settings | {"backend": "sparse", "precision": "fp32"})).runs
     assert run.outcome == "finished"

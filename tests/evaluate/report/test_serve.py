@@ -241,7 +241,7 @@ def test_pages_are_made_when_there_are_none(place: Path, tmp_path: Path) -> None
 
 def test_a_port_that_is_taken(server: PageServer, tmp_path: Path) -> None:
     answers = Answers("", tmp_path, {}, lambda *_: Found([], None), lambda _: {}, lambda _: {}, Notes(tmp_path, 48))
-    with pytest.raises(UserError, match=f"port {server.port} of 127.0.0.1 cannot be had"):
+    with pytest.raises(UserError, match=f"port {server.port} of 127.0.0.1 is not available"):
         PageServer(answers, server.port)
 
 
@@ -255,7 +255,7 @@ def test_the_port_stays_the_same_until_it_is_taken(place: Path) -> None:
         # A stranger may have the first ones: then the next.
         assert FIRST_PORT <= first < second < FIRST_PORT + 100
         assert served[0].tunnel.startswith(f"ssh -N -L {first}:127.0.0.1:{first} ")
-        with pytest.raises(UserError, match=f"port {first} of 127.0.0.1 cannot be had"):
+        with pytest.raises(UserError, match=f"port {first} of 127.0.0.1 is not available"):
             serve_report(run, config, port=first)
     finally:
         for one in served:
