@@ -25,7 +25,7 @@ class RunFacts:
     """Several, "cpu, then cuda:0", where the run went on elsewhere; so do precision and backend."""
     n_ranks: int | None = None
     precision: str | None = None
-    """Of the encoder product: fp32 or bf16."""
+    """Of the encoder product: fp32, bf16 or fp16."""
     backend: str | None = None
     """sparse or dense."""
     input: str | None = None

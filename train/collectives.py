@@ -31,9 +31,10 @@ def gather(own: Tensor, rank: Rank) -> Tensor:
 
 def among_largest(own: Kept, offers: Tensor, n: int, rank: Rank) -> Kept:
     """Of a rank's entries those that are among the `n` largest of all `offers` [world, entries of a rank], with shapes
-    that do not depend on the data. Ties fall as torch.topk lets them, alike on each rank."""
+    that do not depend on the data; a rank may have fewer entries than it has offers. Ties fall as torch.topk lets them,
+    alike on each rank."""
     best = offers.view(-1).topk(min(n, offers.numel()), sorted=False).indices
     chosen = torch.zeros(offers.numel(), dtype=torch.bool, device=offers.device).index_fill_(0, best, True)
-    selected = chosen.view(offers.shape)[rank.index]
+    selected = chosen.view(offers.shape)[rank.index, : own.acts.shape[0]]
     selected = selected if own.selected is None else selected & own.selected
     return Kept(own.rows, own.latents, torch.where(selected, own.acts, 0.0), selected)

@@ -44,7 +44,9 @@ class LatentsOverRanks(Communicator):
     def largest(self, select: Callable[[int], Kept], n: int, batch: int, *, fixed_shapes: bool) -> Kept:  # noqa: ARG002
         if fixed_shapes:
             own = select(n)
-            return among_largest(own, gather(own.acts, self._rank), n, self._rank)
+            offered = own.acts.new_zeros(n)  # a rank with fewer latents than k has fewer entries
+            offered[: own.acts.shape[0]] = own.acts
+            return among_largest(own, gather(offered, self._rank), n, self._rank)
         # Twice a rank's fair part nearly always holds all it has among the n largest; where not, it is asked again.
         for n_asked in (min(n, 2 * n // self._rank.world + 64), n):
             kept = self._of_all(select(n_asked), n_asked, n)
