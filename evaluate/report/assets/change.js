@@ -11,7 +11,7 @@ function changeBox(aside, latent, n) {
       command(`evaluate steer RUN ${latent} --text "The" --scale 2`), command(`evaluate ablate RUN ${latent}`)));
     return;
   }
-  const text = el("textarea", { id: "change-text", rows: "2", placeholder: "A text to go on with", "aria-label": "Text to go on with" });
+  const text = el("textarea", { id: "change-text", rows: "2", placeholder: "A text to go on with", "aria-label": "Text to go on with", dir: "auto" });
   const how = el("select", { id: "how", "aria-label": "How the latent is changed" }, ...Object.entries(HOWS).map(([value, [name]]) => el("option", { value }, name)));
   const strength = el("input", { type: "number", id: "strength", step: "any", min: "-1000", max: "1000", "aria-label": "Strength" });
   const go = el("button", { type: "button", id: "change-go" }, "Go on"), state = el("span", { class: "soft", id: "change-state", role: "status" });
@@ -20,13 +20,16 @@ function changeBox(aside, latent, n) {
   how.value = Changing.how;
   strength.value = Changing.strength;
   const say = () => { note.textContent = HOWS[how.value][1]; };
-  how.addEventListener("change", () => { strength.value = how.value === "steer" ? "2" : "0"; say(); });
+  // What is typed stays for the next latent.
+  const remember = () => Object.assign(Changing, { text: text.value, how: how.value, strength: strength.value });
+  for (const field of [text, strength]) field.addEventListener("input", remember);
+  how.addEventListener("change", () => { strength.value = how.value === "steer" ? "2" : "0"; remember(); say(); });
   say();
   const continuation = (id, title, prompt, more) => [el("h3", {}, title), el("p", { class: "own-note", id }, el("span", { class: "soft" }, prompt), more)];
 
   async function run() {
+    if (go.disabled) return;
     const asked = { latent, text: text.value, how: how.value, strength: Number(strength.value) };
-    Object.assign(Changing, { text: text.value, how: how.value, strength: strength.value });
     go.disabled = true;
     state.textContent = "working\u2026";
     try {

@@ -9,11 +9,11 @@ async function ownNote(latent, bar, box) {
   try { note = (await readNotes())[latent] ?? NO_NOTE; } catch (error) { box.append(el("p", { class: "note", id: "note-state" }, error.message)); return; }
   if (!Report.keepNote) {
     if (note.star) bar.append(el("span", { class: "star", id: "star" }, "\u2605 starred"));
-    if (note.text) box.append(el("p", { class: "own-note", id: "note" }, note.text));
+    if (note.text) box.append(el("p", { class: "own-note", id: "note", dir: "auto" }, note.text));
     return;
   }
   const star = el("button", { type: "button", id: "star", onclick: () => keep(!note.star, note.text) });
-  const text = el("textarea", { id: "note", rows: "2", maxlength: MAX_NOTE, placeholder: "Your own note on this latent", "aria-label": "Your own note" });
+  const text = el("textarea", { id: "note", rows: "2", maxlength: MAX_NOTE, placeholder: "Your own note on this latent", "aria-label": "Your own note", dir: "auto" });
   const state = el("span", { class: "soft", id: "note-state", role: "status" }), theirs = el("p", { class: "own-note", id: "other-note" });
   const save = el("button", { type: "button", id: "save-note", onclick: () => keep(note.star, text.value) }, "Save note");
   text.value = note.text;

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from evaluate.config import EvaluateConfig
+from evaluate.analysis import answer
+from evaluate.config import EvaluateConfig, HierarchyConfig
 from evaluate.report.build import make_report
+from evaluate.structure.hierarchy import HierarchyAnalysis
 
 
 def test_each_page_has_a_name_of_its_own(browser: Any) -> None:
@@ -101,10 +103,13 @@ def test_the_keyboard_alone(browser: Any, measured: Path) -> None:
 def test_one_latent_and_one_group(browser: Any, made: Any, index: Path, tmp_path: Path) -> None:
     shards = index.parents[4] / "l1"
     run = made.run(tmp_path / "one", made.transcoder(group_sizes=(1,), k=1))
-    config = EvaluateConfig(shards=shards, device="cpu", bootstrap=10)
+    hierarchy = HierarchyConfig(clusters=False, min_rows=2)
+    config = EvaluateConfig(shards=shards, device="cpu", bootstrap=10, hierarchy=hierarchy)
+    answer(HierarchyAnalysis(), [run], config)
     pages = make_report(run, config, tokenizer=str(index.parents[4] / "tokenizer"))
     one = browser.on(pages.index)
-    for route, page in {"": "overview", "#/latents": "latents", "#/latent/0": "latent/0", "#/run": "run"}.items():
+    pages_of_it = {"": "overview", "#/latents": "latents", "#/latent/0": "latent/0", "#/run": "run", "#/map": "map"}
+    for route, page in {**pages_of_it, "#/hierarchy/0": "hierarchy/0"}.items():
         one.go(route, page)
         assert one.all(".error") == []
         assert "undefined" not in one.one("main").text
@@ -114,6 +119,21 @@ def test_one_latent_and_one_group(browser: Any, made: Any, index: Path, tmp_path
     one.go("#/latent/0", "latent/0")
     one.one("#next").click()
     one.at("latent/0")
+
+
+@pytest.mark.parametrize("page", ["latents", "hierarchy", "map"])
+def test_a_search_without_a_hit(browser: Any, measured: Path, page: str) -> None:
+    full = browser.on(measured)
+    full.go(f"#/{page}?q=nosuch", page)
+    full.count("0 ")
+    assert "No latent fires on \u201cnosuch\u201d" in full.texts(".nothing")[0]
+    full.one(".nothing button").click()
+    full.wait(lambda _: full.texts(".nothing") == ["No saved window has \u201cnosuch\u201d."])
+    assert full.driver.current_url.endswith(f"#/{page}?q=nosuch&in=contexts")
+    full.one("#search").clear()
+    full.one("#search").send_keys("word7")
+    full.wait(lambda _: not full.all(".nothing"))
+    assert not full.one("#count").text.startswith("0 ")
 
 
 @pytest.mark.parametrize("width", [1280, 390])

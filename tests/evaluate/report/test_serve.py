@@ -465,6 +465,10 @@ def test_a_change_in_a_browser(live: Any, place: Path) -> None:
     live.one("#change-text").send_keys(str(STEER["text"]))
     live.one("#strength").clear()
     live.one("#strength").send_keys("40")
+    # Another theme draws the page anew; what was typed stays.
+    live.one("#theme").click()
+    live.at("latent/20")
+    assert live.one("#strength").get_attribute("value") == "40"
     live.one("#change-go").click()
     live.wait(lambda _: live.all("#changed"))
     config = EvaluateConfig.model_validate({"shards": place / "l1", "device": "cpu"})
