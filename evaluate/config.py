@@ -45,7 +45,7 @@ class SamplesConfig(Config):
     """Settings of `evaluate samples` alone: how many windows of each latent, and how long."""
 
     split: Literal["val", "train"] = "val"
-    """Which rows to choose from; train only to look at what a transcoder learned by heart."""
+    """Which rows to choose from; train only to see what a transcoder memorised."""
     top: Number = 20
     """Windows around the largest activations, at most one of a context."""
     per_decile: Number = 2
@@ -128,7 +128,7 @@ class AbsorptionConfig(Config):
     train_tokens: Count = 500_000
     """Positions of the train split, the first ones, in which the words of the probes are looked for."""
     readback_tokens: Count = 65_536
-    """Rows of those that say what each latent stands for at the encoder's own site."""
+    """Rows of those that show what each latent represents at the encoder's own site."""
     probe_c: Positive = 0.01
     """Inverse strength of the probes' L2 penalty, on standardised inputs."""
     min_words: Annotated[Number, Field(ge=2)] = 10

@@ -80,6 +80,42 @@ def test_every_example_and_document_can_be_found() -> None:
             assert path.name in said, path.name
 
 
+def file_map() -> list[str]:
+    """The paths of the README's map: a line holds names in the folder that the lines above it are in."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where things are")[2]
+    found, folder = [], ""
+    for line in text.splitlines():
+        match = re.fullmatch(r"    (  )?((?:[\w./-]+ )*[\w./-]+)  +\S.*", line)
+        if match is not None:
+            names = match[2].split()
+            found += [f"{folder}{name}" if match[1] else name for name in names]
+            folder = folder if match[1] else names[0]
+    return found
+
+
+def test_the_map_of_the_readme() -> None:
+    """Every path in it exists, and every folder of code is in it."""
+    paths = file_map()
+    assert len(paths) > 40
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    folders = {
+        f"{file.parent.relative_to(ROOT)}/"
+        for top in ("harvest", "train", "evaluate", "matryoshka")
+        for file in (ROOT / top).rglob("__init__.py")
+    }
+    above = {folder for folder in folders if not folder.startswith("evaluate/analyses/") or folder.count("/") == 2}
+    assert above - set(paths) == set()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_exist(page: str) -> None:
+    tops = ("harvest/", "train/", "evaluate/", "matryoshka/", "tests/", "benchmarks/", "examples/", "docs/")
+    named = re.findall(r"`([\w./-]+/[\w.-]*)`", (ROOT / page).read_text(encoding="utf-8"))
+    found = [path for path in named if path.startswith(tops)]
+    assert len(found) > 5
+    assert [path for path in found if not (ROOT / path.replace("NAME/", "")).exists()] == []
+
+
 def test_memory_of_the_colab_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its table is what the command beside it prints."""
     from examples import memory_table

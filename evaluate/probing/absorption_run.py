@@ -1,4 +1,4 @@
-"""`evaluate absorption`: how often a first-letter latent stays silent because another latent speaks for it."""
+"""`evaluate absorption`: how often a first-letter latent stays silent because another latent fires instead."""
 
 from __future__ import annotations
 
