@@ -174,7 +174,7 @@ class EvaluateConfig(Config):
     shards: Location | None = None
     """Folder of the shard set; by default the one that each run was trained on."""
     split: Literal["val", "train"] = "val"
-    """Which rows; train rows, which the transcoder has seen, only to compare with val, and never by default."""
+    """Which rows; train, which the transcoder has seen, only on request, to see what was memorised."""
     prefix: Count | None = None
     """Measure the first so many nested groups alone, as a transcoder of its own; all by default."""
     tokens: Count | None = None

@@ -12,7 +12,7 @@ TOGETHER = "together"
 """Folder beside several runs for the page that shows them."""
 
 
-def then_report(runs: Sequence[Path], shards: Path | None) -> None:
+def then_report(runs: Sequence[Path], shards: Path | str | None) -> None:
     """After numbers were made of `runs`: the pages that show them."""
     where = () if shards is None else ("--shards", shards)
     several = ()
@@ -27,19 +27,19 @@ def then_serve(run: Path) -> None:
     next_command("evaluate", "serve", run)
 
 
-def then_match(transcoders: Sequence[str], shards: Path | None) -> None:
+def then_match(transcoders: Sequence[str], shards: Path | str | None) -> None:
     """After the numbers of two transcoders were compared: their latents."""
     where = () if shards is None else ("--shards", shards)
     next_command("evaluate", "match", *transcoders[:2], *where)
 
 
-def then_ablate(run: Path, latents: Sequence[int], shards: Path | None) -> None:
+def then_ablate(run: Path, latents: Sequence[int], shards: Path | str | None) -> None:
     """After a latent was looked at: what the language model does without it."""
     where = () if shards is None else ("--shards", shards)
     next_command("evaluate", "ablate", run, *map(str, latents), *where)
 
 
-def then_steer(run: Path, latent: int, shards: Path | None) -> None:
+def then_steer(run: Path, latent: int, shards: Path | str | None) -> None:
     """After a latent was taken out: put more of it in."""
     where = () if shards is None else ("--shards", shards)
     next_command("evaluate", "steer", run, str(latent), "--text", "The", *where)

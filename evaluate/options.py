@@ -1,57 +1,58 @@
-"""Options that several commands of `evaluate` share, each written once, and the settings they make."""
+"""What the commands of `evaluate` share: their arguments, each written once, and the flags made from the settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from .config import EvaluateConfig
+from matryoshka.locations import expand
+from matryoshka.options import with_settings
+
+from .config import EvaluateConfig
+
+ROWS = ("tokens", "split", "prefix")
+"""Settings that say which rows are used, and which groups."""
+DRAWS = ("bootstrap", "seed")
 
 Runs = Annotated[
     list[Path], typer.Argument(metavar="RUN", help="Runs such as data/runs/l17-k96, fleets, or checkpoint folders.")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run such as data/runs/l17-k96, or a checkpoint folder.")]
-Shards = Annotated[
-    Path | None, typer.Option("--shards", help="Shard set to measure on. (the one that the run was trained on)")
-]
-Tokens = Annotated[str | None, typer.Option("--tokens", help="Val rows to use, such as 200k. (all of them)")]
-Split = Annotated[
-    str | None,
-    typer.Option("--split", help="val, or train to see what was memorised; only on request. (val)"),
-]
-Prefix = Annotated[int | None, typer.Option("--prefix", help="The first N nested groups alone, from 1. (all of them)")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps. (auto)")]
 Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", help="Tokenizer folder or hub name. (the one of the shard set)")
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with an evaluate section. (none: only the defaults)")
-]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="evaluate.key=value, any setting; repeatable.")]
-Model = Annotated[
-    str | None, typer.Option("--model", help="Folder or hub name of the language model. (what the shard set names)")
+    str | None, typer.Option("--tokenizer", help="Tokenizer folder or hub name. (the one of the shard set)"), expand
 ]
 
 
-def lm_overrides(model: str | None) -> list[str]:
-    """What --model sets."""
-    from json import dumps
+def evaluating(
+    *parts: str, reads: tuple[str, ...] = (), saves: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of what it reads: the settings of `parts`, of which the first is its own, and `reads`.
 
-    # As a JSON string, which is YAML too: a folder may be called 123 or off.
-    return [] if model is None else [f"evaluate.lm.model={dumps(model)}"]
+    Every command reads where the shard set and the results are, and the device; one that `saves` can be killed and go
+    on. The settings file is named before the work begins.
+    """
+    usual = ("shards", *(name for name in ROWS if name in reads), "device", "out")
+    own = tuple(type(EvaluateConfig.model_fields[parts[0]].default).model_fields) if parts else ()
+    model = ("model",) if "lm" in parts else ()
 
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def noting(given: Any, **values: Any) -> None:
+            from matryoshka.terminal import note_file
 
-def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> EvaluateConfig:
-    """The settings of a command: its flags over its --set options over the file. Raises UserError."""
-    from matryoshka.config import load_config
-    from matryoshka.terminal import note_file
+            note_file(given.file)
+            command(given, **values)
 
-    from .config import EvaluateConfig
+        return with_settings(
+            EvaluateConfig,
+            "evaluate",
+            usual=(*usual, *model, *(own if parts != ("lm",) else ())),
+            parts=parts,
+            shared=(*usual, *reads, *(("save_minutes",) if saves else ())),
+        )(noting)
 
-    settings = load_config(EvaluateConfig, "evaluate", file=file, overrides=overrides, flags=flags)
-    note_file(file)
-    return settings
+    return decorate

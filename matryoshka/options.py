@@ -69,7 +69,12 @@ def with_paths(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_settings(
-    model: type[ConfigT], section: str, *, usual: Sequence[str], parts: Sequence[str] = (), without: Sequence[str] = ()
+    model: type[ConfigT],
+    section: str,
+    *,
+    usual: Sequence[str],
+    parts: Sequence[str] = (),
+    shared: Sequence[str] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command, whose first parameter is `given: Given[model]`, a flag for every setting.
 
@@ -78,14 +83,19 @@ def with_settings(
         usual: settings that the help shows first, in this order; the others follow in a panel of their own.
         parts: settings that are models themselves, whose fields are flags of this command; they win over a setting of
             the same name outside. Those of other parts are for other commands.
-        without: settings that this command does not read.
+        shared: settings outside of the parts that this command reads; all by default.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
         fields = _fields(model, parts)
         names = [name for name in (*usual, *fields) if name in fields]
-        names = [name for name in dict.fromkeys(names) if name not in without and name not in {p.name for p in own}]
+        taken = {parameter.name for parameter in own}
+        names = [
+            name
+            for name in dict.fromkeys(names)
+            if name not in taken and (fields[name][0] is not None or shared is None or name in shared)
+        ]
         options = [_option(name, fields[name][1], more=name not in usual) for name in names]
         file = typer.Option(
             "--config", help=f"YAML file with the section {section}. (none: only the defaults)", metavar="PATH"
@@ -215,7 +225,7 @@ def _shown(default: Any) -> str | None:
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, tuple):
-        return ",".join(map(str, default))
+        return ", ".join(map(str, default))
     if isinstance(default, int) and default >= 1_000_000 and default % 1_000_000 == 0:
         return f"{default // 1_000_000}M"
     return str(default)

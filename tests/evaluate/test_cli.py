@@ -68,7 +68,7 @@ def test_compare_prints_a_table(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     runs = [str(made.run(tmp_path / name, made.transcoder(seed=seed))) for seed, name in enumerate(("one", "two"))]
-    words = ["compare", *runs, "--shards", str(val_set.path), "--device", "cpu", "--l0", "15", "--l0", "16.5"]
+    words = ["compare", *runs, "--shards", str(val_set.path), "--device", "cpu", "--l0", "15,16.5"]
     monkeypatch.setattr("sys.argv", ["evaluate", *words, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         launch.evaluate()

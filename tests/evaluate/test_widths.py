@@ -27,7 +27,7 @@ def test_tables_are_readable(folder: Path, check_readable: Callable[..., None]) 
     commands = [
         ["run", "a", *shards],
         ["run", "a", LONG, *shards],
-        ["compare", "a", LONG, f"{LONG}@2", *shards, "--l0", "15", "--l0", "12"],
+        ["compare", "a", LONG, f"{LONG}@2", *shards, "--l0", "15,12"],
         ["hierarchy", "a", *shards, "--no-clusters"],
         ["match", "a", LONG, *shards],
         ["layers", "a", LONG],

@@ -13,21 +13,28 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import evaluate.cli
 import harvest.cli
 import matryoshka.pipeline
 import train.cli
+from evaluate.config import EvaluateConfig
 from harvest.config import HarvestConfig
 from matryoshka.config import Config, Count, Sizes, choices
 from matryoshka.errors import UserError
 from matryoshka.options import Given, help_of, with_settings
 from train.config import TrainConfig
 
-APPS = {"harvest": harvest.cli.app, "train": train.cli.app, "pipeline": matryoshka.pipeline.app}
-SETTINGS: dict[str, type[Config]] = {"harvest": HarvestConfig, "train": TrainConfig}
+APPS = {
+    "harvest": harvest.cli.app,
+    "train": train.cli.app,
+    "evaluate": evaluate.cli.app,
+    "pipeline": matryoshka.pipeline.app,
+}
+SETTINGS: dict[str, type[Config]] = {"harvest": HarvestConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
 COMMANDS = [(stage, name) for stage, app in APPS.items() for name in typer.main.get_command(app).commands]  # pyright: ignore
 NO_PATHS = {
     *("revision", "dataset_config", "dataset_split", "dataset_revision", "text_column", "source", "target", "device"),
-    *("input", "wandb_project", "fleet", "grid", "set_", "form", "push", "batch_size"),
+    *("input", "wandb_project", "fleet", "grid", "set_", "form", "push", "batch_size", "text", "sets"),
 }
 """Text that names no file or folder of this machine. Whoever adds an option says here when it is none."""
 
@@ -63,12 +70,21 @@ class Sample(Config):
     """A part."""
 
 
+READ = ("tokens", "sizes", "grid", "weights", "pack", "seed")
+
+
 def sample_app() -> tuple[typer.Typer, list[Any]]:
     """A command with the settings above, and what it was given."""
     app, seen = typer.Typer(), []
 
     @app.command()
-    @with_settings(Sample, "train", usual=("tokens", "sizes"), parts=("inner",), without=("kind",))
+    @with_settings(
+        Sample,
+        "train",
+        usual=("tokens", "sizes"),
+        parts=("inner",),
+        shared=("tokens", "sizes", "grid", "weights", "pack", "seed"),
+    )
     def run(given: Given[Sample], where: Annotated[Path, typer.Argument()], weights: int = 3) -> None:
         """Do it."""
         seen.append((given, where, weights))
@@ -118,20 +134,23 @@ def test_words_of_the_help() -> None:
 
 @pytest.mark.parametrize("stage", SETTINGS)
 def test_every_setting_is_a_flag_and_its_docstring_the_help(stage: str) -> None:
-    found = {}
-    for name in typer.main.get_command(APPS[stage]).commands:  # pyright: ignore
-        for parameter in parameters_of(stage, name):
-            if (
-                parameter.name in SETTINGS[stage].model_fields
-                and f"--{parameter.name.replace('_', '-')}" in parameter.opts
-            ):
-                found.setdefault(parameter.name, parameter.help)
-    assert found == {
-        name: help_of(field).replace("[", "\\[")
-        for name, field in SETTINGS[stage].model_fields.items()
-        if not isinstance(field.default, Config)
+    found = {
+        (parameter.name, parameter.help)
+        for _, name in (command for command in COMMANDS if command[0] == stage)
+        for parameter in parameters_of(stage, name)
+        if f"--{parameter.name.replace('_', '-')}" in parameter.opts
     }
-    assert all(field.description for field in SETTINGS[stage].model_fields.values())
+    for model in models_of(stage):
+        for name, field in model.model_fields.items():
+            assert field.description, name
+            if not isinstance(field.default, Config):
+                assert (name, help_of(field).replace("[", "\\[")) in found
+
+
+def models_of(stage: str) -> list[type[Config]]:
+    """The settings of a stage, and those of their parts."""
+    outside = SETTINGS[stage]
+    return [outside, *(type(f.default) for f in outside.model_fields.values() if isinstance(f.default, Config))]
 
 
 @pytest.mark.parametrize(("stage", "name"), COMMANDS)
@@ -167,9 +186,11 @@ def texts() -> list[Any]:
     """(stage, command, parameter) of everything that takes text, but for what names no path."""
     found = []
     for stage, name in COMMANDS:
-        settings = (
-            {key: field.annotation for key, field in SETTINGS[stage].model_fields.items()} if stage in SETTINGS else {}
-        )
+        settings = {
+            key: field.annotation
+            for model in (models_of(stage) if stage in SETTINGS else ())
+            for key, field in model.model_fields.items()
+        }
         annotations = {**settings, "config": Path, **own_parameters(stage, name)}
         for parameter in parameters_of(stage, name):
             if parameter.name not in NO_PATHS and _holds_text(annotations.get(parameter.name, bool)):
@@ -185,7 +206,7 @@ def _holds_text(annotation: Any) -> bool:
 
 def own_parameters(stage: str, name: str) -> dict[str, Any]:
     """What a command declares itself: name -> annotation."""
-    (command,) = [c.callback for c in APPS[stage].registered_commands if c.callback.__name__ == name]
+    (command,) = [c.callback for c in APPS[stage].registered_commands if c.callback and c.callback.__name__ == name]
     return {
         p.name: p.annotation
         for p in inspect.signature(inspect.unwrap(command), eval_str=True).parameters.values()
@@ -204,9 +225,9 @@ def test_every_path_is_read_in_one_way(
     monkeypatch.chdir(tmp_path)
     words = [name]
     for other in parameters_of(stage, name):
-        if other.name != parameter.name and other.required:
-            words += [*other.opts[:1] * other.opts[0].startswith("--"), *["0"] * max(other.nargs, 1)]
-    words += [parameter.opts[0], text] if parameter.opts[0].startswith("--") else [text] * max(parameter.nargs, 1)
+        if other.name == parameter.name or other.required:
+            value = text if other.name == parameter.name else "0"
+            words += [other.opts[0], value] if other.opts[0].startswith("--") else [value] * max(other.nargs, 1)
     result = CliRunner().invoke(APPS[stage], words)
     assert isinstance(result.exception, UserError), result.output
     assert re.search(what, str(result.exception))
