@@ -42,15 +42,15 @@ def run(given: Given[HarvestConfig]) -> None:
 
     Several at once: --layers 8,12,17. Several processes: torchrun --nproc-per-node 4 -m harvest run ...
     """
+    from matryoshka.ranks import Rank
     from matryoshka.terminal import note, note_file
 
     from .closing import close
     from .progress import HarvestDisplay
-    from .ranks import Ranks
     from .run import harvest
     from .text_files import describe_files, local_files
 
-    is_first = Ranks.from_environment().is_first
+    is_first = Rank.from_environment().is_first
     if is_first and (files := local_files(given.settings.dataset)) is not None:
         note(describe_files(given.settings.dataset, files))
     if is_first:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain, islice
 from typing import Any
 
 import torch
 
 from matryoshka.lm import LanguageModel
+from matryoshka.ranks import Rank
 from matryoshka.shards import CommitRecord, Manifest, ShardSetWriter
 from matryoshka.shards.committed_text import CommittedText
 from matryoshka.shards.records import read_records
@@ -29,11 +31,12 @@ from .enough_text import check_text, noting_the_end, too_little_text
 from .estimate import Estimate, estimate, together
 from .packing import SPLIT_ORDER, Packing, ShardJob, split_jobs
 from .progress import Progress, Silent, usual_progress
-from .ranks import Ranks
 from .same_model import check_finished
 from .sets import HarvestResult, Target, bos_of, pad_of
 from .text import BadLines, dataset_facts, documents
 
+_PATIENCE = timedelta(days=7)
+"""How long a rank may wait for another; one that fails ends the others through torchrun at once."""
 _WRITERS = 4
 """Sets whose shards are encoded at the same time."""
 _FIRST_BATCH = 1
@@ -70,9 +73,9 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
     Without `progress` a bar is shown in a notebook, and nothing elsewhere.
     Raises UserError for invalid input; whatever was committed stays.
     """
-    ranks = Ranks.from_environment()
+    ranks = Rank.from_environment()
     targets = [Target(member) for member in config.members()]
-    with ranks.joined(), ExitStack() as shown:
+    with ranks.together(patience=_PATIENCE), ExitStack() as shown:
         if not ranks.is_first:
             progress = Silent()
         elif progress is None:
@@ -115,7 +118,7 @@ def plan(config: HarvestConfig) -> Estimate:
 
     Raises UserError as `harvest` does before it starts, except that a disk which is too small is no error here.
     """
-    ranks = Ranks()
+    ranks = Rank()
     todo = _unfinished([Target(member) for member in config.members()], config)
     if not todo:
         return estimate_nothing(config)
@@ -140,7 +143,7 @@ def tokenize(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
 
 
 def _prepare(
-    config: HarvestConfig, todo: list[Target], ranks: Ranks, bad_lines: BadLines
+    config: HarvestConfig, todo: list[Target], ranks: Rank, bad_lines: BadLines
 ) -> tuple[LanguageModel, list[_Set], list[_Pass]]:
     """Load the model, and find out which shards are to be made. Nothing is written."""
     facts = {target.folder: _dataset(config, target) for target in todo}
@@ -222,7 +225,7 @@ def _tuned(capture: Capture, one: _Pass) -> int:
     return capture.tune(one.first["train"].tokens, _hook_points(one.sets))
 
 
-def _cost(sets: list[_Set], capture: Capture, passes: list[_Pass], ranks: Ranks) -> Estimate:
+def _cost(sets: list[_Set], capture: Capture, passes: list[_Pass], ranks: Rank) -> Estimate:
     """What is missing of the sets, as one estimate. Tokens that are missing in several go through the model once."""
     missing, parts = {}, []
     for one in sets:
@@ -235,7 +238,7 @@ def _cost(sets: list[_Set], capture: Capture, passes: list[_Pass], ranks: Ranks)
     return together(parts, n_tokens, n_tokens / speed)
 
 
-def _open(sets: list[_Set], lm: LanguageModel, ranks: Ranks) -> dict[Any, ShardSetWriter]:
+def _open(sets: list[_Set], lm: LanguageModel, ranks: Rank) -> dict[Any, ShardSetWriter]:
     """Folder -> writer. The first rank makes or mends the folders, then the others join."""
 
     def writer(one: _Set) -> ShardSetWriter:
@@ -254,7 +257,7 @@ def _run_jobs(
     one: _Pass,
     writers: dict[Any, ShardSetWriter],
     capture: Capture,
-    ranks: Ranks,
+    ranks: Rank,
     progress: Progress,
 ) -> dict[Any, int]:
     """Make the shards of this rank; folder -> how many were written by it."""

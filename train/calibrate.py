@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from matryoshka.ranks import Rank
+
 from .conditioning import Conditioning
-from .ranks import Rank
 from .set_aside import SetAside
 from .step import StepState
 

@@ -39,12 +39,12 @@ def run(given: Given[TrainConfig]) -> None:
 
     Run again to continue from the last checkpoints. SIGTERM and Ctrl-C write checkpoints before they end it.
     """
+    from matryoshka.ranks import Rank
     from matryoshka.terminal import note_file
 
     from .closing import close
     from .fleet import fleet_folder, is_fleet
     from .progress import Silent, TrainDisplay
-    from .ranks import Rank
     from .run import train_fleet
 
     settings, rank = given.settings, Rank.from_environment()

@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from matryoshka.ranks import Rank
+
 from .entries import Kept
-from .ranks import Rank
 
 
 def sum_(part: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from matryoshka.ranks import Rank
+
 from .collectives import among_largest, gather, smallest_, sum_
 from .communicator import Communicator
 from .entries import Kept
-from .ranks import Rank
 from .slices import LatentSlice
 
 

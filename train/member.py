@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from matryoshka.ranks import Rank
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 from .calibrate import calibrate_threshold
@@ -24,7 +25,6 @@ from .memory import give_back
 from .parallel import RowsOverRanks
 from .plan import Plan
 from .prefixes import sampled_sizes
-from .ranks import Rank
 from .record import publish_parked, publish_session
 from .rows import Rows
 from .saving import BackgroundWriter

@@ -15,12 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from matryoshka.ranks import Rank
+
 from .collectives import among_largest, gather, smallest_, sum_
 from .communicator import Communicator
 from .entries import Kept
 from .gradients import Gradients
 from .nested import NestedLoss
-from .ranks import Rank
 
 
 class RowsOverRanks(Communicator):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
+from matryoshka.ranks import Rank
 from matryoshka.runs import RUN_FILE, exclusive, make_directory
 from matryoshka.shards import ShardSet
 from matryoshka.wandb_runs import check_login
@@ -30,7 +31,6 @@ from .member import Entry, Member, Waiting
 from .memory import check_memory, give_back, member_need, memory_of
 from .plan import make_plan
 from .progress import Progress, Silent, usual_progress
-from .ranks import Rank
 from .record import (
     parked_reason,
     publish_fleet,

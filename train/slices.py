@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
-
-from .ranks import Rank
+from matryoshka.ranks import Rank
 
 
 def is_by_latent(name: str) -> bool:

@@ -10,11 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from warm_processes import WarmPython
 
-from harvest.ranks import Ranks
-from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 
 
@@ -74,35 +71,3 @@ def test_ended_ranks_are_continued_by_another_number_of_them(
     assert all(codes), "they had finished"
     harvest(3, words, tmp_path, warm_python)
     assert files(out) == files(finished)
-
-
-def test_jobs_are_dealt_in_turn() -> None:
-    for world in (1, 2, 3):
-        owners = [[rank for rank in range(world) if Ranks(rank, world).owns(job)] for job in range(10)]
-        assert owners == [[job % world] for job in range(10)]
-    assert [Ranks(rank, 2).is_first for rank in range(2)] == [True, False]
-
-
-def test_the_environment_says_which_rank_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert Ranks.from_environment() == Ranks(0, 1, 0)
-    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    assert Ranks.from_environment() == Ranks(5, 8, 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    devices = [Ranks.from_environment().device(name) for name in ("auto", "cuda", "cpu", "cuda:3")]
-    assert devices == ["cuda:1", "cuda:1", "cpu", "cuda:3"]
-    assert Ranks().device("auto") == "auto"
-    for value, what in (("8", "RANK is 8 of WORLD_SIZE 8"), ("x", "should be numbers, as torchrun")):
-        monkeypatch.setenv("RANK", value)
-        with pytest.raises(UserError, match=what):
-            Ranks.from_environment()
-
-
-def test_a_single_process_waits_for_nobody() -> None:
-    ranks = Ranks()
-    with ranks.joined():
-        ranks.wait()
-        assert ranks.agree(7) == 7

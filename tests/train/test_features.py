@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from matryoshka.errors import UserError
+from matryoshka.ranks import Rank
 from matryoshka.transcoder import Transcoder
 from train.checkpoint import list_checkpoints
 from train.config import TrainConfig
-from train.ranks import Rank
 from train.run import train_fleet
 from train.slices import LatentSlice, is_by_latent
 
@@ -86,7 +86,7 @@ import torch.distributed as dist
 sys.path[:0] = sys.argv[1:3]
 from test_step_gradients import CASES, batch_for
 from train.features import LatentsOverRanks
-from train.ranks import Rank
+from matryoshka.ranks import Rank
 from train.slices import LatentSlice, is_by_latent
 from train.step import StepState, TrainStep
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import train.member as module
 from matryoshka.errors import UserError
+from matryoshka.ranks import Rank
 from matryoshka.shards import ShardSet
 from train.config import TrainConfig
 from train.fleet import members
 from train.progress import Silent
-from train.ranks import Rank
 from train.result import FleetResult, TrainResult
 from train.run import train, train_fleet
 from train.step import StepReport
@@ -252,18 +252,6 @@ def test_more_ranks_than_runs(run_settings: dict[str, Any], tmp_path: Path) -> N
     config = config_of(run_settings, tmp_path, steps=2, fleet=LIST[:1])
     assert train_fleet(config, rank=Rank(1, 2)).runs == ()
     assert not any(tmp_path.iterdir())
-
-
-def test_ranks_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert Rank.from_environment() == Rank(0, 1, 0)
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    assert Rank.from_environment() == Rank(3, 4, 1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="RANK is 3 of WORLD_SIZE 2"):
-        Rank.from_environment()
 
 
 def test_what_a_member_learns_does_not_depend_on_reader_threads(run_settings: dict[str, Any], tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from matryoshka.errors import UserError
+from matryoshka.ranks import Rank
 from matryoshka.shards import ShardSet
 from train.checkpoint import list_checkpoints
 from train.config import TrainConfig
-from train.ranks import Rank
 from train.run import train_fleet
 
 FLEET = [
@@ -76,7 +76,7 @@ import torch
 sys.path[:0] = sys.argv[1:3]
 from test_step_gradients import BATCH, CASES, batch_for
 from train.parallel import RowsOverRanks
-from train.ranks import Rank
+from matryoshka.ranks import Rank
 from train.step import NonFiniteLoss, TrainStep
 
 rank = Rank.from_environment()
