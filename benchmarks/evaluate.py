@@ -27,12 +27,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from evaluate.checkpoint import find_checkpoint
 from evaluate.config import EvaluateConfig
 from evaluate.measure import Measurement
 from evaluate.rows import count_rows, input_and_target, row_batches
 from evaluate.sampling import Choice, Sampling, context_blocks, count_contexts
 from evaluate.windows import WindowShape
+from matryoshka.checkpoints import find_checkpoint
 from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from evaluate.checkpoint import find_checkpoint
 from evaluate.sampling import Choice, Sampling, context_blocks
 from evaluate.windows import WindowShape
+from matryoshka.checkpoints import find_checkpoint
 from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder

@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 
+from matryoshka.checkpoints import Checkpoint, expand_fleets, find_checkpoint
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
 from matryoshka.runs import changed_fields
@@ -22,7 +23,6 @@ from matryoshka.shards import ShardSet
 from matryoshka.tables import ResultTable
 from matryoshka.transcoder import Transcoder
 
-from .checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from .config import EvaluateConfig
 from .fits import check_fits
 from .result import Result, ShardSetFacts, TranscoderFacts, identity_of, result_folder

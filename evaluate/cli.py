@@ -108,7 +108,8 @@ def report(
     tokenizer: Tokenizer = None,
 ) -> None:
     """Pages to browse a run and each of its latents, or all runs of a fleet; they open from the disk."""
-    from .checkpoint import expand_fleets
+    from matryoshka.checkpoints import expand_fleets
+
     from .next_step import then_report, then_serve
     from .report.build import make_report
     from .report.fleet import is_fleet, make_fleet_report

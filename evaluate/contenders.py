@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matryoshka.checkpoints import find_checkpoint
 from matryoshka.errors import UserError
 from matryoshka.hook_names import added_hook
 from matryoshka.interop.pretrained import from_pretrained, locate
@@ -16,7 +17,6 @@ from matryoshka.runs import RUN_FILE
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
-from .checkpoint import find_checkpoint
 from .fits import check_fits
 from .shard_set import names_shards, open_shards
 

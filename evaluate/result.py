@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ValidationError
 
+from matryoshka.checkpoints import Checkpoint
 from matryoshka.config import Config
 from matryoshka.locations import portable_name
 from matryoshka.runs import fsync_path, publish_json
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
-from .checkpoint import Checkpoint
 from .config import EvaluateConfig
 from .held_out import ValUnit, rows_of
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from matryoshka.checkpoints import find_checkpoint
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet, Split
 from matryoshka.tables import ResultTable
 from matryoshka.transcoder import Transcoder
 
 from .analysis import Analysis, Job
-from .checkpoint import find_checkpoint
 from .config import EvaluateConfig
 from .rows import check_rows
 from .sample_rows import N_DECILES, sample_rows, window_tokens

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from matryoshka.checkpoints import Checkpoint
 from matryoshka.progress import ProgressDisplay
 from matryoshka.tables import ResultTable
 from matryoshka.terminal import note, show
 
 from .analyses import load_analysis
 from .analysis import Analysis, Answer, ResultT, answer
-from .checkpoint import Checkpoint
 from .config import EvaluateConfig
 from .report.build import Pages
 

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matryoshka.checkpoints import Checkpoint, run_record
 from matryoshka.errors import UserError
 from matryoshka.locations import location
 from matryoshka.runs import RUN_FILE
 from matryoshka.shards import ShardSet
 from matryoshka.shards.records import has_manifest
-
-from .checkpoint import Checkpoint, run_record
 
 
 def open_shards(checkpoint: Checkpoint, named: Path | str | None, note: Callable[[str], None]) -> ShardSet:

@@ -7,53 +7,40 @@ step, from which a run goes on bit for bit. A folder without the suffix .partial
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from matryoshka.checkpoints import STATE_FILE, list_checkpoints
 from matryoshka.errors import UserError
-from matryoshka.runs import CHECKPOINTS, FORMAT_VERSION, fsync_path, publish_json, read_json
+from matryoshka.runs import CHECKPOINTS, FORMAT_VERSION, fsync_path, publish_json
 from matryoshka.transcoder import Transcoder
 
 from .slices import LatentSlice, is_by_latent
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "state.json"
-_NAME = re.compile(r"step-(\d{6,})")
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """One checkpoint on disk."""
+def saved_state(folder: Path, held: LatentSlice | None = None) -> dict[str, Tensor]:
+    """The state of the training step in a checkpoint, for StepState.load_tensors; with `held` one rank's latents."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 
-    folder: Path
-    step: int
-    finished: bool
-    """Whether the run was over: all steps done and the threshold calibrated."""
-
-    def tensors(self, held: LatentSlice | None = None) -> dict[str, Tensor]:
-        """The state of the training step, for StepState.load_tensors; with `held` the latents of one rank alone."""
-        from safetensors import SafetensorError, safe_open
-        from safetensors.torch import load_file
-
-        try:
-            if held is None:
-                return load_file(self.folder / OPTIMIZER_FILE)
-            with safe_open(self.folder / OPTIMIZER_FILE, "pt") as file:
-                names = file.keys()
-                # One tensor at a time: the whole state need not fit.
-                return {
-                    name: held.part(file.get_tensor(name)) if is_by_latent(name) else file.get_tensor(name)
-                    for name in names
-                }
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"the checkpoint {self.folder} cannot be read ({error}); delete that folder to continue "
-                "from the one before"
-            ) from error
+    try:
+        if held is None:
+            return load_file(folder / OPTIMIZER_FILE)
+        with safe_open(folder / OPTIMIZER_FILE, "pt") as file:
+            names = file.keys()
+            # One tensor at a time: the whole state need not fit.
+            return {
+                name: held.part(file.get_tensor(name)) if is_by_latent(name) else file.get_tensor(name)
+                for name in names
+            }
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint {folder} cannot be read ({error}); delete that folder to continue from the one before"
+        ) from error
 
 
 def save_checkpoint(
@@ -76,25 +63,13 @@ def save_checkpoint(
     fsync_path(folder.parent)
 
 
-def list_checkpoints(run: Path) -> list[Checkpoint]:
-    """The whole checkpoints of a run, oldest first."""
-    found = []
-    for folder in (run / CHECKPOINTS).glob("step-*"):
-        match = _NAME.fullmatch(folder.name)
-        if match is None:
-            continue
-        state = read_json(folder / STATE_FILE, what="checkpoint")
-        found.append(Checkpoint(folder, int(match[1]), bool(state["finished"])))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
-
-
 def prune_checkpoints(run: Path, keep: int, keep_every: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every` steps.
 
     What a kill left half-written goes too.
     """
     for checkpoint in list_checkpoints(run)[:-keep]:
-        if keep_every is None or checkpoint.step % keep_every:
+        if keep_every is None or (checkpoint.step or 0) % keep_every:
             _discard(checkpoint.folder)
     for partial in (run / CHECKPOINTS).glob("*.partial"):
         shutil.rmtree(partial)

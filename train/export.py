@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matryoshka.checkpoints import STATE_FILE, find_checkpoint, run_folder
 from matryoshka.errors import UserError
 from matryoshka.interop.export import Exported, export
 from matryoshka.interop.origin import Origin
@@ -16,9 +16,7 @@ from matryoshka.run_facts import read_run_facts
 from matryoshka.runs import RUN_FILE, read_json
 from matryoshka.shards import ShardSet
 from matryoshka.shards.records import has_manifest, read_manifest
-from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE, Transcoder
-
-from .checkpoint import STATE_FILE, list_checkpoints
+from matryoshka.transcoder import Transcoder
 
 
 def export_runs(
@@ -42,7 +40,7 @@ def export_runs(
     """
     transcoders, origins = [], []
     for run in runs:
-        folder = checkpoint_folder(run)
+        folder = find_checkpoint(run).folder
         transcoder = Transcoder.load(folder)
         transcoders.append(transcoder if prefix is None else transcoder.prefix(prefix))
         origins.append(_origin(folder, n_layers))
@@ -67,13 +65,12 @@ def export_runs(
 
 def _samples(run: Path) -> Samples | None:
     """The samples of a run's newest checkpoint; raises UserError when they are of other weights or of several sets."""
-    folder = checkpoint_folder(run)
-    with (folder / WEIGHTS_FILE).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    checkpoint = find_checkpoint(run)
     found = [
-        Samples.open(mark.parent) for mark in sorted((_run_folder(folder) or run).glob(f"eval/*/samples/{MARK_FILE}"))
+        Samples.open(mark.parent)
+        for mark in sorted((run_folder(checkpoint.folder) or run).glob(f"eval/*/samples/{MARK_FILE}"))
     ]
-    own = [samples for samples in found if samples.weights_sha256 == digest]
+    own = [samples for samples in found if samples.weights_sha256 == checkpoint.sha256]
     if len(own) > 1:
         names = ", ".join(samples.folder.parent.name for samples in own)
         raise UserError(f"{run} has samples of several shard sets ({names}); delete all but one of them")
@@ -82,27 +79,12 @@ def _samples(run: Path) -> Samples | None:
     return own[0] if own else None
 
 
-def checkpoint_folder(run: Path) -> Path:
-    """Where the weights of `run` lie: itself when it has some, else its newest checkpoint."""
-    if (run / WEIGHTS_FILE).is_file() and (run / CONFIG_FILE).is_file():
-        return run
-    if not (run / RUN_FILE).is_file():
-        raise UserError(
-            f"{run} is neither a run (it has no {RUN_FILE}) nor a transcoder (no {WEIGHTS_FILE} with {CONFIG_FILE}); "
-            "give the folder that `train run` made"
-        )
-    checkpoints = list_checkpoints(run)
-    if not checkpoints:
-        raise UserError(f"{run} has no checkpoint yet; let `train run` reach its first one, then export again")
-    return checkpoints[-1].folder
-
-
 def _origin(folder: Path, n_layers: int | None) -> Origin:
     """What the run and its shard set, where they are still there, say beyond the weights."""
     state: dict[str, Any] = {}
     if (folder / STATE_FILE).is_file():
         state = read_json(folder / STATE_FILE, what="checkpoint")
-    root = _run_folder(folder)
+    root = run_folder(folder)
     shards = _shard_folder(folder)
     manifest = None if shards is None else read_manifest(shards)
     facts: dict[str, Any] = {}
@@ -122,15 +104,9 @@ def _origin(folder: Path, n_layers: int | None) -> Origin:
     return Origin(run=(root or folder).resolve().name, step=step, **facts)
 
 
-def _run_folder(folder: Path) -> Path | None:
-    """The run that a checkpoint folder, or itself, belongs to."""
-    folder = folder.resolve()
-    return next((place for place in (folder, *folder.parents[:2]) if (place / RUN_FILE).is_file()), None)
-
-
 def _shard_folder(folder: Path) -> Path | str | None:
     """The shard set that a run was trained on, where it still lies there."""
-    root = _run_folder(folder)
+    root = run_folder(folder)
     config = None if root is None else read_json(root / RUN_FILE, what="run").get("config")
     shards = config.get("shards") if isinstance(config, dict) else None
     return location(shards) if isinstance(shards, str) and has_manifest(shards) else None

@@ -78,13 +78,12 @@ def initial_state(
         W_enc[here] = _unit_rows(W_enc[here], random) / math.sqrt(d_in)
     for here, random in drawn(d_out):
         W_dec[here] = _unit_rows(W_dec[here], random)
-    return StepState.create(
+    return StepState.adopt(
         W_enc=W_enc,
         b_enc=torch.zeros(len(held), device=device),
         W_dec=W_dec,
         b_dec=mean,
         W_skip=torch.zeros(d_in, d_out, device=device) if skip else None,
-        copy=False,
     )
 
 

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from matryoshka.checkpoints import list_checkpoints, newest_checkpoint
 from matryoshka.ranks import Rank
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 
 from .calibrate import calibrate_threshold
-from .checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
+from .checkpoint import prune_checkpoints, save_checkpoint, saved_state
 from .conditioning import Conditioning
 from .features import LatentsOverRanks
 from .fleet import MemberConfig
@@ -94,11 +95,11 @@ class Member:
         self._conditioning = conditioning
         self._writer = writer
         self._team = team
-        last = max(list_checkpoints(entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
+        last = newest_checkpoint(entry.folder)
         spread = team is not None and self._config.parallel == "features"
         self._held = LatentSlice(team, entry.plan.d_sae) if team is not None and spread else None
         """The latents of this rank, when it does not hold all."""
-        state = self._fresh(first_rows) if last is None else _restored(last.tensors(self._held))
+        state = self._fresh(first_rows) if last is None else _restored(saved_state(last.folder, self._held))
         self._writes = team is None or team.index == 0
         together = None if team is None else (LatentsOverRanks if spread else RowsOverRanks)(team, entry.plan.d_sae)
         self._take_step = TrainStep(self._step_settings(), state, device, together)
@@ -180,7 +181,7 @@ class Member:
         """Close the sinks; nothing may be written in the background any more."""
         finished = None
         if self.outcome == "finished" and self._writes:
-            whole = [checkpoint.folder for checkpoint in list_checkpoints(self.entry.folder) if checkpoint.finished]
+            whole = [checkpoint.folder for checkpoint in list_checkpoints(self.entry.folder) if checkpoint.is_finished]
             finished = whole[-1] if whole else None
         for sink in self._sinks:
             sink.close(finished)
@@ -214,7 +215,7 @@ class Member:
         if not self._writes:
             return
         self._writer.wait()
-        last = max(list_checkpoints(self.entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
+        last = newest_checkpoint(self.entry.folder)
         publish_parked(
             self.entry.folder,
             step=error.step + 1,

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 import torch
 from torch import Tensor
 
+from matryoshka.checkpoints import list_checkpoints, newest_checkpoint
 from matryoshka.devices import resolve_device
 from matryoshka.errors import UserError
 from matryoshka.ranks import Rank
@@ -22,7 +23,6 @@ from matryoshka.runs import RUN_FILE, exclusive, make_directory
 from matryoshka.shards import ShardSet
 from matryoshka.wandb_runs import check_login
 
-from .checkpoint import list_checkpoints
 from .conditioning import Conditioning
 from .config import TrainConfig
 from .fleet import MemberConfig, fleet_folder, is_fleet, members
@@ -269,16 +269,16 @@ def _entry(member: MemberConfig, shards: ShardSet, n_rows: int) -> Entry:
 
 def _is_over(entry: Entry) -> bool:
     """Whether there is nothing left to do: all steps taken, or parked."""
-    if (entry.folder / "checkpoints").is_dir() and any(last.finished for last in list_checkpoints(entry.folder)):
+    if (entry.folder / "checkpoints").is_dir() and any(last.is_finished for last in list_checkpoints(entry.folder)):
         return True
     return parked_reason(entry.folder) is not None
 
 
 def _result(entry: Entry, n_taken: int) -> TrainResult:
-    last = max(list_checkpoints(entry.folder), key=lambda checkpoint: checkpoint.step, default=None)
+    last = newest_checkpoint(entry.folder)
     checkpoint = None if last is None else last.folder
     n_steps = entry.plan.n_steps
-    if last is not None and last.finished:
+    if last is not None and last.is_finished:
         return TrainResult(entry.folder, checkpoint, n_steps, n_taken)
     reason = parked_reason(entry.folder)
     if reason is not None:

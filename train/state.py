@@ -34,16 +34,16 @@ class StepState:
 
     @classmethod
     def create(
-        cls,
-        *,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        W_skip: Tensor | None = None,
-        copy: bool = True,
+        cls, *, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, W_skip: Tensor | None = None
     ) -> Self:
-        """A fresh state at step 0 from copies of the weights; without `copy` from fp32 weights that it may change.
+        """`adopt` of fp32 copies of the weights."""
+        weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        own = {name: t.detach().to(torch.float32, copy=True).contiguous() for name, t in weights.items()}
+        return cls.adopt(**own, W_skip=None if W_skip is None else W_skip.detach().to(torch.float32, copy=True))
+
+    @classmethod
+    def adopt(cls, *, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, W_skip: Tensor | None = None) -> Self:
+        """A fresh state at step 0 of these fp32 weights themselves, which its steps will change.
 
         W_enc [d_sae, d_in] (rows!), b_enc [d_sae], W_dec [d_sae, d_out] with rows of unit norm, b_dec [d_out],
         W_skip [d_in, d_out] or None. Raises UserError when shapes disagree, a value is not finite, or a decoder
@@ -68,22 +68,20 @@ class StepState:
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"{name} holds NaN or infinite values; start from finite weights.")
-        norms = W_dec.detach().float().norm(dim=1)
+        norms = W_dec.norm(dim=1)
         worst = float((norms - 1).abs().max())
         if worst > UNIT_NORM_TOLERANCE:
             raise UserError(
                 f"A row of W_dec has a norm {worst:.3g} away from 1; decoder rows must have unit norm. Divide each "
                 "row by its norm and multiply the matching row of W_enc and entry of b_enc by it."
             )
-        own = {n: t.detach().to(torch.float32, copy=copy).contiguous() for n, t in weights.items()}
-        device = own["W_enc"].device
         return cls(
-            **own,
-            exp_avg={n: torch.zeros_like(t) for n, t in own.items()},
-            exp_avg_sq={n: torch.zeros_like(t) for n, t in own.items()},
-            step=torch.zeros((), dtype=torch.int64, device=device),
-            threshold=torch.zeros((), dtype=torch.float32, device=device),
-            tokens_since_fired=torch.zeros(d_sae, dtype=torch.int64, device=device),
+            **weights,
+            exp_avg={n: torch.zeros_like(t) for n, t in weights.items()},
+            exp_avg_sq={n: torch.zeros_like(t) for n, t in weights.items()},
+            step=torch.zeros((), dtype=torch.int64, device=W_enc.device),
+            threshold=torch.zeros((), dtype=torch.float32, device=W_enc.device),
+            tokens_since_fired=torch.zeros(d_sae, dtype=torch.int64, device=W_enc.device),
         )
 
     def weights(self) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from matryoshka.checkpoints import Checkpoint, find_checkpoint
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
 from matryoshka.lm.splice import edited
@@ -20,7 +21,6 @@ from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 from ..analysis import Progress, Silent, load_transcoder
-from ..checkpoint import Checkpoint, find_checkpoint
 from ..config import EvaluateConfig
 from ..sampling import count_contexts
 from ..shard_set import open_shards

@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from matryoshka.checkpoints import Checkpoint, find_checkpoint
 from matryoshka.config import Config
 from matryoshka.errors import UserError
 from matryoshka.runs import publish_json
 from matryoshka.transcoder import Transcoder
 
 from ..analysis import Progress, Silent, answer
-from ..checkpoint import Checkpoint, find_checkpoint
 from ..config import EvaluateConfig
 from ..intervention.logits import LOGITS_FILE, LogitTokens
 from ..report_file import LATENTS_FILE, Report

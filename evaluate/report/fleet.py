@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from matryoshka.checkpoints import Checkpoint, expand_fleets, find_checkpoint
 from matryoshka.errors import UserError
 from matryoshka.run_facts import json_lines, seconds_of
 from matryoshka.runs import FLEET_FILE, METRICS_FILE, RUN_FILE, TIMING_FILE, make_directory
 
 from ..analysis import Progress, answer
-from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from ..config import EvaluateConfig
 from ..report_file import Report
 from ..run import RunAnalysis

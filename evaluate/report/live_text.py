@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from matryoshka.checkpoints import Checkpoint
 from matryoshka.config import Config
 from matryoshka.errors import UserError
 
 from ..analysis import load_transcoder
-from ..checkpoint import Checkpoint
 from ..config import EvaluateConfig
 from ..result import TranscoderFacts
 from ..shard_set import open_shards

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matryoshka.checkpoints import Checkpoint
 from matryoshka.run_facts import json_lines, read_run_facts
 from matryoshka.runs import METRICS_FILE, RUN_FILE
 
-from ..checkpoint import Checkpoint
 from ..report_file import Report
 from ..samples_file import SamplesMark
 from .chunks import CHUNK_LATENTS

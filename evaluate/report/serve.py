@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from matryoshka.checkpoints import find_checkpoint
 from matryoshka.errors import UserError
 
 from ..analysis import Progress
-from ..checkpoint import find_checkpoint
 from ..config import EvaluateConfig
 from ..samples_file import SamplesMark
 from ..show import token_text, visible

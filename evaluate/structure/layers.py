@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from matryoshka.checkpoints import Checkpoint, expand_fleets, find_checkpoint
 from matryoshka.config import Config
 from matryoshka.errors import UserError
 from matryoshka.hook_names import split_hook
 from matryoshka.runs import make_directory, publish_json
 
-from ..checkpoint import Checkpoint, expand_fleets, find_checkpoint
 from ..intervention.faithfulness_file import Faithfulness
 from ..report_file import Report
 

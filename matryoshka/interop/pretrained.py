@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from matryoshka.checkpoints import find_checkpoint
 from matryoshka.errors import UserError
 from matryoshka.interop import circuit_tracer, gemma_scope, gemma_scope_2, hub, saelens
 from matryoshka.locations import local_path
-from matryoshka.runs import CHECKPOINTS, RUN_FILE
+from matryoshka.runs import RUN_FILE
 from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE, Transcoder
 
 _FILES = {
@@ -74,7 +75,7 @@ def locate(path: Path) -> tuple[Path, str]:
     """
     if path.is_file() and path.suffix == ".npz":
         return path, "gemma-scope"
-    folder = _newest_checkpoint(path) if (path / RUN_FILE).is_file() else path
+    folder = find_checkpoint(path).folder if (path / RUN_FILE).is_file() else path
     found = _one(find(_relative_files(folder)), str(path))
     return folder / found.folder, found.format
 
@@ -122,18 +123,6 @@ def _read(folder: Path, form: str, *, layer: int | None, norm_kind: str | None, 
     if form == "gemma-scope":
         return gemma_scope.read(folder, layer=layer, model=_gemma_model(repo or str(folder)))
     return circuit_tracer.read(folder, layer=layer, norm_kind=norm_kind)
-
-
-def _newest_checkpoint(run: Path) -> Path:
-    """The finished folder with the highest step; one being written ends in .partial."""
-    steps = {
-        int(match[1]): folder
-        for folder in (run / CHECKPOINTS).glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", folder.name))
-    }
-    if not steps:
-        raise UserError(f"{run} has no checkpoint yet; let `train run` reach its first one")
-    return steps[max(steps)]
 
 
 def _relative_files(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from evaluate.checkpoint import expand_fleets, find_checkpoint
+from matryoshka.checkpoints import expand_fleets, find_checkpoint
 from matryoshka.errors import UserError
 
 

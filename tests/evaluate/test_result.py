@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from evaluate.checkpoint import find_checkpoint
 from evaluate.config import EvaluateConfig
 from evaluate.result import Result, ShardSetFacts, TranscoderFacts, default_folder, result_folder
+from matryoshka.checkpoints import find_checkpoint
 from matryoshka.shards import ShardSet
 
 

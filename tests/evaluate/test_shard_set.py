@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from evaluate.checkpoint import find_checkpoint
 from evaluate.shard_set import names_shards, open_shards
+from matryoshka.checkpoints import find_checkpoint
 from matryoshka.errors import UserError
 from matryoshka.runs import publish_json
 

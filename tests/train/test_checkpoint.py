@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from matryoshka.checkpoints import list_checkpoints
 from matryoshka.errors import UserError
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 from train import checkpoint as module
-from train.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
+from train.checkpoint import prune_checkpoints, save_checkpoint, saved_state
 
 TENSORS = {"W_enc": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7), "threshold": torch.tensor(0.5)}
 
@@ -22,8 +23,8 @@ def make_transcoder() -> Transcoder:
 def test_write_then_read_is_equal(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 7, TENSORS, make_transcoder(), finished=False)
     (found,) = list_checkpoints(tmp_path)
-    assert (found.step, found.finished, found.folder.name) == (7, False, "step-000007")
-    loaded = found.tensors()
+    assert (found.step, found.is_finished, found.folder.name) == (7, False, "step-000007")
+    loaded = saved_state(found.folder)
     assert loaded.keys() == TENSORS.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
     assert Transcoder.load(found.folder).config.group_sizes == (1, 1)
@@ -51,7 +52,7 @@ def test_a_torn_state_is_refused(tmp_path: Path) -> None:
     (found,) = list_checkpoints(tmp_path)
     (found.folder / "optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="delete that folder"):
-        found.tensors()
+        saved_state(found.folder)
 
 
 def test_the_newest_and_every_mth_stay(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from train.ranks import Rank
 
 from train.collectives import among_largest
 from train.entries import Kept
-from train.ranks import Rank
 
 
 def test_a_rank_may_have_fewer_entries_than_it_offers() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from warm_processes import WarmPython
 
-from train.checkpoint import list_checkpoints
+from matryoshka.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.kill
 N_KILLS = int(os.environ.get("MATRYOSHKA_KILLS", "2"))
@@ -76,7 +76,7 @@ def learned(folder: Path) -> dict[str, bytes]:
     for metrics in sorted(folder.rglob("metrics.jsonl")):
         run = metrics.parent
         last = list_checkpoints(run)[-1]
-        assert last.finished
+        assert last.is_finished
         for path in (metrics, *(last.folder / name for name in ("transcoder.safetensors", "optimizer.safetensors"))):
             found[str(path.relative_to(folder))] = path.read_bytes()
     return found

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from matryoshka.checkpoints import list_checkpoints
 from matryoshka.errors import UserError
 from matryoshka.transcoder import Transcoder
-from train.checkpoint import list_checkpoints
 from train.config import TrainConfig
 from train.prefixes import sampled_sizes
 from train.progress import Silent
@@ -96,7 +96,7 @@ class StopAt(Silent):
 
 def learned(folder: Path) -> tuple[bytes, bytes, list[dict[str, float]]]:
     last = list_checkpoints(folder)[-1]
-    assert last.finished
+    assert last.is_finished
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     weights = [(last.folder / name).read_bytes() for name in ("transcoder.safetensors", "optimizer.safetensors")]
     return weights[0], weights[1], [json.loads(line) for line in lines]

@@ -1,4 +1,8 @@
-"""Which weights a RUN argument means: the newest checkpoint of a run, or the folder itself."""
+"""What is on the disk of a run: its checkpoints, which of them is the newest, and whose weights they are.
+
+train writes them (train/checkpoint.py); evaluate, `train export` and `Transcoder.from_pretrained` read the newest. A
+folder that is still being written ends in .partial and is none.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,13 @@ from matryoshka.runs import CHECKPOINTS, FLEET_FILE, RUN_FILE, read_json
 from matryoshka.transcoder import CONFIG_FILE, WEIGHTS_FILE
 
 STATE_FILE = "state.json"
+"""step, and whether the run was finished with it."""
 _STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights to evaluate, and the folder that the report belongs to."""
+    """Weights that a run, or a folder with weights, holds."""
 
     run: Path
     """What the user named: a run, or a folder with weights."""
@@ -50,13 +55,17 @@ class Checkpoint:
         return n_rows if isinstance(n_rows, int) and not isinstance(n_rows, bool) and n_rows > 0 else None
 
 
+def run_folder(folder: Path) -> Path | None:
+    """The run that the weights in `folder` belong to: itself, or two above; None for bare weights."""
+    folder = folder.resolve()
+    runs = (folder, *([folder.parent.parent] if folder.parent.name == CHECKPOINTS else []))
+    return next((run for run in runs if (run / RUN_FILE).is_file()), None)
+
+
 def run_record(folder: Path) -> dict[str, Any]:
     """run.json of the run that the weights in `folder` belong to; empty for bare weights."""
-    parent = folder.resolve().parent
-    for run in (folder, *([parent.parent] if parent.name == CHECKPOINTS else [])):
-        if (run / RUN_FILE).is_file():
-            return read_json(run / RUN_FILE, what="run")
-    return {}
+    run = run_folder(folder)
+    return {} if run is None else read_json(run / RUN_FILE, what="run")
 
 
 def expand_fleets(runs: list[Path]) -> list[Path]:
@@ -92,13 +101,28 @@ def find_checkpoint(run: Path) -> Checkpoint:
             f"{run} is neither a run (it has no {RUN_FILE}) nor a transcoder (no {WEIGHTS_FILE} with {CONFIG_FILE}); "
             "give the folder that `train run` made"
         )
-    steps = {}
-    for folder in (run / CHECKPOINTS).glob("step-*"):
-        match = _STEP.fullmatch(folder.name)
-        if match is not None and folder.is_dir():
-            steps[int(match[1])] = folder
-    if not steps:
-        raise UserError(f"{run} has no checkpoint yet; let `train run` reach its first one, then evaluate again")
-    step = max(steps)
-    state = read_json(steps[step] / STATE_FILE, what="checkpoint")
-    return Checkpoint(run=run, folder=steps[step], step=step, is_finished=state.get("finished") is True)
+    newest = newest_checkpoint(run)
+    if newest is None:
+        raise UserError(f"{run} has no checkpoint yet; let `train run` reach its first one, then try again")
+    return newest
+
+
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """The checkpoint of a run with the highest step, if there is one."""
+    steps = _folders(run)
+    return _read(run, max(steps), steps[max(steps)]) if steps else None
+
+
+def list_checkpoints(run: Path) -> list[Checkpoint]:
+    """The checkpoints of a run, oldest first."""
+    return [_read(run, step, folder) for step, folder in sorted(_folders(run).items())]
+
+
+def _folders(run: Path) -> dict[int, Path]:
+    found = ((_STEP.fullmatch(folder.name), folder) for folder in (run / CHECKPOINTS).glob("step-*"))
+    return {int(match[1]): folder for match, folder in found if match is not None and folder.is_dir()}
+
+
+def _read(run: Path, step: int, folder: Path) -> Checkpoint:
+    state = read_json(folder / STATE_FILE, what="checkpoint")
+    return Checkpoint(run=run, folder=folder, step=step, is_finished=state.get("finished") is True)
