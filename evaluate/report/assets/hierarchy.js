@@ -27,7 +27,8 @@ Report.pages.hierarchy = async (main, argument, query) => {
     el("div", { class: "controls" }, where, search, el("label", {}, "inside at least", least), el("label", {}, "by", order),
       el("label", {}, alone, "without a parent in later groups too"), count), note);
   const list = el("ul", { class: "nest", id: "nest" }), burst = el("div", { class: "burst", id: "burst" });
-  main.append(el("div", { class: "nest-grid" }, burst, list));
+  const grid = el("div", { class: "nest-grid" }, burst, list);
+  main.append(grid);
 
   const aside = (i) => typeof found?.get(i) === "number" ? `${percent(found.get(i))} on it` : nest.below[i] ? `${whole(nest.below[i])} inside` : "";
   function line(i, open = false) {
@@ -88,6 +89,7 @@ Report.pages.hierarchy = async (main, argument, query) => {
     count.textContent = `${whole(roots.length)} shown; ${whole(nested)} of ${whole(n - first)} later latents have a parent`;
     note.textContent = searchNote(found, where.value);
     note.hidden = !found;
+    grid.classList.toggle("searched", Boolean(found));
     if (roots.length && (focus < 0 || (found && !found.has(focus)))) focus = roots[0];
     // The one of the address comes first, open, where nothing is looked for.
     const named = argument !== undefined && !found && focus >= 0 ? nest.path(focus)[0] : -1;

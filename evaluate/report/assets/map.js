@@ -53,11 +53,12 @@ Report.pages.map = async (main, _, query) => {
       pen.fillStyle = hue(group - 1);
       const size = Math.max(1.6, 4.6 - group) * near;
       for (const dim of [true, false]) {
-        pen.globalAlpha = dim ? 0.13 : 0.8;
+        pen.globalAlpha = dim ? 0.13 : found ? 1 : 0.8;
         for (let i = 0; i < map.latent.length; i++) {
           if (groups[map.latent[i]] !== group || (found ? !found.has(i) : lit >= 0 && map.cluster[i] !== lit) !== dim) continue;
           const x = (map.x[i] - view.x) * view.scale, y = (map.y[i] - view.y) * view.scale;
-          if (x > -5 && y > -5 && x < width() + 5 && y < height() + 5) pen.fillRect(x - size / 2, y - size / 2, size, size);
+          const side = found && !dim ? Math.max(5, size) : size;
+          if (x > -5 && y > -5 && x < width() + 5 && y < height() + 5) pen.fillRect(x - side / 2, y - side / 2, side, side);
         }
       }
     }

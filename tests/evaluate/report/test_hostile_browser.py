@@ -136,6 +136,14 @@ def test_a_search_without_a_hit(browser: Any, measured: Path, page: str) -> None
     assert not full.one("#count").text.startswith("0 ")
 
 
+def test_what_was_found_comes_first_on_a_phone(browser: Any, measured: Path) -> None:
+    full = browser.on(measured)
+    full.resize(390, 800)
+    for route, is_first in {"#/hierarchy?q=word7": True, "#/hierarchy": False}.items():
+        full.go(route, "hierarchy")
+        assert (full.one("#nest").location["y"] < full.one("#burst").location["y"]) == is_first
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_run_of_a_long_name(browser: Any, index: Path, tmp_path: Path, width: int) -> None:
     folder, name = tmp_path / "report", "r" * 240
