@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from train.ranks import Rank
 
+from matryoshka.ranks import Rank
 from train.collectives import among_largest
 from train.entries import Kept
 
