@@ -115,7 +115,8 @@ def test_default_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert default_shards_path(17) == Path("data/l17")
     assert default_run_path(Path("data/l17"), 96) == Path("data/runs/l17-k96")
     monkeypatch.chdir(tmp_path)
-    assert default_run_path(Path("."), 3) == Path(f"runs/{tmp_path.name}-k3")
+    # Beside the set here too: `.` has no name, so its folder is written out.
+    assert default_run_path(Path("."), 3) == tmp_path.resolve().parent / "runs" / f"{tmp_path.name}-k3"
 
 
 def test_directories(tmp_path: Path) -> None:
