@@ -149,7 +149,7 @@ class HarvestConfig(Config):
             raise UserError("several sources and targets each say their layers, as 8:resid_mid,9:resid_mid")
         if not layers:
             return tuple(HookPair(Site.parse(s), Site.parse(t)) for s, t in zip(self.source, self.target, strict=True))
-        (source,), (target,) = self.source, self.target
+        source, target = self.source[0], self.target[0]
         return tuple(HookPair(_site(source, layer), _site(target, layer)) for layer in layers)
 
     def members(self) -> tuple[HarvestConfig, ...]:
