@@ -67,18 +67,18 @@ def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int, low: torch.dtype |
     batch, d_sae = x.shape[0], W_enc.shape[0]
     operand = low_copy(x, low)
     width = min(d_sae, max(64, TILE_BYTES // (operand.element_size() * batch)))
-    found = []
+    rough, where = [], []
     for start in range(0, d_sae, width):
         tile = slice(start, min(start + width, d_sae))
         pre = torch.addmm(low_copy(b_enc[tile], low), operand, low_copy(W_enc[tile], low).t())
         best = pre.view(-1).topk(min(n, pre.numel()), sorted=False)
         row = best.indices.div(pre.shape[1], rounding_mode="floor")
-        found.append((best.values, best.indices + row * (d_sae - pre.shape[1]) + start))
-    values, where = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
-    if len(found) == 1:
-        return values, where
-    best = values.topk(n, sorted=False)
-    return best.values, where[best.indices]
+        rough.append(best.values)
+        where.append(best.indices + row * (d_sae - pre.shape[1]) + start)
+    if len(rough) == 1:
+        return rough[0], where[0]
+    best = torch.cat(rough).topk(n, sorted=False)
+    return best.values, torch.cat(where)[best.indices]
 
 
 def _split(where: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:

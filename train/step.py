@@ -1,8 +1,9 @@
 """One training step: encode, BatchTopK, nested loss and aux loss, gradients, clip, Adam, unit decoder rows, counters.
 
-The equations are in `nested.py`; the work is in `selection.py` (encoder and BatchTopK), `sparse.py` or `dense.py`
-(everything behind it), `dead.py` (aux entries) and `update.py` (weights). Everything that is carried to the next step
-lies in `StepState`, so a run that saves and loads it goes on as if never interrupted (bit for bit on the CPU).
+The equations are in `nested.py`; the work is in `selection.py` or, on a GPU, `batch_search.py` (encoder and BatchTopK),
+`sparse.py` or `dense.py` (everything behind it), `dead.py` (aux entries) and `update.py` (weights). Everything that is
+carried to the next step and decides anything is in `StepState`, so a run that saves and loads it goes on as if never
+interrupted (bit for bit on the CPU).
 """
 
 import math

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -11,6 +12,7 @@ from benchmarks.ledger.counting import Counter, Operation, by_file
 from benchmarks.ledger.fake_cuda import fake_device
 from benchmarks.ledger.recipes import Recipe
 from matryoshka.norms import Norm
+from train.backend import Backend, Precision
 from train.conditioning import Conditioning
 from train.initial import initial_state
 from train.memory import member_need
@@ -61,7 +63,9 @@ class Count:
         return [operation for operation in self.step if operation.phase != "conditioning"]
 
 
-def count(recipe: Recipe, *, precision: str, backend: str = "auto", dead_share: float = 0.0) -> Count:
+def count(
+    recipe: Recipe, *, precision: Precision, backend: Backend | Literal["auto"] = "auto", dead_share: float = 0.0
+) -> Count:
     """Train `recipe` on a fake GPU for three steps, of which the second is counted and the third logs."""
     # What the host reads where it waits for the device: checks pass, no batch was bad, and so many latents are dead.
     numbers = {bool: True, int: round(dead_share * recipe.d_sae), float: 0.0}
@@ -95,7 +99,9 @@ def count(recipe: Recipe, *, precision: str, backend: str = "auto", dead_share: 
     )
 
 
-def count_for_real(recipe: Recipe, *, precision: str, backend: str, dead_share: float = 0.0) -> list[Operation]:
+def count_for_real(
+    recipe: Recipe, *, precision: Precision, backend: Backend | Literal["auto"], dead_share: float = 0.0
+) -> list[Operation]:
     """The operations of the CUDA branch's second step, run on the CPU with numbers: for sizes that a test can take."""
     with Counter(torch.device("cpu"), _phase) as counter:
         step, conditioning = start(recipe, torch.device("cpu"), precision=precision, backend=backend)
@@ -109,7 +115,9 @@ def count_for_real(recipe: Recipe, *, precision: str, backend: str, dead_share: 
         return counter.operations
 
 
-def start(recipe: Recipe, device: torch.device, *, precision: str, backend: str) -> tuple[TrainStep, Conditioning]:
+def start(
+    recipe: Recipe, device: torch.device, *, precision: Precision, backend: Backend | Literal["auto"]
+) -> tuple[TrainStep, Conditioning]:
     """A run of `recipe` before its first step, with a norm and latents that start from pairs."""
     config, plan, d = recipe.config, recipe.plan(), recipe.d
     conditioning = Conditioning(
