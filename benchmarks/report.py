@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from evaluate.analyses import load_analysis
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
@@ -61,7 +62,8 @@ def wide_report(out: Path, n_latents: int) -> Path:
     run = random_run(out / "wide", n_latents, generator)
     config = EvaluateConfig.model_validate({"shards": shards.path, "device": "cpu", **SETTINGS})
     (evaluation,) = answer(RunAnalysis(), [run], config)
-    random_tables(evaluation.path.parent, evaluation.result.transcoder.model_dump(), n_latents)
+    facts = {"transcoder": evaluation.result.transcoder, "shard_set": evaluation.result.shard_set, "settings": {}}
+    random_tables(evaluation.path.parent, facts, n_latents)
     return make_report(run, config, tokenizer=str(random_words(out / "tokenizer"))).index
 
 
@@ -136,7 +138,7 @@ def random_run(path: Path, n_latents: int, generator: torch.Generator) -> Path:
     return path
 
 
-def random_tables(folder: Path, transcoder: dict[str, Any], n_latents: int) -> None:
+def random_tables(folder: Path, facts: dict[str, Any], n_latents: int) -> None:
     """Five parents, a place and twenty tokens for each latent, in the files of the commands that measure them."""
     rng = np.random.default_rng(0)
     first = n_latents // 16
@@ -165,9 +167,14 @@ def random_tables(folder: Path, transcoder: dict[str, Any], n_latents: int) -> N
     }
     for name, columns in {"hierarchy": edges, "clusters": places, "cofiring": partners, "logits": tokens}.items():
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
-    mark = {"format_version": 1, "transcoder": transcoder}
-    publish_json(folder / "hierarchy.json", {**mark, "clusters": {}, "groups": [], "pairs": []})
-    publish_json(folder / "logits.json", mark)
+    clusters = {"n_clusters": 500, "n_directions": n_latents, "share_clustered": 1.0, "share_mixed": None}
+    none = {"n_rows": 1, "fvu_without_latents": None, "groups": (), "pairs": (), "n_edges": len(child)}
+    for name, record in {
+        "hierarchy": {**none, "clusters": clusters},
+        "logits": {"norm": "rms", "n_tokens": N_TOKENS},
+    }.items():
+        result = load_analysis(name).result.model_validate({**facts, **record})
+        publish_json(folder / result.FILE, result.model_dump(mode="json"))
 
 
 def sizes(folder: Path) -> None:
