@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any
 
 import typer
@@ -65,12 +66,12 @@ def run(given: Given[HarvestConfig]) -> None:
 @with_settings(HarvestConfig, "harvest", usual=USUAL)
 def plan(given: Given[HarvestConfig]) -> None:
     """Say what `harvest run` with the same options would need: disk and, after a warm-up, time. Writes nothing."""
-    from matryoshka.terminal import next_command, result
+    from matryoshka.terminal import next_command, note, result
 
     from .progress import describe
     from .run import plan as estimate_of
 
-    result(describe(estimate_of(given.settings)))
+    result(describe(estimate_of(given.settings, functools.partial(note, warning=True))))
     next_command("harvest", "run", *given.words())
 
 

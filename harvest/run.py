@@ -113,8 +113,9 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
         return [target.result(written[target.folder]) for target in targets]
 
 
-def plan(config: HarvestConfig) -> Estimate:
-    """What `harvest` would cost now, measured by two forward passes; nothing is written.
+def plan(config: HarvestConfig, noted: Callable[[str], None] = lambda _: None) -> Estimate:
+    """What `harvest` would cost now, measured by two forward passes; nothing is written. `noted` is told when the text
+    is known to be too short.
 
     Raises UserError as `harvest` does before it starts, except that a disk which is too small is no error here.
     """
@@ -123,6 +124,9 @@ def plan(config: HarvestConfig) -> Estimate:
     if not todo:
         return estimate_nothing(config)
     lm, sets, passes = _prepare(config, todo, ranks, BadLines())
+    for one in passes:
+        # The first job alone: one that is short has read the whole text.
+        next(noting_the_end(iter([one.first["val"]]), one.sets[0].manifest.splits, noted))
     capture = Capture(lm, _FIRST_BATCH if config.batch_size == "auto" else config.batch_size)
     if config.batch_size == "auto":
         capture.batch_size = _tuned(capture, passes[0])

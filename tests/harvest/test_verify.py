@@ -260,6 +260,14 @@ def test_plan_writes_nothing(cli: Cli, arguments: list[str], tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_says_that_the_text_is_too_short(cli: Cli, arguments: list[str], tmp_path: Path) -> None:
+    code, _, err = cli("plan", *arguments[1:], "--tokens", "40k", "--out", str(tmp_path / "out"))
+    assert code == 0
+    found = re.match(r"the text is shorter than --tokens: val has (\d+) of the 250 contexts that were planned", err)
+    assert found is not None, err
+    assert 0 < int(found[1]) < 250
+
+
 def test_plan_is_of_what_is_missing_and_exact_once_a_shard_is_there(made: Path, cli: Cli, arguments: list[str]) -> None:
     """The bytes to 5 percent, from the bytes per token of what is there."""
     records = ShardSet.open(made).records
