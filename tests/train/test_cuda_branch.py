@@ -169,3 +169,15 @@ def test_the_step_is_the_same_bits_when_it_is_taken_again():
         found.append(state.tensors())
     for name, tensor in found[0].items():
         assert torch.equal(found[1][name], tensor), name
+
+
+def test_a_cpu_takes_fp32_for_fp16():
+    found = []
+    for precision in ("fp32", "fp16"):
+        state = make_state()
+        step = TrainStep(replace(SETTINGS, precision=precision), state, "cpu")
+        take(step, make_batches(), lr=1e-2, sampled=False, spoilt=None)
+        assert step.precision == "fp32"
+        found.append(state.tensors())
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
