@@ -168,7 +168,9 @@ def test_a_run_stands_for_its_newest_checkpoint(make: Make, tmp_path: Path) -> N
     with pytest.raises(UserError, match="no checkpoint yet"):
         Transcoder.from_pretrained(tmp_path)
     for step in (900, 1000):
-        make(seed=step).save(tmp_path / "checkpoints" / f"step-{step:06d}")
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        make(seed=step).save(folder)
+        publish_json(folder / "state.json", {"format_version": 1, "step": step, "finished": False})
     make(seed=5).save(tmp_path / "checkpoints" / "step-002000.partial")
     assert torch.equal(Transcoder.from_pretrained(tmp_path).W_enc, make(seed=1000).W_enc)
 
