@@ -156,7 +156,7 @@ def test_layers_with_one_recipe(tmp_path: Path) -> None:
         ("harvest: {layer: 3}\nlayers: {3: {tokens: 1M}}", "needs harvest.layers"),
         ("harvest: {layers: [3]}\nlayers: {4: {tokens: 1M}}", r"4 is none of harvest.layers = \[3\]"),
         ("harvest: {layers: [3]}\nlayers: {3: {k: 4}}", "3 can have tokens and train"),
-        ("harvest: {layers: [3, 4]}\nlayers: {3: {tokens: 1M}}\ntrain: {k: 4}", "say harvest.tokens"),
+        ("harvest: {layers: [3, 4]}\nlayers: {3: {tokens: 1M}}\ntrain: {k: 4}", "give harvest.tokens"),
         ("harvest: {layers: [3, 4]}\ntrain: {k: 4, out: here}", r"train.out has to hold \{layer\}"),
         ("harvest: {layers: [3, 4]}", "train.k is missing"),
         ("harvest: {layers: all}", "expected numbers of blocks and ranges of them, .* found 'all'"),
