@@ -27,11 +27,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from evaluate.analyses.reconstruction.row_pass import Measurement
+from evaluate.analyses.samples.sampling import Choice, Sampling
 from evaluate.config import EvaluateConfig
-from evaluate.measure import Measurement
-from evaluate.rows import count_rows, input_and_target, row_batches
-from evaluate.sampling import Choice, Sampling, context_blocks, count_contexts
-from evaluate.windows import WindowShape
+from evaluate.rows.batches import count_rows, input_and_target, row_batches
+from evaluate.rows.context_blocks import context_blocks, count_contexts
+from evaluate.rows.windows import WindowShape
 from matryoshka.checkpoints import find_checkpoint
 from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet

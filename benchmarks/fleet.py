@@ -33,6 +33,7 @@ import torch
 
 from benchmarks.copied_sets import copy_set
 from matryoshka.shards import ShardSet
+from train.batches.stream import Batch, Stream
 from train.config import TrainConfig
 from train.fleet import members
 from train.member import Member
@@ -40,8 +41,7 @@ from train.memory import member_need, reckoned
 from train.plan import make_plan
 from train.progress import Silent
 from train.run import train_fleet
-from train.step import StepReport
-from train.stream import Batch, Stream
+from train.step.step import StepReport
 
 BATCH = 2048
 N_HELD = 24

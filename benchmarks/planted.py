@@ -7,7 +7,7 @@
 
 Both train with the same k, width, steps, learning rate, seed and rows; only the groups differ. Columns, means over the
 seeds (+- standard deviation):
-    absorbed   share of the rows with a child on which no latent of the parent fires (evaluate/probing/planted.py)
+    absorbed   share of the rows with a child on which no latent of the parent fires (benchmarks/planted_trees.py)
     alone      the same share over the rows with the parent and no child: what is missed for other reasons
     cosine     of its nearest latent's decoder row with the parent's true direction at the target
     FVU, L0    on held-out rows, in threshold mode
@@ -27,12 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate.probing.absorption import score_rows
-from evaluate.probing.codes import encode_rows
-from evaluate.probing.main_latents import find_main_latents
-from evaluate.probing.planted import PlantedRows, PlantedTrees, planted_absorption, write_planted
-from evaluate.probing.probe import fit_probe
-from evaluate.probing.readback import fit_readback, norm_directions
+from benchmarks.planted_trees import PlantedRows, PlantedTrees, planted_absorption, write_planted
+from evaluate.analyses.absorption.main_latents import find_main_latents
+from evaluate.analyses.absorption.readback import fit_readback, norm_directions
+from evaluate.analyses.absorption.scores import score_rows
+from evaluate.measures.codes import encode_rows
+from evaluate.measures.probe import fit_probe
 from matryoshka.transcoder import Transcoder
 from train.config import TrainConfig
 from train.run import train

@@ -25,7 +25,6 @@ from evaluate.analyses import load_analysis
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
-from evaluate.run import RunAnalysis
 from matryoshka.runs import publish_json
 from matryoshka.shards import Manifest, ShardSet, ShardSetWriter, SiteFacts, SplitPlan
 from matryoshka.transcoder import Transcoder, TranscoderConfig

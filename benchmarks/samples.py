@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from evaluate.sampling import Choice, Sampling, context_blocks
-from evaluate.windows import WindowShape
+from evaluate.analyses.samples.sampling import Choice, Sampling
+from evaluate.rows.context_blocks import context_blocks
+from evaluate.rows.windows import WindowShape
 from matryoshka.checkpoints import find_checkpoint
 from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.shards import ShardSet
-from train.stream import Stream
+from train.batches.stream import Stream
 
 ROOT = Path(__file__).resolve().parents[1]
 MIN_CHARACTERS = 20

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
-from train.step import StepSettings, StepState, TrainStep
+from train.step.step import StepSettings, StepState, TrainStep
 
 Step = Callable[[], object]
 

@@ -25,9 +25,9 @@ from matryoshka.config import load_config
 from matryoshka.runs import read_json
 from matryoshka.shards import ShardSet
 from matryoshka.shards.direct import open_files
+from train.batches.stream import Stream
 from train.config import TrainConfig
 from train.run import train
-from train.stream import Stream
 
 
 def best(rounds: int, contestants: dict[str, Callable[[], int]]) -> dict[str, float]:

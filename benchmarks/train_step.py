@@ -31,7 +31,7 @@ from benchmarks.step_contestants import (
     make_ours,
     make_saelens,
 )
-from train.step import StepState
+from train.step.step import StepState
 
 
 def timed(steps: dict[str, Step], rounds: int, warmup: int = 3) -> dict[str, list[float]]:

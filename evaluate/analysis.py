@@ -24,10 +24,10 @@ from matryoshka.tables import ResultTable
 from matryoshka.transcoder import Transcoder
 
 from .config import EvaluateConfig
-from .fits import check_fits
 from .result import Result, ShardSetFacts, TranscoderFacts, identity_of, result_folder
 from .resume import Unfinished, unfinished
-from .shard_set import open_shards
+from .subject.fits import check_fits
+from .subject.shard_set import open_shards
 
 
 class Progress(Protocol):

@@ -10,9 +10,9 @@ import typer
 from matryoshka.locations import expand
 from matryoshka.options import Given, with_paths
 
+from .commands.language_model import ablate, faithfulness, logits, steer
+from .commands.options import DRAWS, ROWS, Run, Runs, Tokenizer, evaluating
 from .config import EvaluateConfig
-from .intervention.commands import ablate, faithfulness, logits, steer
-from .options import DRAWS, ROWS, Run, Runs, Tokenizer, evaluating
 
 app = typer.Typer(
     add_completion=False,
@@ -36,8 +36,8 @@ def run(
     runs: Runs,
 ) -> None:
     """FVU, L0, cosine, dead and dense latents of each nested prefix, as a table and as RUN/eval/.../report.json."""
-    from .next_step import then_report
-    from .screen import measure
+    from .commands.next_step import then_report
+    from .commands.screen import measure
 
     measure("run", runs, given.settings)
     then_report(runs, given.flags.get("shards"))
@@ -58,10 +58,10 @@ def compare(
     ],
 ) -> None:
     """FVU of transcoders of any origin at equal L0 on identical held-out rows, with 95% intervals."""
-    from .compare import compare, comparison_path
-    from .compare_screen import comparison_table
-    from .next_step import then_match
-    from .screen import Screen
+    from .analyses.compare.compare import compare, comparison_path
+    from .analyses.compare.table import comparison_table
+    from .commands.next_step import then_match
+    from .commands.screen import Screen
 
     with Screen() as screen:
         result = compare(transcoders, given.settings, screen)
@@ -76,8 +76,8 @@ def samples(
     runs: Runs,
 ) -> None:
     """The contexts in which each latent fires most, in which it fires at all, and in which it does not."""
-    from .next_step import then_report
-    from .screen import measure
+    from .commands.next_step import then_report
+    from .commands.screen import measure
 
     measure("samples", runs, given.settings)
     then_report(runs, given.flags.get("shards"))
@@ -93,8 +93,8 @@ def show(
     top: Annotated[int | None, typer.Option(min=1, help="Only the N windows of largest activations. (all)")] = None,
 ) -> None:
     """Print one latent: histogram, logit tokens, parents, and its windows with the tokens shaded by activation."""
-    from .next_step import then_ablate
-    from .show import show_latent
+    from .commands.next_step import then_ablate
+    from .report.show import show_latent
 
     show_latent(run, latent, shards, tokenizer, top)
     then_ablate(run, [latent], shards)
@@ -110,11 +110,11 @@ def report(
     """Pages to browse a run and each of its latents, or all runs of a fleet; they open from the disk."""
     from matryoshka.checkpoints import expand_fleets
 
-    from .next_step import then_report, then_serve
+    from .commands.next_step import then_report, then_serve
+    from .commands.screen import Screen
     from .report.build import make_report
     from .report.fleet import is_fleet, make_fleet_report
-    from .screen import Screen
-    from .wandb_report import log_pages
+    from .report.wandb_report import log_pages
 
     with Screen("report") as screen:
         if is_fleet(runs):
@@ -142,8 +142,8 @@ def serve(
     tokenizer: Tokenizer = None,
 ) -> None:
     """The pages of `report` on 127.0.0.1, where you try texts, steer, and keep your notes on latents."""
+    from .commands.screen import Screen
     from .report.serve import serve_report
-    from .screen import Screen
 
     with Screen("report") as screen:
         served = serve_report(run, given.settings, port=port, tokenizer=tokenizer, progress=screen)
@@ -157,8 +157,8 @@ def hierarchy(
     runs: Runs,
 ) -> None:
     """Feature splitting and co-activation: which latents imply which or fire together, and what each group adds."""
-    from .next_step import then_report
-    from .screen import measure
+    from .commands.next_step import then_report
+    from .commands.screen import measure
 
     measure("hierarchy", runs, given.settings)
     then_report(runs, given.flags.get("shards"))
@@ -172,8 +172,8 @@ def absorption(
     tokenizer: Tokenizer = None,
 ) -> None:
     """Absorption (SAEBench's two scores): first-letter latents that are silent because a more specific one fires."""
-    from .next_step import then_report
-    from .screen import measure
+    from .commands.next_step import then_report
+    from .commands.screen import measure
 
     measure("absorption", runs, given.settings, tokenizer=tokenizer)
     then_report(runs, given.flags.get("shards"))
@@ -190,8 +190,8 @@ def probing(
     tokenizer: Tokenizer = None,
 ) -> None:
     """k-sparse probing: how well a few latents classify known labels, beside a probe on the whole input."""
-    from .next_step import then_report
-    from .screen import measure
+    from .commands.next_step import then_report
+    from .commands.screen import measure
 
     measure("probing", runs, given.settings, labels=labels, tokenizer=tokenizer)
     then_report(runs, given.flags.get("shards"))
@@ -215,10 +215,10 @@ def match(
     ] = None,
 ) -> None:
     """Latent matching between two transcoders: decoder cosine (MMCS) and activation correlation."""
-    from .screen import Screen
-    from .structure.matching import match
-    from .structure.matching_file import MATCHING_FILE
-    from .structure.relations_screen import matching_table
+    from .analyses.match.match import match
+    from .analyses.match.result import MATCHING_FILE
+    from .analyses.match.table import matching_table
+    from .commands.screen import Screen
 
     with Screen("match") as screen:
         matching = match(one, other, given.settings, other_shards=other_shards, progress=screen)
@@ -232,9 +232,9 @@ def layers(
     out: Annotated[Path | None, typer.Option(help="Folder for layers.json. (it is only printed)")] = None,
 ) -> None:
     """The reports of runs on different shard sets, such as layers 8, 12 and 17, in one table. Measures nothing."""
-    from .screen import Screen
-    from .structure.layers import LAYERS_FILE, compare_layers
-    from .structure.relations_screen import layers_table
+    from .commands.screen import Screen
+    from .report.layers import LAYERS_FILE, compare_layers
+    from .report.layers_table import layers_table
 
     screen = Screen()
     screen.table(layers_table(compare_layers(runs, out)), None if out is None else out / LAYERS_FILE)

@@ -24,7 +24,7 @@ from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 from .config import EvaluateConfig
-from .held_out import ValUnit, rows_of
+from .subject.held_out import ValUnit, rows_of
 
 
 class TranscoderFacts(Config):

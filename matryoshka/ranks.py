@@ -2,7 +2,7 @@
 
 harvest: rank r makes the shards of the jobs r, r + N, ... and nothing else; which text is in a shard does not depend on
 N, results pass through the disk, and all that the ranks tell each other is that a stage is over. train: the runs of a
-fleet are dealt to ranks, or every step is taken by all of them together (train/communicator.py).
+fleet are dealt to ranks, or every step is taken by all of them together (train/step/communicator.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Matryoshka transcoder as it is used: read, run, saved. Training keeps its own weights (train/step.py).
+"""The Matryoshka transcoder as it is used: read, run, saved. Training keeps its own weights (train/step/step.py).
 
 A saved transcoder is a folder with `transcoder.safetensors` and `config.json`. Conditioning and scales are folded
 into the weights, so the input is the activation itself, in the convention that config.json names.

@@ -30,9 +30,9 @@ OWNERS = {
     "wandb": ("matryoshka/wandb_runs.py",),
     "yaml": ("matryoshka/config.py", "matryoshka/pipeline.py", "matryoshka/interop/circuit_tracer.py"),
     "obstore": ("matryoshka/shards/",),
-    "umap": ("evaluate/structure/clusters.py",),
-    "sklearn": ("evaluate/structure/clusters.py", "evaluate/probing/probe.py"),
-    "scipy": ("evaluate/probing/codes.py",),
+    "umap": ("evaluate/analyses/hierarchy/clusters.py",),
+    "sklearn": ("evaluate/analyses/hierarchy/clusters.py", "evaluate/measures/probe.py"),
+    "scipy": ("evaluate/measures/codes.py",),
     "sae_lens": (),
     "pickle": (),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluate.probing.planted import PlantedAbsorption, PlantedTrees, planted_absorption, write_planted
+from benchmarks.planted_trees import PlantedAbsorption, PlantedTrees, planted_absorption, write_planted
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 from train.config import TrainConfig

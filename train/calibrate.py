@@ -7,9 +7,9 @@ from torch import Tensor
 
 from matryoshka.ranks import Rank
 
-from .conditioning import Conditioning
-from .set_aside import SetAside
-from .step import StepState
+from .batches.conditioning import Conditioning
+from .batches.set_aside import SetAside
+from .step.step import StepState
 
 _MAX_ROWS = 2048
 _ELEMENTS = 1 << 23

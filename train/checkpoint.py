@@ -17,7 +17,7 @@ from matryoshka.errors import UserError
 from matryoshka.runs import CHECKPOINTS, FORMAT_VERSION, fsync_path, publish_json
 from matryoshka.transcoder import Transcoder
 
-from .slices import LatentSlice, is_by_latent
+from .distributed.latent_slice import LatentSlice, is_by_latent
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 

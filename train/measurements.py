@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from .step import StepReport
+from .step.step import StepReport
 
 
 def measurements(report: StepReport, group_sizes: tuple[int, ...]) -> dict[str, float]:

@@ -15,24 +15,24 @@ from matryoshka.checkpoints import list_checkpoints, newest_checkpoint
 from matryoshka.ranks import Rank
 from matryoshka.transcoder import Transcoder, TranscoderConfig
 
+from .batches.conditioning import Conditioning
+from .batches.device_batch import Rows
+from .batches.set_aside import SetAside
 from .calibrate import calibrate_threshold
 from .checkpoint import prune_checkpoints, save_checkpoint, saved_state
-from .conditioning import Conditioning
-from .features import LatentsOverRanks
+from .distributed.latent_slice import LatentSlice, is_by_latent
+from .distributed.latents_over_ranks import LatentsOverRanks
+from .distributed.rows_over_ranks import RowsOverRanks
 from .fleet import MemberConfig
-from .initial import initial_state
 from .measurements import measurements
 from .memory import give_back
-from .parallel import RowsOverRanks
 from .plan import Plan
 from .prefixes import sampled_sizes
 from .record import publish_parked, publish_session
-from .rows import Rows
 from .saving import BackgroundWriter
-from .set_aside import SetAside
 from .sinks import JsonlSink, MetricSink, WandbSink
-from .slices import LatentSlice, is_by_latent
-from .step import NonFiniteLoss, StepReport, StepSettings, StepState, TrainStep
+from .step.initial import initial_state
+from .step.step import NonFiniteLoss, StepReport, StepSettings, StepState, TrainStep
 
 Outcome = Literal["training", "finished", "parked", "stopped"]
 FirstRows = Callable[[int, int], tuple[Tensor, Tensor]]

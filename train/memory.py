@@ -13,14 +13,14 @@ import torch
 
 from matryoshka.errors import UserError
 
-from .backend import choose_backend, search_type
 from .calibrate import rows_at_once
 from .config import TrainConfig
 from .plan import Plan
-from .step import BLOCK_LATENTS
+from .step.backend import choose_backend, search_type
+from .step.step import BLOCK_LATENTS
 
 _SELECTION = 8 << 20
-"""Scratch in which a step looks for the activations to keep, of each member on a CPU (train/selection.py)."""
+"""Scratch in which a step looks for the activations to keep, of each member on a CPU (train/step/selection.py)."""
 _HOLES = 1.2
 """The C library keeps a part of what is freed, in pieces (benchmarks/fleet.py --tables memory)."""
 

@@ -10,7 +10,7 @@ from matryoshka.progress import ProgressDisplay, in_notebook
 from matryoshka.terminal import note
 
 from .member import Entry, Outcome
-from .step import StepReport
+from .step.step import StepReport
 
 _MANY = 4
 """Runs of which more are not introduced one by one."""

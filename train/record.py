@@ -21,10 +21,10 @@ from matryoshka.shards import Manifest, ShardSet
 from matryoshka.shards.manifest import SPLITS
 from matryoshka.shards.records import read_manifest
 
+from .batches.stream import ORDER
 from .config import TrainConfig
 from .fleet import STREAM_SETTINGS
 from .plan import Plan
-from .stream import ORDER
 
 PARKED_FILE = "parked.json"
 _GONE = {"init_scale": 1.0}

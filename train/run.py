@@ -23,7 +23,10 @@ from matryoshka.runs import RUN_FILE, exclusive, make_directory
 from matryoshka.shards import ShardSet
 from matryoshka.wandb_runs import check_login
 
-from .conditioning import Conditioning
+from .batches.conditioning import Conditioning
+from .batches.device_batch import Rows
+from .batches.set_aside import SetAside
+from .batches.stream import Stream
 from .config import TrainConfig
 from .fleet import MemberConfig, fleet_folder, is_fleet, members
 from .interrupt import SharedStopRequest
@@ -41,10 +44,7 @@ from .record import (
     stream_record,
 )
 from .result import FleetResult, TrainResult
-from .rows import Rows
 from .saving import BackgroundWriter
-from .set_aside import SetAside
-from .stream import Stream
 
 _INIT_SEED = 0x1A17
 """Mixed into the seed of the rows that latents start from, so that they are not the rows of the first batches."""

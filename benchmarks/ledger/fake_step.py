@@ -12,14 +12,12 @@ from benchmarks.ledger.counting import Counter, Operation, by_file
 from benchmarks.ledger.fake_cuda import fake_device
 from benchmarks.ledger.recipes import Recipe
 from matryoshka.norms import Norm
-from train.backend import Backend, Precision
-from train.conditioning import Conditioning
-from train.initial import initial_state
+from train.batches.conditioning import Conditioning
 from train.memory import member_need
 from train.prefixes import sampled_sizes
-from train.rows import Rows
-from train.step import StepSettings, TrainStep
-from train.stream import Batch
+from train.step.backend import Backend, Precision
+from train.step.initial import initial_state
+from train.step.step import StepSettings, TrainStep
 
 PHASES = ("conditioning", "select", "dead latents", "gradients", "norm", "update", "counters")
 _phase = by_file(

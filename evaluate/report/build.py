@@ -26,16 +26,16 @@ from matryoshka.errors import UserError
 from matryoshka.runs import publish_json
 from matryoshka.transcoder import Transcoder
 
+from ..analyses.logits.logits import LOGITS_FILE, LogitTokens
+from ..analyses.reconstruction.result import LATENTS_FILE, Report
+from ..analyses.reconstruction.run import RunAnalysis
+from ..analyses.samples.files import SAMPLES_FOLDER, SamplesMark, all_windows, read_histograms
+from ..analyses.samples.samples import SamplesAnalysis, find_samples
 from ..analysis import Progress, Silent, answer
 from ..config import EvaluateConfig
-from ..intervention.logits import LOGITS_FILE, LogitTokens
-from ..report_file import LATENTS_FILE, Report
 from ..result import ShardSetFacts, TranscoderFacts
-from ..run import RunAnalysis
-from ..samples import SamplesAnalysis, find_samples
-from ..samples_file import SAMPLES_FOLDER, SamplesMark, all_windows, read_histograms
-from ..shard_set import open_shards
-from ..show import token_text, visible
+from ..rows.token_text import token_text, visible
+from ..subject.shard_set import open_shards
 from .chunks import ChunkWriter
 from .data_file import write_data
 from .directions import nearest_directions
@@ -164,7 +164,7 @@ def read_pages_mark(folder: Path) -> PagesMark | None:
 
 
 def _texts(mark: SamplesMark, near: Path, tokenizer: str | None, notes: list[str]) -> Callable[[int], str]:
-    text = token_text(mark, near, tokenizer, notes.append)
+    text = token_text(mark.tokenizer, mark.shard_set.model_revision, near, tokenizer, notes.append)
     return cache(lambda token: visible(text(token)))
 
 

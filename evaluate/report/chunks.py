@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..intervention.logits import LogitTokens
-from ..samples_file import Histogram, Window
+from ..analyses.logits.logits import LogitTokens
+from ..analyses.samples.files import Histogram, Window
 from .ablation import ablation_facts
 from .data_file import write_data
 from .matches import Matches

@@ -12,10 +12,10 @@ from matryoshka.errors import UserError
 from matryoshka.run_facts import json_lines, seconds_of
 from matryoshka.runs import FLEET_FILE, METRICS_FILE, RUN_FILE, TIMING_FILE, make_directory
 
+from ..analyses.reconstruction.result import Report
+from ..analyses.reconstruction.run import RunAnalysis
 from ..analysis import Progress, answer
 from ..config import EvaluateConfig
-from ..report_file import Report
-from ..run import RunAnalysis
 from .build import REPORT_FOLDER, Pages
 from .data_file import write_data
 from .overview import run_facts

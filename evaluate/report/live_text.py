@@ -14,11 +14,11 @@ from matryoshka.errors import UserError
 from ..analysis import load_transcoder
 from ..config import EvaluateConfig
 from ..result import TranscoderFacts
-from ..shard_set import open_shards
-from ..show import visible
+from ..rows.token_text import visible
+from ..subject.shard_set import open_shards
 
 if TYPE_CHECKING:
-    from ..intervention.live import TextProbe
+    from ..language_model.text_probe import TextProbe
 
 MAX_TOKENS = 1024
 """Longer texts would make a page of their own, and with many latents a tensor of gigabytes."""
@@ -80,7 +80,7 @@ class LiveText:
 
         Raises UserError when the text or the model is not available, and for a latent that never fires.
         """
-        from ..intervention.steering import Writing, adding, continuation, scaling
+        from ..analyses.steer.steer import Writing, adding, continuation, scaling
 
         n_latents = sum(self._facts.config["group_sizes"])
         if asked.latent >= n_latents:
@@ -113,8 +113,8 @@ class LiveText:
         return self._probe
 
     def _load(self) -> TextProbe:
-        from ..intervention.live import TextProbe
-        from ..intervention.model import load_model
+        from ..language_model.load import load_model
+        from ..language_model.text_probe import TextProbe
 
         shards = open_shards(self._checkpoint, self._config.shards, lambda _: None)
         if self._checkpoint.sha256 != self._facts.sha256:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..intervention.logits import LogitTokens
+from ..analyses.logits.logits import LogitTokens
 
 
 def logit_table(tokens: LogitTokens, text_of: Callable[[int], str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from ..structure.matching_file import MATCHES_FILE, MATCHING_FILE, Matching
+from ..analyses.match.result import MATCHES_FILE, MATCHING_FILE, Matching
 
 _PAIRS = (("like", "correlation"), ("nearest", "cosine"))
 """Columns: the other latent, and how much it is like this one."""

@@ -10,8 +10,8 @@ from matryoshka.checkpoints import Checkpoint
 from matryoshka.run_facts import json_lines, read_run_facts
 from matryoshka.runs import METRICS_FILE, RUN_FILE
 
-from ..report_file import Report
-from ..samples_file import SamplesMark
+from ..analyses.reconstruction.result import Report
+from ..analyses.samples.files import SamplesMark
 from .chunks import CHUNK_LATENTS
 from .matches import Matches
 from .parts import Parts

@@ -11,9 +11,9 @@ from typing import Any
 from matryoshka.transcoder import Transcoder
 
 from ..analyses import ANALYSES, load_analysis
-from ..compare import COMPARISON_FILE
-from ..contenders import Contender
-from ..intervention.ablation_file import ABLATIONS_FOLDER, Ablation
+from ..analyses.ablate.result import ABLATIONS_FOLDER, Ablation
+from ..analyses.compare.compare import COMPARISON_FILE
+from ..subject.contenders import Contender
 from .relations import CLUSTERS_FILE
 
 PARTS = tuple(entry.name for entry in ANALYSES if entry.name not in ("run", "samples", "ablate"))

@@ -9,7 +9,7 @@ import numpy as np
 
 from matryoshka.errors import UserError
 
-from ..structure.hierarchy_file import (
+from ..analyses.hierarchy.result import (
     CLUSTERS_FILE,
     COFIRING_FILE,
     EDGES_FILE,

@@ -16,10 +16,10 @@ from typing import Any
 from matryoshka.checkpoints import find_checkpoint
 from matryoshka.errors import UserError
 
+from ..analyses.samples.files import SamplesMark
 from ..analysis import Progress
 from ..config import EvaluateConfig
-from ..samples_file import SamplesMark
-from ..show import token_text, visible
+from ..rows.token_text import token_text, visible
 from .build import REPORT_FOLDER, largest_acts, make_report, near_place, read_pages_mark, samples_folder
 from .http_pages import HOST, Answers, PageServer, PortTaken
 from .live_text import Change, LiveText
@@ -98,7 +98,8 @@ def serve_report(
     samples, checkpoint = samples_folder(run, config), find_checkpoint(run)
     mark = SamplesMark.read(samples.parent)
     assert mark is not None
-    text = token_text(mark, near_place(config, samples), tokenizer, notes.append)
+    near = near_place(config, samples)
+    text = token_text(mark.tokenizer, mark.shard_set.model_revision, near, tokenizer, notes.append)
     text_of = cache(lambda token: visible(text(token)))
     lock = threading.Lock()
     live = LiveText(checkpoint, mark.transcoder, config, cache(lambda: largest_acts(samples.parent)))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from matryoshka.errors import UserError
 
-from ..samples_file import WINDOWS_FILE
+from ..analyses.samples.files import WINDOWS_FILE
 
 MAX_QUERY = 200
 FIRES, CONTEXTS = "fires", "contexts"

@@ -1,6 +1,6 @@
 """The rows of a shard set for other people's code: a torch IterableDataset, and a stream of Arrow record batches.
 
-Our own training does not come through here: train/stream.py shuffles over the whole set and resumes exactly.
+Our own training does not come through here: train/batches/stream.py shuffles over the whole set and resumes exactly.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from benchmarks.ledger.fake_cuda import fake_device
 from benchmarks.ledger.fake_step import Count, count, count_for_real
 from benchmarks.ledger.machines import MACHINES
 from benchmarks.ledger.recipes import Recipe, recipes
-from train.backend import choose_backend
+from train.step.backend import choose_backend
 
 RECIPES = {recipe.name: recipe for recipe in recipes()}
 CASES = {"dense": "bf16", "sparse": "fp16", "auto": "bf16"}

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from evaluate.analyses.ablate.result import Ablation
+from evaluate.analyses.faithfulness.result import Faithfulness
+from evaluate.analyses.hierarchy.result import Hierarchy
+from evaluate.analyses.logits.logits import Logits
 from evaluate.config import EvaluateConfig
-from evaluate.intervention.ablation_file import Ablation
-from evaluate.intervention.faithfulness_file import Faithfulness
-from evaluate.intervention.logits import Logits
-from evaluate.probing.first_letter import is_test_word
 from evaluate.result import Result
-from evaluate.structure.hierarchy_file import Hierarchy
+from evaluate.rows.words import is_test_word
 from matryoshka.lm import LanguageModel
 from matryoshka.norms import Norm
 from matryoshka.runs import publish_json

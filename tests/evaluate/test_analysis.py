@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from evaluate import sampling
 from evaluate.analyses import ANALYSES, Entry
+from evaluate.analyses.logits import effects as logit_effects
 from evaluate.analysis import Answer, Silent, answer
 from evaluate.cli import app
+from evaluate.commands.screen import Screen
 from evaluate.config import EvaluateConfig
-from evaluate.intervention import logit_effects
-from evaluate.screen import Screen
+from evaluate.rows import context_blocks
 from matryoshka.errors import UserError
 from matryoshka.runs import publish_json
 from matryoshka.shards import ShardSet
@@ -57,7 +57,7 @@ def case(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPa
 
     if name in ("run", "hierarchy", "samples"):
         # Blocks of about two contexts, so that there are several.
-        monkeypatch.setattr(sampling, "BLOCK_ROWS", 16)
+        monkeypatch.setattr(context_blocks, "BLOCK_ROWS", 16)
         return Case(
             request.getfixturevalue("val_set"),
             request.getfixturevalue("made").transcoder(),

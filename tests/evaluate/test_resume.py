@@ -12,13 +12,13 @@ import pytest
 import torch
 from warm_processes import WarmPython
 
-from evaluate import sampling as sampling_module
+from evaluate.analyses.hierarchy.hierarchy import HierarchyAnalysis
+from evaluate.analyses.reconstruction.run import RunAnalysis
+from evaluate.analyses.samples.samples import SamplesAnalysis
 from evaluate.analysis import Silent, answer
 from evaluate.config import EvaluateConfig, HierarchyConfig, SamplesConfig
 from evaluate.resume import load_state, state_of, unfinished
-from evaluate.run import RunAnalysis
-from evaluate.samples import SamplesAnalysis
-from evaluate.structure.hierarchy import HierarchyAnalysis
+from evaluate.rows import context_blocks as blocks_module
 from matryoshka.errors import UserError
 from matryoshka.metrics import FvuSums
 from matryoshka.shards import ShardSet
@@ -77,7 +77,7 @@ def files(run: Path) -> dict[str, bytes]:
 def test_stopped_after_any_batch(
     val_set: ShardSet, made: Any, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling_module, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(blocks_module, "BLOCK_ROWS", 16)
     transcoder = made.transcoder()
     whole = made.run(tmp_path / "whole" / "run", transcoder)
     counter = StopsAfter(10**6)
@@ -197,8 +197,8 @@ import json, os, signal, sys
 from pathlib import Path
 from evaluate.analysis import Silent, answer
 from evaluate.config import EvaluateConfig
-from evaluate.run import RunAnalysis
-from evaluate.structure.hierarchy import HierarchyAnalysis
+from evaluate.analyses.reconstruction.run import RunAnalysis
+from evaluate.analyses.hierarchy.hierarchy import HierarchyAnalysis
 
 class Killer(Silent):
     left = int(sys.argv[4])

@@ -121,11 +121,11 @@ def train_on_ranks(warm_python: WarmPython, tmp_path: Path) -> TrainOnRanks:
 
 @pytest.fixture
 def step_on_ranks(warm_python: WarmPython, tmp_path: Path) -> Callable[[str, int], None]:
-    """A script in so many processes; it finds the checkout and tests/train in its first two arguments."""
+    """A script in so many processes; it finds the checkout and tests/train/step in its first two arguments."""
 
     def run(script: str, world: int) -> None:
         driver = tmp_path / "driver.py"
         driver.write_text(script)
-        warm_python.run_ranks([driver, ROOT, Path(__file__).parent], ROOT, world)
+        warm_python.run_ranks([driver, ROOT, Path(__file__).parent / "step"], ROOT, world)
 
     return run

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from matryoshka.shards import ShardSet
+from train.batches.conditioning import Conditioning
+from train.batches.set_aside import SetAside
 from train.calibrate import calibrate_threshold
-from train.conditioning import Conditioning
-from train.set_aside import SetAside
-from train.step import StepState
+from train.step.step import StepState
 
 
 def make_state(b_enc: float = 0.0) -> StepState:

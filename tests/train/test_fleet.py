@@ -16,13 +16,13 @@ import train.member as module
 from matryoshka.errors import UserError
 from matryoshka.ranks import Rank
 from matryoshka.shards import ShardSet
+from train.batches.stream import Batch, Stream
 from train.config import TrainConfig
 from train.fleet import members
 from train.progress import Silent
 from train.result import FleetResult, TrainResult
 from train.run import train, train_fleet
-from train.step import StepReport
-from train.stream import Batch, Stream
+from train.step.step import StepReport
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("transcoder.safetensors", "optimizer.safetensors", "config.json", "state.json")

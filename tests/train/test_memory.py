@@ -18,13 +18,13 @@ from train.config import TrainConfig
 from train.memory import Need, check_memory, free_memory, give_back, member_need, reckoned
 from train.plan import make_plan
 from train.run import train_fleet
-from train.step import StepReport
+from train.step.step import StepReport
 
 CPU = torch.device("cpu")
 
 
 def test_what_is_held_is_what_the_state_has(random_shards: ShardSet, run_settings: dict[str, Any]) -> None:
-    from train.step import StepState
+    from train.step.step import StepState
 
     config = TrainConfig.model_validate(run_settings | {"skip": True, "calibration_tokens": 1})
     plan = make_plan(config, random_shards, 2000)

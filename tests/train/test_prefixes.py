@@ -18,7 +18,7 @@ from train.config import TrainConfig
 from train.prefixes import sampled_sizes
 from train.progress import Silent
 from train.run import train
-from train.step import StepReport, StepSettings, StepState, TrainStep
+from train.step.step import StepReport, StepSettings, StepState, TrainStep
 
 
 def test_ends_are_distinct_and_the_full_width_is_always_among_them() -> None:

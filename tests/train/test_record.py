@@ -13,10 +13,10 @@ import torch
 from matryoshka.errors import UserError
 from matryoshka.run_facts import read_run_facts
 from matryoshka.shards import ShardSet
-from train.backend import has_fast_bf16
 from train.config import TrainConfig
 from train.record import publish_session
 from train.run import train
+from train.step.backend import has_fast_bf16
 
 
 def config_of(settings: dict[str, Any], out: Path, **changes: Any) -> TrainConfig:

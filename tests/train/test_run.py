@@ -18,12 +18,12 @@ from matryoshka.metrics import FvuSums
 from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
+from train.batches.set_aside import SetAside
+from train.batches.stream import ORDER
 from train.config import TrainConfig
 from train.result import TrainResult
 from train.run import train
-from train.set_aside import SetAside
-from train.step import StepReport
-from train.stream import ORDER
+from train.step.step import StepReport
 
 
 def config_of(settings: dict[str, Any], out: Path, **changes: Any) -> TrainConfig:

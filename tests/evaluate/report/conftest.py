@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from evaluate.analyses.hierarchy.hierarchy import HierarchyAnalysis
+from evaluate.analyses.match.match import Best
+from evaluate.analyses.match.result import Matching, write_matching
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig, HierarchyConfig
-from evaluate.contenders import Contender
 from evaluate.report.build import make_report
-from evaluate.structure.hierarchy import HierarchyAnalysis
-from evaluate.structure.matching import Best
-from evaluate.structure.matching_file import Matching, write_matching
+from evaluate.subject.contenders import Contender
 from matryoshka.runs import publish_json
 from matryoshka.transcoder import Transcoder
 

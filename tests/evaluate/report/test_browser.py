@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from evaluate.intervention.logits import LogitTokens
+from evaluate.analyses.logits.logits import LogitTokens
 from evaluate.report.data_file import write_data
 from evaluate.report.logit_tokens import logit_table
 from evaluate.report.relations import Relations

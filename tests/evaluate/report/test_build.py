@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from evaluate.analyses.reconstruction.run import RunAnalysis
+from evaluate.analyses.samples.files import read_windows
+from evaluate.analyses.samples.samples import SamplesAnalysis
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
 from evaluate.report.data_file import write_data
 from evaluate.report.directions import nearest_directions
-from evaluate.run import RunAnalysis
-from evaluate.samples import SamplesAnalysis
-from evaluate.samples_file import read_windows
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 

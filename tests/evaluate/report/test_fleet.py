@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from evaluate.analyses.reconstruction.run import RunAnalysis
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
 from evaluate.report.fleet import differing, is_fleet, make_fleet_report
-from evaluate.run import RunAnalysis
 from matryoshka import launch
 from matryoshka.errors import UserError
 from matryoshka.runs import publish_json

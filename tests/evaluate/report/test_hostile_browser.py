@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from evaluate.analyses.hierarchy.hierarchy import HierarchyAnalysis
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig, HierarchyConfig
 from evaluate.report.build import make_report
-from evaluate.structure.hierarchy import HierarchyAnalysis
 
 
 def test_each_page_has_a_name_of_its_own(browser: Any) -> None:

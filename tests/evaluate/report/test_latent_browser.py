@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from evaluate.samples_file import Window, read_histograms, read_windows
+from evaluate.analyses.samples.files import Window, read_histograms, read_windows
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 

@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from evaluate.analyses.match.match import match
 from evaluate.config import EvaluateConfig
-from evaluate.contenders import Contender
 from evaluate.report.matches import Matches
 from evaluate.report.parts import compared_digests
-from evaluate.structure.matching import match
+from evaluate.subject.contenders import Contender
 from matryoshka.shards import ShardSet
 
 

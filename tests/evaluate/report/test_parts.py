@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from evaluate.compare import compare
+from evaluate.analyses.compare.compare import compare
+from evaluate.analyses.logits.logits import LogitTokens
 from evaluate.config import EvaluateConfig
-from evaluate.intervention.logits import LogitTokens
 from evaluate.report.ablation import ablation_facts
 from evaluate.report.build import make_report
 from evaluate.report.group_gains import group_gains

@@ -13,7 +13,7 @@ import pytest
 from evaluate.report.data_file import write_data
 from evaluate.report.search_files import write_search
 from evaluate.report.window_search import CONTEXTS, FIRES, WindowIndex
-from evaluate.show import visible
+from evaluate.rows.token_text import visible
 
 HARD = [
     "dog",

@@ -18,8 +18,8 @@ import pytest
 import torch
 from warm_processes import WarmPython
 
+from evaluate.analyses.steer.steer import Writing, steer
 from evaluate.config import EvaluateConfig
-from evaluate.intervention.steering import Writing, steer
 from evaluate.report.build import make_report
 from evaluate.report.http_pages import MAX_BODY, Answers, PageServer
 from evaluate.report.live_text import N_WRITTEN, Change

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from evaluate.analyses.samples.files import all_windows
+from evaluate.analyses.samples.samples import SamplesAnalysis
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.report.search_files import bucket, write_search
 from evaluate.report.window_search import CONTEXTS, FIRES, MAX_QUERY, PARTS, WindowIndex, words_of
-from evaluate.samples import SamplesAnalysis
-from evaluate.samples_file import all_windows
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 

@@ -1,0 +1,1 @@
+"""`evaluate ablate`: single latents taken out of the model."""

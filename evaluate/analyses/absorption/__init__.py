@@ -1,0 +1,1 @@
+"""`evaluate absorption`: first-letter absorption."""

@@ -1,0 +1,1 @@
+"""`evaluate compare`: transcoders of any origin on identical rows, at equal L0."""

@@ -1,0 +1,1 @@
+"""`evaluate faithfulness`: the language model's loss with the transcoder spliced in."""

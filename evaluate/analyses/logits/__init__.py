@@ -1,0 +1,1 @@
+"""`evaluate logits`: direct logit attribution, the tokens a latent promotes and suppresses."""

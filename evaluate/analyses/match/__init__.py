@@ -1,0 +1,1 @@
+"""`evaluate match`: which latents of one transcoder another one has too."""

@@ -1,0 +1,1 @@
+"""`evaluate run`: reconstruction, sparsity and use of latents, per nested prefix."""

@@ -1,0 +1,1 @@
+"""`evaluate steer`: the model continues a text with one latent added."""

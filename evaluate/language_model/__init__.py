@@ -1,0 +1,1 @@
+"""The language model that a shard set was harvested from, for the analyses that need it."""

@@ -1,1 +1,0 @@
-"""Absorption and sparse probing: what a transcoder's latents say of things that are known from elsewhere."""

@@ -1,0 +1,1 @@
+"""Rows, contexts, windows and words of a shard set, numbered in one way."""

@@ -1,0 +1,1 @@
+"""The step over several ranks: rows or latents split among them."""

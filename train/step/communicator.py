@@ -1,0 +1,71 @@
+"""What a step asks of the ranks that take it together. `TrainStep` is one; who takes part is handed to it.
+
+    Communicator      alone: this process has every row and every latent, and asks nobody
+    RowsOverRanks     each rank has its rows of every batch (parallel.py)
+    LatentsOverRanks  each rank has its latents of the dictionary (features.py)
+
+Every rank must take the same steps, so that all make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .entries import Kept
+from .gradients import Gradients
+from .nested_loss import squared_spread
+
+
+class Communicator:
+    """A process alone, and the questions that others answer together."""
+
+    row_parts = 1
+    """Ranks that a batch is spread over; each has as many rows."""
+    latents: range | None = None
+    """The latents of this rank, as numbers in the whole dictionary; None for all."""
+    common: tuple[str, ...] = ()
+    """Where latents are spread: trained tensors that every rank holds whole."""
+
+    def sum_over_rows(self, part: Tensor) -> Tensor:
+        """The sum of what each rank found for its rows; may be in place."""
+        return part
+
+    def sum_over_latents(self, part: Tensor) -> Tensor:
+        """The sum of what each rank found for its latents; may be in place."""
+        return part
+
+    def smallest(self, part: Tensor) -> Tensor:
+        """The smallest of all ranks' values, elementwise; may be in place."""
+        return part
+
+    def is_finite(self, x: Tensor) -> Tensor:
+        """Whether the whole batch is finite, 0-d bool; x [rows, d_in]."""
+        return torch.isfinite(x.sum())
+
+    def spread(self, values: Tensor) -> Tensor:
+        """sum over the whole batch of ||v - mean(v)||^2, 0-d; values [rows, d]."""
+        return squared_spread(values)
+
+    def residual_spread(self, residual: Tensor) -> Tensor:
+        """var(r) * rows of this rank, with the variance of the whole batch, 0-d fp32; residual [rows, d_out]."""
+        return self.spread(residual)
+
+    def largest(self, select: Callable[[int], Kept], n: int, batch: int, *, fixed_shapes: bool) -> Kept:  # noqa: ARG002
+        """This rank's entries that are among the `n` largest of the whole batch and dictionary.
+
+        select(n) -> the n largest of this rank's `batch` rows and latents; with `fixed_shapes` no shape depends on
+        the data.
+        """
+        return select(n)
+
+    def largest_of_rows(self, own: Kept, batch: int, k: int) -> Kept:  # noqa: ARG002
+        """Of `own`, which has as many entries for each of `batch` rows, in row order, those that are among the `k`
+        largest of their row in the whole dictionary."""
+        return own
+
+    def gradients(self, own: Gradients) -> Gradients:
+        """The gradients of the whole batch, from those of this rank's rows."""
+        return own
