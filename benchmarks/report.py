@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from evaluate.analyses import load_analysis
+from evaluate.analyses.reconstruction.run import RunAnalysis
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report

@@ -13,6 +13,8 @@ from benchmarks.ledger.fake_cuda import fake_device
 from benchmarks.ledger.recipes import Recipe
 from matryoshka.norms import Norm
 from train.batches.conditioning import Conditioning
+from train.batches.device_batch import Rows
+from train.batches.stream import Batch
 from train.memory import member_need
 from train.prefixes import sampled_sizes
 from train.step.backend import Backend, Precision
