@@ -31,22 +31,12 @@ from ...measures.pair_sums import pair_products
 from ...result import finite
 from ...rows.batches import RowBatch, count_rows, input_and_target, row_batches
 from ...subject.contenders import Contender, load_contender, no_shards, own_shards, shards_of_all
-from .result import GroupMatch, Matching, MatchingSide, write_matching
+from .result import Best, GroupMatch, Matching, MatchingSide, write_matching
 
 CLOSE = 0.7
 """Cosines and correlations from here on count as "the same latent" in the summaries."""
 _TILE_BYTES = 256 * 2**20
 _CELLS_AT_ONCE = 4 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Best:
-    """For each latent of one side the one of the other side that is most like it."""
-
-    value: Tensor
-    """[d_sae] float64; NaN where there is none"""
-    other: Tensor
-    """[d_sae] int64; -1 where there is none"""
 
 
 @dataclass

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from matryoshka.config import Config
 from matryoshka.runs import publish_bytes, publish_json
 
 from ...subject.held_out import ValUnit
 
-if TYPE_CHECKING:
-    from .match import Best
-
 MATCHING_FILE, MATCHES_FILE = "matching.json", "matches.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """For each latent of one side the one of the other side that is most like it."""
+
+    value: Tensor
+    """[d_sae] float64; NaN where there is none"""
+    other: Tensor
+    """[d_sae] int64; -1 where there is none"""
 
 
 class GroupMatch(Config):
