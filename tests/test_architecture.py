@@ -138,6 +138,100 @@ def test_a_table_of_results_is_named_in_one_file() -> None:
     assert {name: files for name, files in named.items() if len(files) > 1} == {}
 
 
+LEVELS = {
+    "cli": 8,
+    "__main__": 8,
+    "commands": 7,
+    "report": 6,
+    "analyses": 5,
+    "measures": 4,
+    "language_model": 4,
+    "rows": 3,
+    "tables": 3,
+    "analysis": 3,
+    "resume": 2,
+    "result": 2,
+    "subject": 1,
+    "config": 0,
+    "__init__": 0,
+}
+"""What is at the root of evaluate/, and how high: a file imports nothing that is higher than itself."""
+
+
+def own_imports(path: Path) -> set[str]:
+    """Full names of our own modules that a file imports, wherever in it; a package where no module of it is named."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join([*start, *([node.module] if node.module else [])])
+            found |= {f"{name}.{alias.name}" if f"{name}.{alias.name}" in MODULES else name for alias in node.names}
+    return found & set(MODULES) - {module_of(path)}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def test_evaluate_has_few_files_at_its_root_and_each_has_a_level() -> None:
+    root = ROOT / "evaluate"
+    assert {path.stem for path in root.glob("*.py")} | {path.parent.name for path in root.glob("*/__init__.py")} == set(
+        LEVELS
+    )
+    assert len(list(root.glob("*.py"))) <= 8
+
+
+def test_nothing_in_evaluate_imports_upwards() -> None:
+    for path in (ROOT / "evaluate").rglob("*.py"):
+        own = LEVELS[path.relative_to(ROOT).with_suffix("").parts[1]]
+        for name in own_imports(path):
+            if name.startswith("evaluate."):
+                assert LEVELS[name.split(".")[1]] <= own, (path, name)
+
+
+def test_no_analysis_imports_another_one() -> None:
+    folder = ROOT / "evaluate" / "analyses"
+    for path in folder.glob("*/*.py"):
+        for name in own_imports(path):
+            if name.startswith("evaluate.analyses."):
+                assert name.split(".")[2] == path.parent.name, (path, name)
+
+
+def test_the_pages_measure_nothing() -> None:
+    """Only `serve` runs the language model, on texts that are typed into a page."""
+    live = {"live_text.py", "live_change.py"}
+    for path in (ROOT / "evaluate" / "report").rglob("*.py"):
+        names = own_imports(path)
+        assert not [name for name in names if name.startswith("evaluate.measures")], path
+        assert path.name in live or not [name for name in names if name.startswith("evaluate.language_model")], path
+
+
+def test_no_import_circles() -> None:
+    """Imports inside functions and under TYPE_CHECKING counted, but for two: a Transcoder opens foreign formats, and
+    is put into a language model, by code that is built on it."""
+    edges = {module: own_imports(path) for module, path in MODULES.items()}
+    shims = {"matryoshka.interop.pretrained", "matryoshka.lm.splice"}
+    assert shims <= edges["matryoshka.transcoder"]
+    edges["matryoshka.transcoder"] -= shims
+    order: dict[str, None] = {}
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join([*above[above.index(module) :], module])
+        if module not in order:
+            for name in sorted(edges[module]):
+                visit(name, (*above, module))
+            order[module] = None
+
+    for module in edges:
+        visit(module, ())
+
+
 def test_files_are_named_by_what_they_are_about() -> None:
     banned = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler", "base"}
     for path in SOURCES:
