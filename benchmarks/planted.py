@@ -31,8 +31,8 @@ from benchmarks.planted_trees import PlantedRows, PlantedTrees, planted_absorpti
 from evaluate.analyses.absorption.main_latents import find_main_latents
 from evaluate.analyses.absorption.readback import fit_readback, norm_directions
 from evaluate.analyses.absorption.scores import score_rows
-from evaluate.measures.codes import encode_rows
 from evaluate.measures.probe import fit_probe
+from evaluate.measures.row_acts import encode_rows
 from matryoshka.transcoder import Transcoder
 from train.config import TrainConfig
 from train.run import train

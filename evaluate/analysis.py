@@ -25,8 +25,8 @@ from matryoshka.transcoder import Transcoder
 
 from .config import EvaluateConfig
 from .result import Result, ShardSetFacts, TranscoderFacts, identity_of, result_folder
-from .resume import Unfinished, unfinished
-from .subject.fits import check_fits
+from .resume import ResumablePass, resumable_pass
+from .subject.compatible import check_compatible
 from .subject.shard_set import open_shards
 
 
@@ -70,7 +70,7 @@ class Job:
     config: EvaluateConfig
     facts: Mapping[str, Any]
     """The fields of `Result`: what the result is of."""
-    saved: Unfinished
+    saved: ResumablePass
     """Where a pass saves its sums; tables are written to its folder."""
     progress: Progress
 
@@ -183,7 +183,7 @@ def answer(
 def load_transcoder(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> Transcoder:
     """The weights, cut to `config.prefix` groups. Raises UserError when they do not belong to the shard set."""
     transcoder = Transcoder.load(checkpoint.folder)
-    check_fits(transcoder, shards, checkpoint.name)
+    check_compatible(transcoder, shards, checkpoint.name)
     return transcoder if config.prefix is None else transcoder.prefix(config.prefix)
 
 
@@ -238,7 +238,7 @@ def _answers(
             continue
         if existing is not None and config.out is not None:
             _refuse_other_run(existing, checkpoint, path)
-        with unfinished(path, identity, config.save_minutes) as saved:
+        with resumable_pass(path, identity, config.save_minutes) as saved:
             try:
                 result = part.make(Job(checkpoint, transcoder, shards, config, facts, saved, progress))
             except torch.OutOfMemoryError as error:

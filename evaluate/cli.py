@@ -37,7 +37,7 @@ def run(
 ) -> None:
     """FVU, L0, cosine, dead and dense latents of each nested prefix, as a table and as RUN/eval/.../report.json."""
     from .commands.next_step import then_report
-    from .commands.screen import measure
+    from .commands.terminal import measure
 
     measure("run", runs, given.settings)
     then_report(runs, given.flags.get("shards"))
@@ -61,11 +61,11 @@ def compare(
     from .analyses.compare.compare import compare, comparison_path
     from .analyses.compare.table import comparison_table
     from .commands.next_step import then_match
-    from .commands.screen import Screen
+    from .commands.terminal import Terminal
 
-    with Screen() as screen:
-        result = compare(transcoders, given.settings, screen)
-    screen.table(comparison_table(result), comparison_path(given.settings))
+    with Terminal() as terminal:
+        result = compare(transcoders, given.settings, terminal)
+    terminal.table(comparison_table(result), comparison_path(given.settings))
     then_match(transcoders, given.flags.get("shards"))
 
 
@@ -77,7 +77,7 @@ def samples(
 ) -> None:
     """The contexts in which each latent fires most, in which it fires at all, and in which it does not."""
     from .commands.next_step import then_report
-    from .commands.screen import measure
+    from .commands.terminal import measure
 
     measure("samples", runs, given.settings)
     then_report(runs, given.flags.get("shards"))
@@ -111,18 +111,18 @@ def report(
     from matryoshka.checkpoints import expand_fleets
 
     from .commands.next_step import then_report, then_serve
-    from .commands.screen import Screen
+    from .commands.terminal import Terminal
     from .report.build import make_report
     from .report.fleet import is_fleet, make_fleet_report
     from .report.wandb_report import log_pages
 
-    with Screen("report") as screen:
+    with Terminal("report") as terminal:
         if is_fleet(runs):
-            pages = make_fleet_report(runs, given.settings, progress=screen)
+            pages = make_fleet_report(runs, given.settings, progress=terminal)
         else:
-            pages = make_report(runs[0], given.settings, tokenizer=tokenizer, progress=screen)
+            pages = make_report(runs[0], given.settings, tokenizer=tokenizer, progress=terminal)
             log_pages(pages.index.parent, given.settings)
-    screen.pages(pages)
+    terminal.pages(pages)
     if is_fleet(runs):
         # Its page leads to those of the members, once they are made, and has no server.
         then_report(expand_fleets(runs)[:1], given.flags.get("shards"))
@@ -142,11 +142,11 @@ def serve(
     tokenizer: Tokenizer = None,
 ) -> None:
     """The pages of `report` on 127.0.0.1, where you try texts, steer, and keep your notes on latents."""
-    from .commands.screen import Screen
+    from .commands.terminal import Terminal
     from .report.serve import serve_report
 
-    with Screen("report") as screen:
-        served = serve_report(run, given.settings, port=port, tokenizer=tokenizer, progress=screen)
+    with Terminal("report") as terminal:
+        served = serve_report(run, given.settings, port=port, tokenizer=tokenizer, progress=terminal)
     served.run(typer.echo)
 
 
@@ -158,7 +158,7 @@ def hierarchy(
 ) -> None:
     """Feature splitting and co-activation: which latents imply which or fire together, and what each group adds."""
     from .commands.next_step import then_report
-    from .commands.screen import measure
+    from .commands.terminal import measure
 
     measure("hierarchy", runs, given.settings)
     then_report(runs, given.flags.get("shards"))
@@ -173,7 +173,7 @@ def absorption(
 ) -> None:
     """Absorption (SAEBench's two scores): first-letter latents that are silent because a more specific one fires."""
     from .commands.next_step import then_report
-    from .commands.screen import measure
+    from .commands.terminal import measure
 
     measure("absorption", runs, given.settings, tokenizer=tokenizer)
     then_report(runs, given.flags.get("shards"))
@@ -191,7 +191,7 @@ def probing(
 ) -> None:
     """k-sparse probing: how well a few latents classify known labels, beside a probe on the whole input."""
     from .commands.next_step import then_report
-    from .commands.screen import measure
+    from .commands.terminal import measure
 
     measure("probing", runs, given.settings, labels=labels, tokenizer=tokenizer)
     then_report(runs, given.flags.get("shards"))
@@ -218,11 +218,11 @@ def match(
     from .analyses.match.match import match
     from .analyses.match.result import MATCHING_FILE
     from .analyses.match.table import matching_table
-    from .commands.screen import Screen
+    from .commands.terminal import Terminal
 
-    with Screen("match") as screen:
-        matching = match(one, other, given.settings, other_shards=other_shards, progress=screen)
-    screen.table(matching_table(matching), None if given.settings.out is None else given.settings.out / MATCHING_FILE)
+    with Terminal("match") as terminal:
+        matching = match(one, other, given.settings, other_shards=other_shards, progress=terminal)
+    terminal.table(matching_table(matching), None if given.settings.out is None else given.settings.out / MATCHING_FILE)
 
 
 @app.command()
@@ -232,12 +232,12 @@ def layers(
     out: Annotated[Path | None, typer.Option(help="Folder for layers.json. (it is only printed)")] = None,
 ) -> None:
     """The reports of runs on different shard sets, such as layers 8, 12 and 17, in one table. Measures nothing."""
-    from .commands.screen import Screen
+    from .commands.terminal import Terminal
     from .report.layers import LAYERS_FILE, compare_layers
     from .report.layers_table import layers_table
 
-    screen = Screen()
-    screen.table(layers_table(compare_layers(runs, out)), None if out is None else out / LAYERS_FILE)
+    terminal = Terminal()
+    terminal.table(layers_table(compare_layers(runs, out)), None if out is None else out / LAYERS_FILE)
 
 
 MODEL_COMMANDS = [app.command()(command) for command in (faithfulness, logits, ablate, steer)]

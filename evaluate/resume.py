@@ -91,8 +91,8 @@ def _restored(array: np.ndarray, old: Any) -> Any:
 
 
 @dataclass
-class Unfinished:
-    """The saved state of one pass; made by `unfinished`."""
+class ResumablePass:
+    """The saved state of one pass; made by `resumable_pass`."""
 
     folder: Path
     identity: Mapping[str, Any]
@@ -143,12 +143,12 @@ class Unfinished:
         identity = json.dumps(self._full_identity(), sort_keys=True).encode()
         content = {_SUMS + name: array for name, array in state_of(sums).items()}
         content |= {_IDENTITY: np.frombuffer(identity, dtype=np.uint8), _N_ROWS: np.asarray(n_rows, dtype=np.int64)}
-        aside = self.folder / (STATE_FILE + ".aside")
-        with aside.open("wb") as file:
+        temporary = self.folder / (STATE_FILE + ".aside")
+        with temporary.open("wb") as file:
             np.savez(file, **content)  # pyright: ignore[reportArgumentType] -- a name may be one of its own options
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, self.folder / STATE_FILE)
+        os.replace(temporary, self.folder / STATE_FILE)
         fsync_path(self.folder)
         self._saved = time.monotonic()
 
@@ -167,7 +167,7 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished(result: Path, identity: Mapping[str, Any], save_minutes: float) -> Iterator[Unfinished]:
+def resumable_pass(result: Path, identity: Mapping[str, Any], save_minutes: float) -> Iterator[ResumablePass]:
     """The folder beside `result` for the pass that ends in it, held alone; removed when the context ends well.
 
     What is in it stays when something was saved there; else it goes too. Raises UserError when another process is at
@@ -177,7 +177,7 @@ def unfinished(result: Path, identity: Mapping[str, Any], save_minutes: float) -
     folder = result.with_suffix(".partial")
     make_directory(folder)
     with exclusive(folder):
-        saved = Unfinished(folder, identity, save_minutes * 60)
+        saved = ResumablePass(folder, identity, save_minutes * 60)
         try:
             yield saved
         finally:
@@ -191,7 +191,7 @@ class Parts:
 
     SUMS = ("content",)
 
-    def __init__(self, saved: Unfinished) -> None:
+    def __init__(self, saved: ResumablePass) -> None:
         self._saved, self._parts = saved, dict[str, Any]()
         saved.load(self)
 

@@ -32,7 +32,7 @@ OWNERS = {
     "obstore": ("matryoshka/shards/",),
     "umap": ("evaluate/analyses/hierarchy/clusters.py",),
     "sklearn": ("evaluate/analyses/hierarchy/clusters.py", "evaluate/measures/probe.py"),
-    "scipy": ("evaluate/measures/codes.py",),
+    "scipy": ("evaluate/measures/row_acts.py",),
     "sae_lens": (),
     "pickle": (),
 }
@@ -125,7 +125,7 @@ def test_only_the_commands_import_the_pages() -> None:
         if "report" not in path.relative_to(ROOT).parts[:-1]
         and any(name.startswith("evaluate.report.") for name in imports(path))
     ]
-    assert {path.name for path in users} <= {"cli.py", "screen.py"}
+    assert {path.name for path in users} <= {"cli.py", "terminal.py"}
 
 
 def test_a_table_of_results_is_named_in_one_file() -> None:

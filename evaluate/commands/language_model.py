@@ -22,7 +22,7 @@ def faithfulness(
 ) -> None:
     """Splicing: loss, KL and top-1 agreement of the model with each nested reconstruction in place of the target."""
     from .next_step import then_report
-    from .screen import measure
+    from .terminal import measure
 
     measure("faithfulness", runs, given.settings, error_term=error_term)
     then_report(runs, given.flags.get("shards"))
@@ -35,7 +35,7 @@ def logits(
 ) -> None:
     """Direct logit attribution (logit lens): the tokens each latent promotes and suppresses."""
     from .next_step import then_report
-    from .screen import measure
+    from .terminal import measure
 
     measure("logits", runs, given.settings)
     then_report(runs, given.flags.get("shards"))
@@ -50,7 +50,7 @@ def ablate(
 ) -> None:
     """Ablation (activation patching): what the model predicts differently without single latents, where they fire."""
     from .next_step import then_steer
-    from .screen import measure
+    from .terminal import measure
 
     measure("ablate", [run], given.settings, latents=latents, scale=scale)
     then_steer(run, latents[0], given.flags.get("shards"))
@@ -71,10 +71,10 @@ def steer(
     from ..analyses.steer.steer import Writing, steer
     from ..analyses.steer.table import show_steered
     from .next_step import then_show
-    from .screen import Screen
+    from .terminal import Terminal
 
     writing = Writing(n_tokens=tokens, temperature=temperature, seed=seed)
-    with Screen("steer") as screen:
-        steered = steer(run, latent, text, given.settings, screen, scale=scale, writing=writing)
+    with Terminal("steer") as terminal:
+        steered = steer(run, latent, text, given.settings, terminal, scale=scale, writing=writing)
     show_steered(steered)
     then_show(run, latent)

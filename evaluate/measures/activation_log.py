@@ -18,11 +18,11 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 
-from .activations import Active
+from .activations import SparseActs
 
 
 @dataclass(frozen=True, slots=True)
-class Fires:
+class LogPart:
     """What fires on the rows of one part."""
 
     latent: Tensor
@@ -33,7 +33,7 @@ class Fires:
     """[n_active] float32, where they are kept"""
 
 
-class FireLog:
+class ActivationLog:
     """Parts in a folder, added one after the other."""
 
     SUMS = ("n_parts",)
@@ -43,7 +43,7 @@ class FireLog:
         self.n_parts = 0
         """Parts that count; files beyond them are left from a pass that was killed and are written anew."""
 
-    def add(self, active: Active) -> None:
+    def add(self, active: SparseActs) -> None:
         """Append the activations of a batch."""
         arrays = {
             "latent": active.latent.int().cpu().numpy(),
@@ -57,7 +57,7 @@ class FireLog:
             os.fsync(file.fileno())
         self.n_parts += 1
 
-    def parts(self) -> Iterator[Fires]:
+    def parts(self) -> Iterator[LogPart]:
         """The parts in their order. Raises UserError when one was lost."""
         for number in range(self.n_parts):
             path = self._path(number)
@@ -69,7 +69,7 @@ class FireLog:
                     f"{path}, where this pass keeps what fires, cannot be read ({error}); delete the folder "
                     f"{self._folder} and run the same command again"
                 ) from error
-            yield Fires(found["latent"].long(), found["per_row"].long(), found.get("value"))
+            yield LogPart(found["latent"].long(), found["per_row"].long(), found.get("value"))
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._name}-{number:06d}.npz"

@@ -26,7 +26,7 @@ CACHE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Active:
+class SparseActs:
     """The positive activations of a batch, ordered by row and within a row by latent."""
 
     n_rows: int
@@ -37,26 +37,28 @@ class Active:
     value: Tensor
     """[n_active] float32"""
 
-    def where(self, chosen: Tensor) -> Active:
+    def where(self, chosen: Tensor) -> SparseActs:
         """Those that `chosen` [n_active] bool marks."""
         # Looked up once: indexing with the mask would look it up for each tensor.
         places = chosen.nonzero().squeeze(1)
         row, latent, value = (tensor.index_select(0, places) for tensor in (self.row, self.latent, self.value))
-        return Active(self.n_rows, row, latent, value)
+        return SparseActs(self.n_rows, row, latent, value)
 
-    def every(self, first: int, step: int) -> Active:
+    def every(self, first: int, step: int) -> SparseActs:
         """Those of the rows first, first + step, first + 2 step ...; they become the rows 0, 1, 2 ..."""
         chosen = self.where((self.row >= first) & ((self.row - first) % step == 0))
-        return Active(len(range(first, self.n_rows, step)), (chosen.row - first) // step, chosen.latent, chosen.value)
+        return SparseActs(
+            len(range(first, self.n_rows, step)), (chosen.row - first) // step, chosen.latent, chosen.value
+        )
 
-    def split(self, rows: int) -> list[Active]:
+    def split(self, rows: int) -> list[SparseActs]:
         """Those of the first `rows` rows, of the next ones and so on; each counts its rows from 0."""
         firsts = torch.arange(0, self.n_rows, rows)
         ends = torch.searchsorted(self.row, torch.cat([firsts, firsts[:0].new_tensor([self.n_rows])]).to(self.row))
         parts = []
         for first, low, high in zip(firsts.tolist(), ends[:-1].tolist(), ends[1:].tolist(), strict=True):
             row = self.row[low:high] - first
-            parts.append(Active(min(rows, self.n_rows - first), row, self.latent[low:high], self.value[low:high]))
+            parts.append(SparseActs(min(rows, self.n_rows - first), row, self.latent[low:high], self.value[low:high]))
         return parts
 
 
@@ -69,7 +71,7 @@ def rows_at_once(transcoder: Transcoder, n_rows: int) -> int:
 
 def active_latents(
     transcoder: Transcoder, x: Float[Tensor, "rows d_in"], floor: Float[Tensor, " d_sae"] | None = None
-) -> Active:
+) -> SparseActs:
     """Pre-activations above max(floor, 0), `floor` [d_sae] being the transcoder's threshold by default.
 
     With the threshold these are exactly the non-zero entries of `Transcoder.encode`. Rows are taken a tile at a time,
@@ -83,7 +85,7 @@ def active_latents(
         value = pre_acts.flatten().index_select(0, places)
         parts.append((row + start, places - row * transcoder.config.d_sae, value))
     row, latent, value = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Active(n_rows=len(x), row=row, latent=latent, value=value)
+    return SparseActs(n_rows=len(x), row=row, latent=latent, value=value)
 
 
 def row_tiles(transcoder: Transcoder, x: Float[Tensor, "rows d_in"]) -> Iterator[tuple[int, Tensor]]:
@@ -107,13 +109,13 @@ def true_places(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
-def group_counts(transcoder: Transcoder, active: Active) -> Tensor:
+def group_counts(transcoder: Transcoder, active: SparseActs) -> Tensor:
     """Active latents of each row in each group, int64 [rows, n_groups]."""
     n_groups = len(transcoder.prefix_ends)
     return torch.bincount(_bags(transcoder, active), minlength=active.n_rows * n_groups).view(active.n_rows, n_groups)
 
 
-def group_sums(transcoder: Transcoder, active: Active, counts: Tensor) -> Float[Tensor, "rows n_groups d_out"]:
+def group_sums(transcoder: Transcoder, active: SparseActs, counts: Tensor) -> Float[Tensor, "rows n_groups d_out"]:
     """What each group alone adds to the output: one bag per (row, group) sums the decoder rows that fire there.
 
     `counts` [rows, n_groups] is `group_counts` of the same activations.
@@ -146,6 +148,6 @@ def nested_reconstructions(
         yield y_hat
 
 
-def _bags(transcoder: Transcoder, active: Active) -> Tensor:
+def _bags(transcoder: Transcoder, active: SparseActs) -> Tensor:
     ends = torch.tensor(transcoder.prefix_ends, device=active.latent.device)
     return active.row * len(ends) + torch.bucketize(active.latent, ends, right=True)

@@ -16,7 +16,7 @@ from matryoshka.metrics import FvuSums, L0Sums
 from matryoshka.transcoder import Transcoder
 
 from ..result import finite
-from .activations import Active, group_counts, group_sums, rows_at_once
+from .activations import SparseActs, group_counts, group_sums, rows_at_once
 from .reconstruction import TargetMoments
 from .records import CurvePoint
 
@@ -34,7 +34,7 @@ class CurveSums:
         self.fvu = [FvuSums() for _ in self.scales]
         self.l0 = [L0Sums() for _ in self.scales]
 
-    def add(self, transcoder: Transcoder, active: Active, base: Tensor, y: Tensor) -> None:
+    def add(self, transcoder: Transcoder, active: SparseActs, base: Tensor, y: Tensor) -> None:
         """Add a batch. `active` holds at least what lies above the smallest factor times the threshold."""
         moments = TargetMoments.of(y)
         size = rows_at_once(transcoder, active.n_rows)
@@ -48,7 +48,7 @@ class CurveSums:
             self.l0[place].add(l0)
 
     def _errors(
-        self, transcoder: Transcoder, active: Active, base: Tensor, y: Tensor
+        self, transcoder: Transcoder, active: SparseActs, base: Tensor, y: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(squared errors [n_prefixes, rows], L0 int64) at each factor."""
         n_prefixes = len(transcoder.prefix_ends)
@@ -74,7 +74,7 @@ class CurveSums:
         )
 
 
-def scale_levels(active: Active, threshold: Tensor, scales: tuple[float, ...]) -> Tensor:
+def scale_levels(active: SparseActs, threshold: Tensor, scales: tuple[float, ...]) -> Tensor:
     """[n_active] int64: the first of the descending `scales` at which an activation passes; len(scales) if none."""
     cut = threshold.clamp_min(0)[active.latent]
     passes = torch.stack([active.value > scale * cut for scale in scales])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activation_log import FireLog, Fires
+from .activation_log import ActivationLog, LogPart
 
 BLOCK_BYTES = 512 * 2**20
 PAIRS_AT_ONCE = 4 * 2**20
@@ -31,7 +31,7 @@ class PairBlock:
     """[n, d_other]: int64 counts or float64 products"""
 
 
-def pair_counts(log: FireLog, d_sae: int, device: torch.device | str = "cpu") -> Iterator[PairBlock]:
+def pair_counts(log: ActivationLog, d_sae: int, device: torch.device | str = "cpu") -> Iterator[PairBlock]:
     """On how many rows each two latents of one transcoder fire together; the diagonal is how often each fires."""
     for start, stop in _blocks(d_sae, d_sae):
         sums = torch.zeros((stop - start) * d_sae, dtype=torch.int64, device=device)
@@ -41,7 +41,7 @@ def pair_counts(log: FireLog, d_sae: int, device: torch.device | str = "cpu") ->
         yield PairBlock(start, sums.view(stop - start, d_sae).cpu())
 
 
-def pair_products(one: FireLog, other: FireLog, d_one: int, d_other: int) -> Iterator[PairBlock]:
+def pair_products(one: ActivationLog, other: ActivationLog, d_one: int, d_other: int) -> Iterator[PairBlock]:
     """Sums of products of activations of two transcoders on the same rows, in the same batches. On the CPU, where
     sums have one order."""
     for start, stop in _blocks(d_one, d_other):
@@ -58,7 +58,7 @@ def _blocks(d_one: int, d_other: int) -> Iterator[tuple[int, int]]:
     yield from ((start, min(start + size, d_one)) for start in range(0, d_one, size))
 
 
-def _pairs(one: Fires, other: Fires, start: int, stop: int, d_other: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(one: LogPart, other: LogPart, start: int, stop: int, d_other: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(place in the block, product of the activations) of every pair of activations on one row, some at a time.
 
     The first of a pair is one of the latents [start, stop) of `one`. Without values the products are empty.

@@ -1,7 +1,7 @@
 """`evaluate report`: from what a run and its evaluation left on the disk to one folder of pages.
 
 index.html assets/                     the pages; they read the data by script tags, since fetch() is blocked on file://
-pages.json                             the mark: of which weights and which shard set the pages are
+pages.json                             the metadata: of which weights and which shard set the pages are
 data/overview.js latents.js            the report, the curves of training; one column an array for all latents
 data/hierarchy.js groups.js clusters.js logits.js    where measured: the nest, what groups add, the map, the tokens
 data/notes.js                          own notes and stars, as they were then
@@ -29,7 +29,7 @@ from matryoshka.transcoder import Transcoder
 from ..analyses.logits.logits import LOGITS_FILE, LogitTokens
 from ..analyses.reconstruction.result import LATENTS_FILE, Report
 from ..analyses.reconstruction.run import RunAnalysis
-from ..analyses.samples.files import SAMPLES_FOLDER, SamplesMark, all_windows, read_histograms
+from ..analyses.samples.files import SAMPLES_FOLDER, SamplesMetadata, all_windows, read_histograms
 from ..analyses.samples.samples import SamplesAnalysis, find_samples
 from ..analysis import Progress, Silent, answer
 from ..config import EvaluateConfig
@@ -44,17 +44,17 @@ from .logit_tokens import logit_table
 from .matches import Matches
 from .notes import Notes
 from .overview import overview
+from .page_set import INDEX_FILE, RUN_PAGES, write_pages
 from .parts import COMMANDS, Parts, compared_digests, find_parts
 from .relations import Relations
 from .search_files import write_search
-from .site_files import INDEX_FILE, RUN_SITE, write_site
 from .window_search import WindowIndex
 
 REPORT_FOLDER = "report"
 PAGES_FILE = "pages.json"
 
 
-class PagesMark(Config):
+class PagesMetadata(Config):
     """The content of pages.json."""
 
     format_version: Literal[3] = 3
@@ -90,34 +90,36 @@ def make_report(
         samples = answer(SamplesAnalysis(), [run], config, progress)[0].path.parent
     else:
         samples = samples_folder(run, config)
-    mark, report = SamplesMark.read(samples.parent), Report.read(samples.parent)
-    assert mark is not None
+    metadata, report = SamplesMetadata.read(samples.parent), Report.read(samples.parent)
+    assert metadata is not None
     if report is None:
         raise UserError(f"{samples.parent} has no {Report.FILE} yet; run: evaluate run {run}")
-    if report.transcoder.sha256 != mark.transcoder.sha256:
+    if report.transcoder.sha256 != metadata.transcoder.sha256:
         raise UserError(f"{samples.parent / Report.FILE} is of other weights than the samples; run evaluate run again")
     folder = samples.parent / REPORT_FOLDER
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "data").mkdir(parents=True)
     notes: list[str] = []
-    texts = _texts(mark, near_place(config, samples), tokenizer, notes)
+    texts = _texts(metadata, near_place(config, samples), tokenizer, notes)
     transcoder = Transcoder.load(checkpoint.folder)
-    n_groups = len(mark.transcoder.config["group_sizes"])
+    n_groups = len(metadata.transcoder.config["group_sizes"])
     if n_groups < len(transcoder.config.group_sizes):
         transcoder = transcoder.prefix(n_groups)
     digests = cache(lambda: compared_digests(transcoder))
-    parts = find_parts(samples.parent, mark.transcoder.sha256, digests)
+    parts = find_parts(samples.parent, metadata.transcoder.sha256, digests)
     matches = Matches.near(checkpoint.run, samples.parent, digests, transcoder.config.d_sae)
     notes += [f"{folder} has matches that cannot be read; make them again: evaluate match" for folder in matches.unread]
     notes += [f"{name} is of other weights and was left out; make it again: {COMMANDS[name]}" for name in parts.stale]
     search = write_search(partial / "data", WindowIndex.read(samples, texts))
-    write_data(partial / "data", "overview", overview(checkpoint, report, mark, parts, matches, search))
+    write_data(partial / "data", "overview", overview(checkpoint, report, metadata, parts, matches, search))
     write_data(partial / "data", "notes", _own_notes(checkpoint.run, transcoder.config.d_sae, notes))
     progress.started(f"{checkpoint.name} pages", transcoder.config.d_sae)
     _write_latents(partial / "data", samples, transcoder, parts, matches, texts, progress)
-    write_site(partial, checkpoint.name, RUN_SITE)
-    publish_json(partial / PAGES_FILE, PagesMark(transcoder=mark.transcoder, shard_set=mark.shard_set).model_dump())
+    write_pages(partial, checkpoint.name, RUN_PAGES)
+    publish_json(
+        partial / PAGES_FILE, PagesMetadata(transcoder=metadata.transcoder, shard_set=metadata.shard_set).model_dump()
+    )
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return Pages(folder / INDEX_FILE, tuple(notes))
@@ -135,7 +137,7 @@ def _own_notes(run: Path, d_sae: int, notes: list[str]) -> dict[str, Any]:
 def _is_measured(checkpoint: Checkpoint, config: EvaluateConfig) -> bool:
     """Whether the numbers and the samples of these weights are there, of some shard set or several."""
     for folder in [config.out] if config.out is not None else (checkpoint.run / "eval").glob("*"):
-        found = Report.read(folder), SamplesMark.read(folder)
+        found = Report.read(folder), SamplesMetadata.read(folder)
         if all(one is not None and one.transcoder.sha256 == checkpoint.sha256 for one in found):
             return True
     return False
@@ -145,7 +147,7 @@ def samples_folder(run: Path, config: EvaluateConfig) -> Path:
     """The samples that the pages of `run` are made from. Raises UserError when there are none."""
     if config.out is None:
         return find_samples(run, None if config.shards is None else str(config.shards))
-    if SamplesMark.read(config.out) is None:
+    if SamplesMetadata.read(config.out) is None:
         raise UserError(f"{config.out} has no samples yet; make them with: evaluate samples {run}")
     return config.out / SAMPLES_FOLDER
 
@@ -155,16 +157,16 @@ def near_place(config: EvaluateConfig, samples: Path) -> Path:
     return config.shards if isinstance(config.shards, Path) else samples
 
 
-def read_pages_mark(folder: Path) -> PagesMark | None:
-    """The mark of a folder of pages; None when there is none that this version can read."""
+def read_pages_metadata(folder: Path) -> PagesMetadata | None:
+    """The metadata of a folder of pages; None when there is none that this version can read."""
     try:
-        return PagesMark.model_validate_json((folder / PAGES_FILE).read_text(encoding="utf-8"))
+        return PagesMetadata.model_validate_json((folder / PAGES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValidationError, UnicodeDecodeError):
         return None
 
 
-def _texts(mark: SamplesMark, near: Path, tokenizer: str | None, notes: list[str]) -> Callable[[int], str]:
-    text = token_text(mark.tokenizer, mark.shard_set.model_revision, near, tokenizer, notes.append)
+def _texts(metadata: SamplesMetadata, near: Path, tokenizer: str | None, notes: list[str]) -> Callable[[int], str]:
+    text = token_text(metadata.tokenizer, metadata.shard_set.model_revision, near, tokenizer, notes.append)
     return cache(lambda token: visible(text(token)))
 
 

@@ -19,8 +19,8 @@ from ..config import EvaluateConfig
 from .build import REPORT_FOLDER, Pages
 from .data_file import write_data
 from .overview import run_facts
+from .page_set import FLEET_PAGES, INDEX_FILE, write_pages
 from .parts import find_parts
-from .site_files import FLEET_SITE, INDEX_FILE, write_site
 
 _PLACES = ("out", "device")
 """Settings that every member has its own of, and that decide nothing."""
@@ -67,7 +67,7 @@ def make_fleet_report(runs: list[Path], config: EvaluateConfig, *, progress: Pro
     facts = reports[0].shard_set.model_dump(mode="json")
     content = {"name": name, "shard_set": facts, "members": members, "keys": differing([m["config"] for m in members])}
     write_data(partial / "data", "fleet", content)
-    write_site(partial, name, FLEET_SITE)
+    write_pages(partial, name, FLEET_PAGES)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     notes = () if config.wandb == "off" else ("wandb: only the pages of single runs are logged, these are not",)

@@ -46,7 +46,7 @@ _OWN_PAGES = (None, "same-origin", "none")
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class PageApi:
     """What the server knows."""
 
     index: str
@@ -75,13 +75,13 @@ class PageServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, answers: Answers, port: int = 0) -> None:
+    def __init__(self, api: PageApi, port: int = 0) -> None:
         """Port 0 is any that is free. Raises PortTaken when it is not available."""
-        self.answers = answers
+        self.api = api
         # Looked up, never joined to the folder: an address cannot lead out of it.
         self.files = {
-            f"/{path.relative_to(answers.folder).as_posix()}": path
-            for path in sorted(answers.folder.rglob("*"))
+            f"/{path.relative_to(api.folder).as_posix()}": path
+            for path in sorted(api.folder.rglob("*"))
             if path.is_file()
         }
         try:
@@ -168,18 +168,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self) -> tuple[str, bytes]:
         address = urlsplit(self.path)
         if address.path in ("/", "/index.html"):
-            return _TYPES[".html"], self.pages.answers.index.encode()
+            return _TYPES[".html"], self.pages.api.index.encode()
         if address.path == "/api/search":
             self._require_own_page()
             asked = parse_qs(address.query)
-            found = self.pages.answers.search(asked.get("q", [""])[0], asked.get("in", [FIRES])[0])
+            found = self.pages.api.search(asked.get("q", [""])[0], asked.get("in", [FIRES])[0])
             return "application/json", _json({"latents": found.latents, "shares": found.shares})
         if address.path == "/api/notes":
             self._require_own_page()
-            return "application/json", _json({"notes": self.pages.answers.notes.shown()})
+            return "application/json", _json({"notes": self.pages.api.notes.shown()})
         folder, _, name = address.path.rpartition("/")
-        if folder == "/assets" and name in self.pages.answers.assets:
-            return _kind(name), self.pages.answers.assets[name]
+        if folder == "/assets" and name in self.pages.api.assets:
+            return _kind(name), self.pages.api.assets[name]
         path = self.pages.files.get(address.path)
         if path is None:
             raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
@@ -191,16 +191,16 @@ class _Handler(BaseHTTPRequestHandler):
             ) from error
 
     def _post(self) -> tuple[str, bytes]:
-        answers = self.pages.answers
+        api = self.pages.api
         match urlsplit(self.path).path:
             case "/api/try":
-                found = answers.try_text(self._asked(_TryText, '{"text": "..."}').text)
+                found = api.try_text(self._asked(_TryText, '{"text": "..."}').text)
             case "/api/change":
                 example = '{"latent": 17, "text": "...", "how": "steer", "strength": 2}'
-                found = answers.change(self._asked(Change, example))
+                found = api.change(self._asked(Change, example))
             case "/api/note":
                 example = '{"latent": 17, "star": true, "text": "...", "changes": 0}'
-                found = answers.notes.keep(self._asked(NewNote, example)).model_dump(mode="json")
+                found = api.notes.keep(self._asked(NewNote, example)).model_dump(mode="json")
             case _:
                 raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
         return "application/json", _json(found)

@@ -11,7 +11,7 @@ from matryoshka.run_facts import json_lines, read_run_facts
 from matryoshka.runs import METRICS_FILE, RUN_FILE
 
 from ..analyses.reconstruction.result import Report
-from ..analyses.samples.files import SamplesMark
+from ..analyses.samples.files import SamplesMetadata
 from .chunks import CHUNK_LATENTS
 from .matches import Matches
 from .parts import Parts
@@ -23,7 +23,7 @@ MAX_METRIC_POINTS = 1000
 def overview(
     checkpoint: Checkpoint,
     report: Report,
-    mark: SamplesMark,
+    metadata: SamplesMetadata,
     parts: Parts,
     matches: Matches,
     search: dict[str, int],
@@ -34,7 +34,7 @@ def overview(
         "report": report.model_dump(mode="json", exclude={"by_token_frequency", "by_document"}),
         "group_sizes": sizes,
         "prefix_ends": prefix_ends(sizes),
-        "samples": mark.model_dump(mode="json", exclude={"transcoder", "shard_set"}),
+        "samples": metadata.model_dump(mode="json", exclude={"transcoder", "shard_set"}),
         "chunk_latents": CHUNK_LATENTS,
         "search": search,
         "metrics": training_curves(checkpoint.run / METRICS_FILE, sizes),

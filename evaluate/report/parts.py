@@ -13,7 +13,7 @@ from matryoshka.transcoder import Transcoder
 from ..analyses import ANALYSES, load_analysis
 from ..analyses.ablate.result import ABLATIONS_FOLDER, Ablation
 from ..analyses.compare.compare import COMPARISON_FILE
-from ..subject.contenders import Contender
+from ..subject.subjects import Subject
 from .relations import CLUSTERS_FILE
 
 PARTS = tuple(entry.name for entry in ANALYSES if entry.name not in ("run", "samples", "ablate"))
@@ -87,7 +87,7 @@ def compared_digests(transcoder: Transcoder) -> set[str]:
     """How `evaluate compare` names these weights and each of their nested prefixes."""
     n_groups = len(transcoder.config.group_sizes)
     prefixes = [transcoder, *(transcoder.prefix(i) for i in range(1, n_groups))]
-    return {Contender("", prefix).digest() for prefix in prefixes}
+    return {Subject("", prefix).digest() for prefix in prefixes}
 
 
 def _record(path: Path) -> dict[str, Any] | None:

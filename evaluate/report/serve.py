@@ -16,15 +16,15 @@ from typing import Any
 from matryoshka.checkpoints import find_checkpoint
 from matryoshka.errors import UserError
 
-from ..analyses.samples.files import SamplesMark
+from ..analyses.samples.files import SamplesMetadata
 from ..analysis import Progress
 from ..config import EvaluateConfig
 from ..rows.token_text import token_text, visible
-from .build import REPORT_FOLDER, largest_acts, make_report, near_place, read_pages_mark, samples_folder
-from .http_pages import HOST, Answers, PageServer, PortTaken
+from .build import REPORT_FOLDER, largest_acts, make_report, near_place, read_pages_metadata, samples_folder
+from .http_pages import HOST, PageApi, PageServer, PortTaken
 from .live_text import Change, LiveText
 from .notes import Notes
-from .site_files import LIVE_SITE, asset_files, index_html
+from .page_set import LIVE_PAGES, asset_files, index_html
 from .window_search import Found, WindowIndex
 
 FIRST_PORT = 8765
@@ -34,7 +34,7 @@ _STOP_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ReportServer:
     """A server that listens."""
 
     server: PageServer
@@ -84,7 +84,7 @@ def serve_report(
     port: int | None = None,
     tokenizer: str | None = None,
     progress: Progress | None = None,
-) -> Served:
+) -> ReportServer:
     """Listen on 127.0.0.1 with the pages of `run`; they are made first where there are none of its newest weights.
 
     Without a `port` it is FIRST_PORT or the next one that is free, so that addresses and tunnels stay the same from day
@@ -96,13 +96,13 @@ def serve_report(
         pages = make_report(run, config, tokenizer=tokenizer, progress=progress)
         folder = pages.index.parent
     samples, checkpoint = samples_folder(run, config), find_checkpoint(run)
-    mark = SamplesMark.read(samples.parent)
-    assert mark is not None
+    metadata = SamplesMetadata.read(samples.parent)
+    assert metadata is not None
     near = near_place(config, samples)
-    text = token_text(mark.tokenizer, mark.shard_set.model_revision, near, tokenizer, notes.append)
+    text = token_text(metadata.tokenizer, metadata.shard_set.model_revision, near, tokenizer, notes.append)
     text_of = cache(lambda token: visible(text(token)))
     lock = threading.Lock()
-    live = LiveText(checkpoint, mark.transcoder, config, cache(lambda: largest_acts(samples.parent)))
+    live = LiveText(checkpoint, metadata.transcoder, config, cache(lambda: largest_acts(samples.parent)))
 
     def try_text(typed: str) -> dict[str, Any]:
         with lock:
@@ -119,24 +119,24 @@ def serve_report(
             index = windows()
         return index.find(query, where)
 
-    answers = Answers(
-        index=index_html(checkpoint.name, LIVE_SITE, live=True),
+    api = PageApi(
+        index=index_html(checkpoint.name, LIVE_PAGES, live=True),
         folder=folder,
         search=search,
         try_text=try_text,
         change=change,
-        notes=Notes(checkpoint.run, sum(mark.transcoder.config["group_sizes"])),
+        notes=Notes(checkpoint.run, sum(metadata.transcoder.config["group_sizes"])),
         assets=asset_files(),
     )
-    return Served(_listening(answers, port), checkpoint.name, tuple(notes), lock)
+    return ReportServer(_listening(api, port), checkpoint.name, tuple(notes), lock)
 
 
-def _listening(answers: Answers, port: int | None) -> PageServer:
+def _listening(api: PageApi, port: int | None) -> PageServer:
     if port is not None:
-        return PageServer(answers, port)
+        return PageServer(api, port)
     for tried in range(FIRST_PORT, FIRST_PORT + _PORTS):
         with contextlib.suppress(PortTaken):
-            return PageServer(answers, tried)
+            return PageServer(api, tried)
     raise UserError(
         f"the ports {FIRST_PORT} to {FIRST_PORT + _PORTS - 1} of {HOST} are all taken; end an older server, or choose "
         "another port with --port (0 is any that is free)"
@@ -149,7 +149,7 @@ def _pages(run: Path, config: EvaluateConfig) -> Path | None:
         samples = samples_folder(run, config)
     except UserError:
         return None
-    mark, pages = SamplesMark.read(samples.parent), read_pages_mark(samples.parent / REPORT_FOLDER)
-    if mark is None or pages is None or pages.transcoder.sha256 != mark.transcoder.sha256:
+    metadata, pages = SamplesMetadata.read(samples.parent), read_pages_metadata(samples.parent / REPORT_FOLDER)
+    if metadata is None or pages is None or pages.transcoder.sha256 != metadata.transcoder.sha256:
         return None
     return samples.parent / REPORT_FOLDER

@@ -17,7 +17,7 @@ from matryoshka.terminal import console, note, show
 from ..analyses import load_analysis
 from ..analyses.hierarchy.result import EDGES_FILE, PARENT_FIELDS, parents_by_child, read_columns
 from ..analyses.logits.logits import LOGITS_FILE, LogitTokens
-from ..analyses.samples.files import Histogram, SamplesMark, Window, read_histograms, read_windows
+from ..analyses.samples.files import Histogram, SamplesMetadata, Window, read_histograms, read_windows
 from ..analyses.samples.samples import find_samples
 from ..rows.token_text import token_text, visible
 
@@ -45,15 +45,15 @@ def show_latent(
     """
     to = to or console()
     folder = find_samples(run, shards)
-    mark = SamplesMark.read(folder.parent)
-    assert mark is not None
+    metadata = SamplesMetadata.read(folder.parent)
+    assert metadata is not None
     histograms = read_histograms(folder)
     if not 0 <= latent < len(histograms):
         raise UserError(f"{run} has the latents 0 to {len(histograms) - 1}, and no latent {latent}")
-    text_of = token_text(mark.tokenizer, mark.shard_set.model_revision, folder, tokenizer, note)
+    text_of = token_text(metadata.tokenizer, metadata.shard_set.model_revision, folder, tokenizer, note)
     windows = read_windows(folder, latent)
-    to.print(_head(mark, latent, histograms[latent]))
-    show(FactTable("", _facts(folder.parent, mark, latent, text_of)), to)
+    to.print(_head(metadata, latent, histograms[latent]))
+    show(FactTable("", _facts(folder.parent, metadata, latent, text_of)), to)
     largest = max((max(window.acts) for window in windows), default=0.0)
     shaded = to.color_system is not None and not to.no_color
     for kind, group in itertools.groupby(windows, key=lambda window: window.kind):
@@ -64,17 +64,19 @@ def show_latent(
             to.print(window_line(window, largest, text_of, shaded=shaded), soft_wrap=False)
 
 
-def _facts(folder: Path, mark: SamplesMark, latent: int, text_of: Callable[[int], str]) -> list[tuple[str, str]]:
+def _facts(
+    folder: Path, metadata: SamplesMetadata, latent: int, text_of: Callable[[int], str]
+) -> list[tuple[str, str]]:
     """What `evaluate logits` and `evaluate hierarchy` found of the same weights, where they were run."""
-    d_sae, found = sum(mark.transcoder.config["group_sizes"]), []
-    logits = _result("logits", folder, mark)
+    d_sae, found = sum(metadata.transcoder.config["group_sizes"]), []
+    logits = _result("logits", folder, metadata)
     if logits is not None:
         sides = LogitTokens(folder / LOGITS_FILE, d_sae).of(latent)
         for name, pairs in zip(("raises the logits of", "lowers the logits of"), sides, strict=True):
             words = [_effect(visible(text_of(token)), effect, logits.scale) for token, effect in pairs[:_SHOWN]]
             found.append((name, ", ".join(words) or "no token"))
         found.append(("logit effects", _which_is_which(logits)))
-    if _result("hierarchy", folder, mark) is not None:
+    if _result("hierarchy", folder, metadata) is not None:
         edges = read_columns(folder / EDGES_FILE, ("parent", "child"), d_sae)
         parents = [] if edges is None else parents_by_child(edges, d_sae).rows(latent, PARENT_FIELDS)
         words = ", ".join(f"{parent} (on {inside:.0%} of its rows)" for parent, inside, *_ in parents[:_SHOWN])
@@ -98,10 +100,10 @@ def _which_is_which(logits: Any) -> str:
     )
 
 
-def _result(name: str, folder: Path, mark: SamplesMark) -> Any:
+def _result(name: str, folder: Path, metadata: SamplesMetadata) -> Any:
     """The result of the analysis `name` in `folder`; None unless it is there and of the weights of the samples."""
     found = load_analysis(name).result.read(folder)
-    return found if found is not None and found.transcoder.sha256 == mark.transcoder.sha256 else None
+    return found if found is not None and found.transcoder.sha256 == metadata.transcoder.sha256 else None
 
 
 def window_line(window: Window, largest: float, text_of: Callable[[int], str], *, shaded: bool = True) -> Text:
@@ -129,13 +131,13 @@ def window_line(window: Window, largest: float, text_of: Callable[[int], str], *
     return line
 
 
-def _head(mark: SamplesMark, latent: int, histogram: Histogram) -> Text:
-    sizes = mark.transcoder.config["group_sizes"]
+def _head(metadata: SamplesMetadata, latent: int, histogram: Histogram) -> Text:
+    sizes = metadata.transcoder.config["group_sizes"]
     group = next(i for i, end in enumerate(itertools.accumulate(sizes), 1) if latent < end)
-    density = histogram.n_rows / mark.n_rows
+    density = histogram.n_rows / metadata.n_rows
     head = Text(f"latent {latent}", style="bold")
     head.append(
-        f"  group {group} of {len(sizes)}  fires on {histogram.n_rows:,} of {mark.n_rows:,} {mark.split} rows "
+        f"  group {group} of {len(sizes)}  fires on {histogram.n_rows:,} of {metadata.n_rows:,} {metadata.split} rows "
         f"({density:.3%})\n",
         style="not bold",
     )

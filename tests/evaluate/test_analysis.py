@@ -15,7 +15,7 @@ from evaluate.analyses import ANALYSES, Entry
 from evaluate.analyses.logits import effects as logit_effects
 from evaluate.analysis import Answer, Silent, answer
 from evaluate.cli import app
-from evaluate.commands.screen import Screen
+from evaluate.commands.terminal import Terminal
 from evaluate.config import EvaluateConfig
 from evaluate.rows import context_blocks
 from matryoshka.errors import UserError
@@ -287,10 +287,10 @@ def test_two_runs_into_one_folder_are_refused(bench: Bench) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_a_run_that_is_not_trained_to_its_end_is_said(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     analysis = bench.entry.load()(**bench.case.arguments)
-    Screen().say(analysis, bench.answer([bench.run("done")]))
+    Terminal().say(analysis, bench.answer([bench.run("done")]))
     assert "not trained to its end" not in capsys.readouterr().err
     early = bench.save_run(bench.folder / "early", bench.case.transcoder, finished=False)
-    Screen().say(analysis, bench.answer([early]))
+    Terminal().say(analysis, bench.answer([early]))
     assert capsys.readouterr().err.count("early is not trained to its end: this is step 400") == 1
 
 

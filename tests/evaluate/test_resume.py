@@ -17,7 +17,7 @@ from evaluate.analyses.reconstruction.run import RunAnalysis
 from evaluate.analyses.samples.samples import SamplesAnalysis
 from evaluate.analysis import Silent, answer
 from evaluate.config import EvaluateConfig, HierarchyConfig, SamplesConfig
-from evaluate.resume import load_state, state_of, unfinished
+from evaluate.resume import load_state, resumable_pass, state_of
 from evaluate.rows import context_blocks as blocks_module
 from matryoshka.errors import UserError
 from matryoshka.metrics import FvuSums
@@ -146,9 +146,9 @@ def test_a_lost_part_of_a_hierarchy_is_said(val_set: ShardSet, made: Any, tmp_pa
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     with (
-        unfinished(tmp_path / "report.json", {}, 1.0),
+        resumable_pass(tmp_path / "report.json", {}, 1.0),
         pytest.raises(UserError, match="being written by another process"),
-        unfinished(tmp_path / "report.json", {}, 1.0),
+        resumable_pass(tmp_path / "report.json", {}, 1.0),
     ):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -20,8 +20,8 @@ from matryoshka.transcoder import Transcoder
 from ...analysis import Analysis, Job
 from ...config import EvaluateConfig
 from ...measures.bootstrap import mean_over_classes
-from ...measures.codes import Codes, encode_rows
 from ...measures.probe import require_sklearn
+from ...measures.row_acts import RowActs, encode_rows
 from ...resume import Parts
 from ...rows.batches import check_rows
 from ...rows.words import LETTERS, split_tokens
@@ -48,9 +48,9 @@ class _Letter:
 class _Rows:
     """Codes of one transcoder on the three sets of rows, and what they are projected on."""
 
-    train: Codes
-    test: Codes
-    fit: Codes
+    train: RowActs
+    test: RowActs
+    fit: RowActs
     fit_projected: Tensor
     test_projected: Tensor
 
@@ -158,11 +158,11 @@ def fit_places(task: LetterTask) -> tuple[Tensor, Tensor]:
     return context[chosen], position[chosen]
 
 
-def _joined(codes: list[Codes]) -> Codes:
+def _joined(codes: list[RowActs]) -> RowActs:
     counts = torch.cat([part.starts.diff() for part in codes])
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     latent, value = (torch.cat([getattr(part, name) for part in codes]) for name in ("latent", "value"))
-    return Codes(codes[0].n_latents, starts, latent, value)
+    return RowActs(codes[0].n_latents, starts, latent, value)
 
 
 def _prefix(end: int, rows: _Rows, task: LetterTask, probes: LetterProbes) -> PrefixAbsorption:
@@ -179,8 +179,8 @@ def _prefix(end: int, rows: _Rows, task: LetterTask, probes: LetterProbes) -> Pr
 def _letter(
     letter: str,
     column: int,
-    train: Codes,
-    test: Codes,
+    train: RowActs,
+    test: RowActs,
     projected: Tensor,
     readback: Readback,
     task: LetterTask,

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from ...measures.codes import Codes
 from ...measures.probe import fit_probe, l1_weights, quality
+from ...measures.row_acts import RowActs
 
 L1 = 0.01
 """SAEBench's k_sparse_probe_l1_decay."""
@@ -34,9 +34,9 @@ class MainLatents:
 
 
 def find_main_latents(
-    train: Codes,
+    train: RowActs,
     y_train: Bool[np.ndarray, " train_rows"],
-    test: Codes,
+    test: RowActs,
     y_test: Bool[np.ndarray, " test_rows"],
     *,
     jump: float,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ...measures.codes import Codes
+from ...measures.row_acts import RowActs
 
 _TOLERANCE = 1e-3
 _MOST_STEPS = 200
@@ -50,7 +50,7 @@ def norm_directions(d_in: int, seed: int) -> Float[Tensor, "d_in 64"]:
     return torch.randn(d_in, _N_NORM_DIRECTIONS, generator=generator) / _N_NORM_DIRECTIONS**0.5
 
 
-def fit_readback(codes: Codes, projected: Float[Tensor, "rows directions_and_64"]) -> Readback:
+def fit_readback(codes: RowActs, projected: Float[Tensor, "rows directions_and_64"]) -> Readback:
     """Fit V from the codes of rows and their inputs along the directions, those of `norm_directions` last of all."""
     mean_x = projected.mean(0)
     solution, mean_f = _solve(codes, projected - mean_x)
@@ -59,7 +59,7 @@ def fit_readback(codes: Codes, projected: Float[Tensor, "rows directions_and_64"
     return Readback(along=along, norm=random.norm(dim=1), intercept=intercept[:-_N_NORM_DIRECTIONS])
 
 
-def _solve(codes: Codes, x: Float[Tensor, "rows directions"]) -> tuple[Tensor, Tensor]:
+def _solve(codes: RowActs, x: Float[Tensor, "rows directions"]) -> tuple[Tensor, Tensor]:
     """V [latents, directions] and mean(f), by preconditioned conjugate gradients, all columns of `x` at once.
 
     (Hestenes & Stiefel 1952; Golub & Van Loan, algorithm 11.5.1.) Latents are scaled by 1 / s_i, which makes the

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ...measures.codes import Codes
+from ...measures.row_acts import RowActs
 
 FULL_COSINE = 0.025
 FRACTION_COSINE = 0.1
@@ -54,7 +54,7 @@ class RowScores:
 
 
 def score_rows(
-    codes: Codes,
+    codes: RowActs,
     projection: Float[np.ndarray, " rows"],
     along: Float[np.ndarray, " latents"],
     cosine: Float[np.ndarray, " latents"],

@@ -19,8 +19,8 @@ from ...measures.bootstrap import DOCUMENTS, Interval, central
 from ...measures.records import CurvePoint
 from ...result import finite
 from ...rows.batches import count_rows, row_batches
-from ...subject.contenders import load_contender, shards_of_all
 from ...subject.held_out import ValUnit
+from ...subject.subjects import load_subject, shards_of_all
 from .matched import DocumentCurve, fvu_at
 
 COMPARISON_FILE = "comparison.json"
@@ -70,7 +70,7 @@ class Comparison(Config):
 
 
 def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None = None) -> Comparison:
-    """Measure the transcoders that `texts` name (see `load_contender`) on rows of `config.shards`, by default val ones.
+    """Measure the transcoders that `texts` name (see `load_subject`) on rows of `config.shards`, by default val ones.
 
     With `config.out` the result is published there too. Raises UserError for invalid input.
     """
@@ -82,19 +82,19 @@ def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None 
     if len(texts) < 2:
         raise UserError("a comparison needs two transcoders or more; for one there is `evaluate run`")
     shards, scales = shards_of_all(texts, config.shards, progress.noted), config.compare.scales
-    contenders = [load_contender(text, shards) for text in texts]
-    names = [contender.name for contender in contenders]
+    subjects = [load_subject(text, shards) for text in texts]
+    names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
         raise UserError(f"two of the transcoders have the same name ({', '.join(names)}); rename a folder")
     curves, device = [], resolve_device(config.device)
-    for contender in contenders:
-        progress.started(contender.name, count_rows(shards, config.split, config.tokens))
-        curve = DocumentCurve.empty(contender.transcoder.to(device), scales, shards, config.split, config.tokens)
+    for subject in subjects:
+        progress.started(subject.name, count_rows(shards, config.split, config.tokens))
+        curve = DocumentCurve.empty(subject.transcoder.to(device), scales, shards, config.split, config.tokens)
         for batch in row_batches(shards.split(config.split), config.batch_rows, config.tokens):
             curve.add(batch, shards)
             progress.advanced(len(batch))
         # One transcoder at a time on the device.
-        contender.transcoder.to("cpu")
+        subject.transcoder.to("cpu")
         curves.append(curve)
     first_l0 = float(curves[0].points()[0][scales.index(1.0)])
     targets = config.compare.l0 or (first_l0,)
@@ -108,8 +108,8 @@ def compare(texts: list[str], config: EvaluateConfig, progress: Progress | None 
         n_rows=count_rows(shards, config.split, config.tokens),
         n_documents=len(curves[0].documents),
         entries=tuple(
-            _entry(contender.name, contender.digest(), curve, rows)
-            for contender, curve, rows in zip(contenders, curves, matched, strict=True)
+            _entry(subject.name, subject.digest(), curve, rows)
+            for subject, curve, rows in zip(subjects, curves, matched, strict=True)
         ),
     )
     if config.out is not None:

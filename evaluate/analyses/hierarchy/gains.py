@@ -15,7 +15,7 @@ from matryoshka.metrics import FvuSums
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
-from ...measures.activations import Active, base_output, group_counts, group_sums, nested_reconstructions
+from ...measures.activations import SparseActs, base_output, group_counts, group_sums, nested_reconstructions
 from ...measures.breakdown import frequency_partition, train_token_counts
 from ...measures.strata import StrataSums
 from ...result import finite
@@ -40,7 +40,7 @@ class GainSums:
         self._token_rows = torch.zeros(len(counts), dtype=torch.int64)
         self._token_gain = torch.zeros(len(counts), n_groups, dtype=torch.float64)
 
-    def add(self, transcoder: Transcoder, batch: RowBatch, x: Tensor, y: Tensor, active: Active) -> None:
+    def add(self, transcoder: Transcoder, batch: RowBatch, x: Tensor, y: Tensor, active: SparseActs) -> None:
         """Add a batch: its input `x` [rows, d_in], its target `y` [rows, d_out] and what fires there."""
         base, counts = base_output(transcoder, x), group_counts(transcoder, active)
         nested = nested_reconstructions(base, group_sums(transcoder, active, counts))

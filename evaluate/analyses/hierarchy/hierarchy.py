@@ -14,7 +14,7 @@ from matryoshka.transcoder import Transcoder
 
 from ...analysis import Analysis, Job
 from ...config import EvaluateConfig
-from ...measures.activation_log import FireLog
+from ...measures.activation_log import ActivationLog
 from ...measures.activations import active_latents
 from ...measures.pair_sums import pair_counts
 from ...result import finite
@@ -32,7 +32,7 @@ class _Pass:
 
     SUMS = ("n_rows", "gains", "firing", "fires")
 
-    def __init__(self, transcoder: Transcoder, shards: ShardSet, fires: FireLog) -> None:
+    def __init__(self, transcoder: Transcoder, shards: ShardSet, fires: ActivationLog) -> None:
         self.n_rows = 0
         self.gains = GainSums(shards, transcoder.config.group_sizes)
         self.firing = FiringCounts(transcoder.config.d_sae)
@@ -78,7 +78,7 @@ class HierarchyAnalysis(Analysis[Hierarchy]):
 
 def _pass(transcoder: Transcoder, job: Job) -> _Pass:
     shards, config = job.shards, job.config
-    sums = _Pass(transcoder, shards, FireLog(job.saved.folder))
+    sums = _Pass(transcoder, shards, ActivationLog(job.saved.folder))
     n_rows = count_rows(shards, config.split, config.tokens)
     job.progress.started(job.name, n_rows)
     n_done = job.saved.load(sums)

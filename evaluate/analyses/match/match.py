@@ -25,12 +25,12 @@ from matryoshka.shards import ShardSet
 
 from ...analysis import Progress, Silent
 from ...config import EvaluateConfig
-from ...measures.activation_log import FireLog
-from ...measures.activations import Active, active_latents
+from ...measures.activation_log import ActivationLog
+from ...measures.activations import SparseActs, active_latents
 from ...measures.pair_sums import pair_products
 from ...result import finite
 from ...rows.batches import RowBatch, count_rows, input_and_target, row_batches
-from ...subject.contenders import Contender, load_contender, no_shards, own_shards, shards_of_all
+from ...subject.subjects import Subject, load_subject, no_shards, own_shards, shards_of_all
 from .result import Best, GroupMatch, Matching, MatchingSide, write_matching
 
 CLOSE = 0.7
@@ -56,7 +56,7 @@ class _Moments:
         zeros = torch.zeros(d_sae, dtype=torch.float64)
         return cls(0, torch.zeros(d_sae, dtype=torch.int64), zeros, zeros.clone())
 
-    def add(self, active: Active) -> None:
+    def add(self, active: SparseActs) -> None:
         latent, value = active.latent.cpu(), active.value.cpu().double()
         self.n_rows += active.n_rows
         self.count += torch.bincount(latent, minlength=len(self.count))
@@ -76,7 +76,7 @@ def match(
     other_shards: Path | None = None,
     progress: Progress | None = None,
 ) -> Matching:
-    """Match the transcoders that `one` and `other` name (see `load_contender`).
+    """Match the transcoders that `one` and `other` name (see `load_subject`).
 
     Both are run on `config.shards`, else on what `one` was trained on; `other` on `other_shards` where that is given,
     or on its own set where that is of another layer and no set was named. With `config.out` the result and
@@ -86,25 +86,25 @@ def match(
     if config.prefix is not None:
         raise UserError("a prefix is named with its run here, as data/runs/l17-k96@2 for the first two groups")
     sets = _shard_sets(one, other, config, other_shards, progress)
-    contenders = [load_contender(text, shards) for text, shards in zip((one, other), sets, strict=True)]
+    subjects = [load_subject(text, shards) for text, shards in zip((one, other), sets, strict=True)]
     if config.out is not None:
         make_directory(config.out)
     n_rows, device = count_rows(sets[0], config.split, config.tokens), resolve_device(config.device)
     with tempfile.TemporaryDirectory(prefix="match-", dir=config.out) as folder:
-        logs = [FireLog(Path(folder), name, with_values=True) for name in ("one", "other")]
-        moments = [_Moments.empty(contender.transcoder.config.d_sae) for contender in contenders]
-        for contender in contenders:
-            contender.transcoder.to(device)
-        progress.started(f"{contenders[0].name}, {contenders[1].name}", n_rows)
+        logs = [ActivationLog(Path(folder), name, with_values=True) for name in ("one", "other")]
+        moments = [_Moments.empty(subject.transcoder.config.d_sae) for subject in subjects]
+        for subject in subjects:
+            subject.transcoder.to(device)
+        progress.started(f"{subjects[0].name}, {subjects[1].name}", n_rows)
         for batches in _batches(sets, config):
-            for contender, shards, batch, log, sums in zip(contenders, sets, batches, logs, moments, strict=True):
-                x, _ = input_and_target(contender.transcoder, shards, batch)
-                active = active_latents(contender.transcoder, x)
+            for subject, shards, batch, log, sums in zip(subjects, sets, batches, logs, moments, strict=True):
+                x, _ = input_and_target(subject.transcoder, shards, batch)
+                active = active_latents(subject.transcoder, x)
                 log.add(active)
                 sums.add(active)
             progress.advanced(len(batches[0]))
         correlation = _correlations(logs[0], logs[1], moments[0], moments[1])
-    cosine = _cosines(contenders[0].transcoder.W_dec, contenders[1].transcoder.W_dec, [m.count > 0 for m in moments])
+    cosine = _cosines(subjects[0].transcoder.W_dec, subjects[1].transcoder.W_dec, [m.count > 0 for m in moments])
     result = Matching(
         shard_sets=tuple(shards.name for shards in sets),
         shard_set_digests=tuple(shards.digest for shards in sets),
@@ -114,9 +114,9 @@ def match(
         n_rows=moments[0].n_rows,
         close=CLOSE,
         sides=tuple(
-            _side(contender, sums, near, alike, alike_back)
-            for contender, sums, near, alike, alike_back in zip(
-                contenders, moments, cosine, correlation, correlation[::-1], strict=True
+            _side(subject, sums, near, alike, alike_back)
+            for subject, sums, near, alike, alike_back in zip(
+                subjects, moments, cosine, correlation, correlation[::-1], strict=True
             )
         ),
     )
@@ -162,7 +162,7 @@ def _batches(sets: list[ShardSet], config: EvaluateConfig) -> Iterator[tuple[Row
         yield one, other
 
 
-def _correlations(one: FireLog, other: FireLog, m_one: _Moments, m_other: _Moments) -> tuple[Best, Best]:
+def _correlations(one: ActivationLog, other: ActivationLog, m_one: _Moments, m_other: _Moments) -> tuple[Best, Best]:
     """The most correlated latent of the other side, for each latent of both."""
     n_rows, spread_one, spread_other = m_one.n_rows, m_one.spread(), m_other.spread()
     d_one, d_other = len(spread_one), len(spread_other)
@@ -208,9 +208,9 @@ def _known(best: Best) -> Best:
     return Best(torch.where(found, best.value, float("nan")), torch.where(found, best.other, -1))
 
 
-def _side(contender: Contender, sums: _Moments, cosine: Best, correlation: Best, back: Best) -> MatchingSide:
+def _side(subject: Subject, sums: _Moments, cosine: Best, correlation: Best, back: Best) -> MatchingSide:
     """One transcoder: how much of it the other one has. `back` is the other one's own best correlations."""
-    config = contender.transcoder.config
+    config = subject.transcoder.config
     own = torch.arange(config.d_sae)
     mutual = (correlation.other >= 0) & (back.other[correlation.other.clamp_min(0)] == own)
     groups, start = [], 0
@@ -231,8 +231,8 @@ def _side(contender: Contender, sums: _Moments, cosine: Best, correlation: Best,
             )
         )
     return MatchingSide(
-        name=contender.name,
-        weights_sha256=contender.digest(),
+        name=subject.name,
+        weights_sha256=subject.digest(),
         layer_hook=config.source_hook,
         input=config.input,
         prefix_ends=config.prefix_ends,

@@ -17,7 +17,7 @@ from matryoshka.transcoder import Transcoder
 
 from ...analysis import Progress
 from ...config import EvaluateConfig
-from ...measures.codes import Codes, encode_rows
+from ...measures.row_acts import RowActs, encode_rows
 from ...rows.gather import gather_source
 from ...rows.words import split_tokens, token_table, whole_words
 from .labels import LabelledRows, document_starts, token_kinds
@@ -29,7 +29,7 @@ class Side:
 
     x: Tensor
     """[rows, d_in] float32, on the CPU"""
-    codes: Codes
+    codes: RowActs
     label: Tensor
     """[rows] int64, index into the classes"""
 
@@ -146,7 +146,7 @@ def pooled_documents(
     row, latent = pooled.nonzero(as_tuple=True)
     starts = torch.nn.functional.pad(torch.bincount(row, minlength=len(present)).cumsum(0), (1, 0))
     label = torch.tensor([labels[doc] for doc in present.tolist()], dtype=torch.int64)
-    codes = Codes(d_sae, starts, latent, pooled[row, latent])
+    codes = RowActs(d_sae, starts, latent, pooled[row, latent])
     return present.tolist(), Side((sums_x / count).float(), codes, label)
 
 

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...measures.codes import Codes
 from ...measures.probe import Quality, fit_probe, quality
+from ...measures.row_acts import RowActs
 
 _C = 1.0
 
@@ -56,7 +56,7 @@ def balanced(label: Int[Tensor, " rows"], number: int, most: int, generator: tor
     return Examples(torch.cat([own, negative]), is_class)
 
 
-def mean_difference(codes: Codes, examples: Examples) -> Float[Tensor, " latents"]:
+def mean_difference(codes: RowActs, examples: Examples) -> Float[Tensor, " latents"]:
     """|mean over the class - mean over the others| of every latent, float64."""
     sign = torch.zeros(codes.n_rows, dtype=torch.float64)
     is_class = torch.from_numpy(examples.is_class)
@@ -67,7 +67,7 @@ def mean_difference(codes: Codes, examples: Examples) -> Float[Tensor, " latents
     return sums.abs()
 
 
-def k_sparse(train: Codes, on: Examples, test: Codes, scored_on: Examples, ks: tuple[int, ...]) -> list[KProbe]:
+def k_sparse(train: RowActs, on: Examples, test: RowActs, scored_on: Examples, ks: tuple[int, ...]) -> list[KProbe]:
     """A probe for each k in `ks`; a k above the number of latents takes them all."""
     ranking = mean_difference(train, on).sort(descending=True, stable=True).indices[: max(ks)]
     x_train, x_test = (

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from matryoshka.transcoder import Transcoder
 
-from ...measures.activations import Active, row_tiles
+from ...measures.activations import SparseActs, row_tiles
 
 CANDIDATE_SCALE = 0.8
 """Activations above this share of the last batch's smallest choice are candidates; batches cut at about the same."""
 
 
-def topk_among(candidates: Active, n: int, floor: Float[Tensor, " d_sae"]) -> Tensor | None:
+def topk_among(candidates: SparseActs, n: int, floor: Float[Tensor, " d_sae"]) -> Tensor | None:
     """[n_active] bool: the n largest of `candidates`, which are the activations above `floor`.
 
     None when they may not be the n largest of the batch: there are too few, or the smallest one chosen lies below the
@@ -34,7 +34,7 @@ def topk_among(candidates: Active, n: int, floor: Float[Tensor, " d_sae"]) -> Te
     return torch.zeros_like(candidates.value, dtype=torch.bool).index_fill_(0, top.indices, True)
 
 
-def topk_of_all(transcoder: Transcoder, x: Float[Tensor, "rows d_in"], n: int) -> Active:
+def topk_of_all(transcoder: Transcoder, x: Float[Tensor, "rows d_in"], n: int) -> SparseActs:
     """The n largest positive activations of the batch, encoded for that alone.
 
     The best so far and the best of each tile of rows meet in a final.
@@ -51,11 +51,11 @@ def topk_of_all(transcoder: Transcoder, x: Float[Tensor, "rows d_in"], n: int) -
     values, places = values[values > 0], places[values > 0]
     order = places.argsort()
     places = places[order]
-    return Active(len(x), places // d_sae, places % d_sae, values[order])
+    return SparseActs(len(x), places // d_sae, places % d_sae, values[order])
 
 
-def swapped(candidates: Active, one: Tensor, other: Tensor) -> Active:
+def swapped(candidates: SparseActs, one: Tensor, other: Tensor) -> SparseActs:
     """other - one, where both are chosen among `candidates` by a mask: what only `one` has, with the sign turned."""
     changed = candidates.where(one != other)
     leaves = one[one != other]
-    return Active(changed.n_rows, changed.row, changed.latent, torch.where(leaves, -changed.value, changed.value))
+    return SparseActs(changed.n_rows, changed.row, changed.latent, torch.where(leaves, -changed.value, changed.value))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from matryoshka.metrics import FiringCounts
 
-from ...measures.activations import Active
+from ...measures.activations import SparseActs
 from ...measures.records import GroupLatents
 from ...measures.redundancy import REDUNDANT, Neighbours
 from ...result import finite
@@ -36,7 +36,7 @@ class LatentSums:
         self.total = torch.zeros(self.d_sae, dtype=torch.float64)
         self.largest = torch.zeros(self.d_sae)
 
-    def add(self, active: Active) -> None:
+    def add(self, active: SparseActs) -> None:
         """Add the activations of a batch."""
         latent, value = active.latent.cpu(), active.value.float().cpu()
         self.firing.add_active(latent, active.n_rows)

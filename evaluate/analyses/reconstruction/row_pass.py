@@ -11,7 +11,7 @@ from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 from ...config import EvaluateConfig
-from ...measures.activations import Active, active_latents, base_output, group_counts, group_sums, rows_at_once
+from ...measures.activations import SparseActs, active_latents, base_output, group_counts, group_sums, rows_at_once
 from ...measures.breakdown import Breakdown
 from ...measures.curve import CurveSums
 from ...measures.reconstruction import ReconstructionSums, RowErrors, TargetMoments, joined, replaced, row_errors
@@ -29,7 +29,7 @@ class _TopK:
 
     counts: Tensor
     """[rows, n_groups] int64: how many are active"""
-    changes: Active
+    changes: SparseActs
     """What makes the threshold mode's sums into those of this choice; the whole choice when not `is_change`."""
     is_change: bool
 
@@ -83,7 +83,7 @@ class Measurement:
                 self.curve.add(transcoder, candidates.every(first, self._curve_step), base[rows], y[rows])
         self.n_rows += len(batch)
 
-    def _topk(self, x: Tensor, candidates: Active, passes: Tensor, floor: Tensor) -> _TopK:
+    def _topk(self, x: Tensor, candidates: SparseActs, passes: Tensor, floor: Tensor) -> _TopK:
         """What BatchTopK chooses in one batch."""
         assert self._transcoder.config.k is not None
         n = self._transcoder.config.k * len(x)
@@ -98,7 +98,9 @@ class Measurement:
         self._smallest_choice = float(top.value.min()) if len(top.value) > 0 else 0.0
         return _TopK(group_counts(self._transcoder, top), changes, is_change)
 
-    def _errors(self, base: Tensor, y: Tensor, active: Active, top: _TopK | None) -> tuple[RowErrors, RowErrors | None]:
+    def _errors(
+        self, base: Tensor, y: Tensor, active: SparseActs, top: _TopK | None
+    ) -> tuple[RowErrors, RowErrors | None]:
         """Errors in threshold mode and in BatchTopK mode."""
         transcoder, found, topk_found = self._transcoder, [], []
         counts, size = group_counts(transcoder, active), rows_at_once(transcoder, len(y))
@@ -119,7 +121,7 @@ class Measurement:
         self,
         errors: RowErrors | None,
         per_group: Tensor | None,
-        changed: Active,
+        changed: SparseActs,
         base: Tensor,
         counts: Tensor,
         y: Tensor,
@@ -130,7 +132,7 @@ class Measurement:
         if errors is None or per_group is None:
             return row_errors(base, group_sums(transcoder, changed, counts), counts, y)
         rows, place = changed.row.unique_consecutive(return_inverse=True)
-        added = Active(len(rows), place, changed.latent, changed.value)
+        added = SparseActs(len(rows), place, changed.latent, changed.value)
         new = row_errors(
             base.index_select(0, rows),
             per_group.index_select(0, rows).add_(group_sums(transcoder, added, group_counts(transcoder, added))),

@@ -13,7 +13,7 @@ from ...analysis import Analysis, Job, Progress
 from ...config import EvaluateConfig
 from ...measures.bootstrap import DOCUMENTS
 from ...measures.redundancy import Neighbours, decoder_neighbours
-from ...resume import Unfinished
+from ...resume import ResumablePass
 from ...rows.batches import check_rows, count_rows, row_batches
 from .latent_table import write_latents
 from .latents import LOG10_DENSITY_EDGES, group_latents, latent_range
@@ -63,7 +63,7 @@ def measure(
     config: EvaluateConfig,
     batch_rows: int,
     progress: Progress,
-    saved: Unfinished | None = None,
+    saved: ResumablePass | None = None,
 ) -> Measurement:
     """One pass over the rows, `batch_rows` at a time, from where `saved` says that it stood."""
     # A prefix was trained with the k of the whole: alone it has none.

@@ -1,4 +1,4 @@
-"""The folder samples/: samples.parquet (a row a window), histograms.parquet (a row a latent), samples.json (the mark).
+"""The folder samples/: samples.parquet (a row a window), histograms.parquet (a row a latent), samples.json (metadata).
 
 samples.json is written last: where it is, the tables are whole and are what it says.
 """
@@ -21,15 +21,15 @@ from .sampling import Sampling
 from .selection import DECILE, KINDS, TOP, SampleRows, WindowTokens
 
 SAMPLES_FOLDER = "samples"
-MARK_FILE, WINDOWS_FILE, HISTOGRAMS_FILE = "samples.json", "samples.parquet", "histograms.parquet"
+METADATA_FILE, WINDOWS_FILE, HISTOGRAMS_FILE = "samples.json", "samples.parquet", "histograms.parquet"
 LATENTS_PER_GROUP = 256
 """Latents in one row group of the Parquet file: what reading one of them costs."""
 
 
-class SamplesMark(Result):
+class SamplesMetadata(Result):
     """The content of samples.json."""
 
-    FILE = f"{SAMPLES_FOLDER}/{MARK_FILE}"
+    FILE = f"{SAMPLES_FOLDER}/{METADATA_FILE}"
     TABLES = (WINDOWS_FILE, HISTOGRAMS_FILE)
 
     split: Literal["val", "train"]
@@ -152,10 +152,10 @@ def _columns(sampling: Sampling, rows: SampleRows, text: WindowTokens, here: sli
 
     kind, latent, slot, tokens = rows.kind[here], rows.latent[here], rows.slot[here], text.tokens[here]
     acts = torch.zeros(tokens.shape)
-    for code, keeper in ((TOP, sampling.top), (DECILE, sampling.sample)):
+    for code, kept in ((TOP, sampling.top), (DECILE, sampling.sample)):
         chosen = kind == code
-        device = keeper.score.device
-        acts[chosen] = keeper.acts(latent[chosen].to(device), slot[chosen].to(device)).cpu()
+        device = kept.score.device
+        acts[chosen] = kept.acts(latent[chosen].to(device), slot[chosen].to(device)).cpu()
     inside = tokens >= 0
     offsets = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0)).int().numpy()
     before = -int(sampling.shape.offsets()[0])

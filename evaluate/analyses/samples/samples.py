@@ -18,18 +18,18 @@ from ...rows.batches import check_rows
 from ...rows.context_blocks import context_blocks, count_contexts
 from ...rows.windows import WindowShape
 from ...subject.shard_set import tokenizer_name
-from .files import MARK_FILE, SAMPLES_FOLDER, SamplesMark, write_samples
+from .files import METADATA_FILE, SAMPLES_FOLDER, SamplesMetadata, write_samples
 from .sampling import Choice, Sampling
 from .selection import N_DECILES, sample_rows, window_tokens
 
 _SAMPLED_PER_KEPT = 2
 
 
-class SamplesAnalysis(Analysis[SamplesMark]):
+class SamplesAnalysis(Analysis[SamplesMetadata]):
     """The windows that show what each latent is about."""
 
     name = "samples"
-    result = SamplesMark
+    result = SamplesMetadata
     shared = ("tokens", "seed", "prefix")
     # Which rows the windows are of is a setting of samples alone; the pages show whichever were made.
     apart = ("prefix",)
@@ -42,14 +42,14 @@ class SamplesAnalysis(Analysis[SamplesMark]):
         """There must be rows."""
         check_rows(shards, config.samples.split)
 
-    def make(self, job: Job) -> SamplesMark:
+    def make(self, job: Job) -> SamplesMetadata:
         """One pass, which keeps the best windows; then the choice among them."""
         settings, split = job.config.samples, job.shards.split(job.config.samples.split)
         sampling = _pass(job.transcoder_on_device(), split, job)
         rows = sample_rows(sampling, settings.per_decile, settings.random)
         text = window_tokens(split, sampling.shape, rows.place, job.shards.ctx_len)
         write_samples(job.saved.folder, sampling, rows, text)
-        return SamplesMark(
+        return SamplesMetadata(
             **job.facts,
             split=settings.split,
             tokenizer=tokenizer_name(job.shards),
@@ -57,11 +57,11 @@ class SamplesAnalysis(Analysis[SamplesMark]):
             n_windows=len(rows.latent),
         )
 
-    def tables(self, results: Sequence[SamplesMark]) -> list[ResultTable]:  # noqa: ARG002 -- too long to be printed
+    def tables(self, results: Sequence[SamplesMetadata]) -> list[ResultTable]:  # noqa: ARG002 -- too long to be printed
         """None: `evaluate show` prints one latent."""
         return []
 
-    def notes(self, result: SamplesMark) -> list[str]:
+    def notes(self, result: SamplesMetadata) -> list[str]:
         """How many, and of which rows."""
         made = f"{result.n_windows:,} windows from {result.n_rows:,} {result.split} rows"
         if result.split == "train":
@@ -75,7 +75,7 @@ def find_samples(run: Path, shards: str | None = None) -> Path:
     Raises UserError when there is none, or no single one.
     """
     checkpoint = find_checkpoint(run)
-    found = sorted(path.parent for path in (checkpoint.run / "eval").glob(f"*/{SAMPLES_FOLDER}/{MARK_FILE}"))
+    found = sorted(path.parent for path in (checkpoint.run / "eval").glob(f"*/{SAMPLES_FOLDER}/{METADATA_FILE}"))
     if shards is not None:
         found = [folder for folder in found if folder.parent.name.rpartition("-")[0] == Path(shards).resolve().name]
     if not found:
@@ -83,12 +83,12 @@ def find_samples(run: Path, shards: str | None = None) -> Path:
     if len(found) > 1:
         names = ", ".join(folder.parent.name for folder in found)
         raise UserError(f"{run} has samples of several shard sets ({names}); choose one with --shards")
-    mark = SamplesMark.read(found[0].parent)
-    if mark is None:
+    metadata = SamplesMetadata.read(found[0].parent)
+    if metadata is None:
         raise UserError(f"{found[0]} was written by another version; run evaluate samples again")
-    if mark.transcoder.sha256 != checkpoint.sha256:
+    if metadata.transcoder.sha256 != checkpoint.sha256:
         raise UserError(
-            f"{found[0]} shows step {mark.transcoder.step}, and the newest checkpoint of {run} is step "
+            f"{found[0]} shows step {metadata.transcoder.step}, and the newest checkpoint of {run} is step "
             f"{checkpoint.step}; run evaluate samples again"
         )
     return found[0]

@@ -24,7 +24,7 @@ from ...measures.activations import CPU_TILE_BYTES, TILE_BYTES, true_places
 from ...rows.context_blocks import ContextBlock
 from ...rows.windows import WindowShape, mixed
 from .histogram import ActivationHistogram
-from .top_windows import Keeper
+from .top_windows import TopWindows
 
 POOL = 512
 _PRIORITY_BITS = (1 << 62) - 1
@@ -43,7 +43,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Fires:
+class ActsByLatent:
     """What fires in a block, ordered by latent and then by row; row = context * positions + position."""
 
     latent: Tensor
@@ -66,8 +66,8 @@ class Sampling:
         self.n_rows = 0
         self.n_contexts = 0
         """The first so many contexts of the split have gone by."""
-        self.top = Keeper(d_sae, choice.n_top, width, device)
-        self.sample = Keeper(d_sae, choice.n_sampled, width, device)
+        self.top = TopWindows(d_sae, choice.n_top, width, device)
+        self.sample = TopWindows(d_sae, choice.n_sampled, width, device)
         self.histogram = ActivationHistogram(d_sae, device)
         generator = torch.Generator().manual_seed(choice.seed)
         drawn = torch.randperm(split.n_contexts, generator=generator)[:POOL]
@@ -93,9 +93,9 @@ class Sampling:
         self.histogram.add(fires.latent, fires.value)
         self._mark_pool(block, fires)
 
-        def offer(keeper: Keeper, chosen: Tensor, score: Tensor) -> None:
+        def push(kept: TopWindows, chosen: Tensor, score: Tensor) -> None:
             latent, row, value = fires.latent[chosen], fires.row[chosen], fires.value[chosen]
-            keeper.offer(
+            kept.push(
                 latent,
                 score,
                 keys[row],
@@ -108,15 +108,15 @@ class Sampling:
         strength = fires.value.contiguous().view(torch.int32).long()
         hopeful = (strength > self.top.floor()[fires.latent]).nonzero().squeeze(1)
         peaks = hopeful[self._is_peak(fires, hopeful)]
-        offer(self.top, peaks, strength[peaks])
+        push(self.top, peaks, strength[peaks])
         places = torch.arange(offset, offset + block.keep.numel(), device=device)
         of_row = mixed(places + self._choice.seed * _SEED_FACTOR)
         of_latent = mixed(torch.arange(self._transcoder.config.d_sae, device=device) - _SEED_FACTOR)
         priority = ((of_row[fires.row] ^ of_latent[fires.latent]) * _PRIORITY_FACTOR) & _PRIORITY_BITS
         drawn = (priority > self.sample.floor()[fires.latent]).nonzero().squeeze(1)
-        offer(self.sample, drawn, priority[drawn])
+        push(self.sample, drawn, priority[drawn])
 
-    def _is_peak(self, fires: Fires, chosen: Tensor) -> Tensor:
+    def _is_peak(self, fires: ActsByLatent, chosen: Tensor) -> Tensor:
         """Which of the chosen are the first largest of their latent in their context, bool [chosen]."""
         if len(chosen) == 0:
             return chosen.bool()
@@ -128,7 +128,7 @@ class Sampling:
         starts = torch.searchsorted(segment, torch.arange(len(largest), device=segment.device))
         return reaches & (before == before[starts][segment])
 
-    def _acts(self, fires: Fires, chosen: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    def _acts(self, fires: ActsByLatent, chosen: Tensor, first: Tensor, last: Tensor) -> Tensor:
         """Activations [chosen, width] of the latent of each chosen entry in the window around its row."""
         shape = self.shape
         around = (chosen[:, None] + shape.offsets(chosen.device)).clamp(0, len(fires.row) - 1)
@@ -145,7 +145,7 @@ class Sampling:
         acts = torch.zeros(len(chosen), shape.width + 1, device=chosen.device)
         return acts.scatter_(1, column, fires.value[around])[:, :-1]
 
-    def _mark_pool(self, block: ContextBlock, fires: Fires) -> None:
+    def _mark_pool(self, block: ContextBlock, fires: ActsByLatent) -> None:
         slots = self._slot[block.first_context : block.first_context + len(block.keep)]
         slots = torch.where(block.keep.any(1), slots, -1)
         context = (slots >= 0).nonzero().squeeze(1)
@@ -167,7 +167,7 @@ class Sampling:
         self.pool_fires[fires.latent[hits], pooled[hits]] = True
 
 
-def encode_by_latent(transcoder: Transcoder, shards: ShardSet, block: ContextBlock) -> Fires:
+def encode_by_latent(transcoder: Transcoder, shards: ShardSet, block: ContextBlock) -> ActsByLatent:
     """The non-zero entries of `Transcoder.encode` over the kept rows of a block."""
     device = transcoder.device
     x = apply_convention(
@@ -193,4 +193,4 @@ def encode_by_latent(transcoder: Transcoder, shards: ShardSet, block: ContextBlo
         latent = found // len(rows)
         parts.append((latent + start, rows[found - latent * len(rows)], pre_acts.flatten()[found]))
     latent, row, value = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Fires(latent, row, value)
+    return ActsByLatent(latent, row, value)

@@ -11,7 +11,7 @@ from matryoshka.shards import Split
 
 from ...rows.windows import WindowShape, mixed, windows_of
 from .sampling import Sampling
-from .top_windows import EMPTY, Keeper
+from .top_windows import EMPTY, TopWindows
 
 TOP, DECILE, RANDOM = 0, 1, 2
 KINDS = ("top", "decile", "random")
@@ -33,7 +33,7 @@ class SampleRows:
     place: Tensor
     """context * ctx_len + position of the token that the window is about."""
     slot: Tensor
-    """Where in its keeper the window lies; -1 of a random one."""
+    """Slot of the window in its TopWindows; -1 for a random one."""
     value: Tensor
     """float32 activation at the place."""
 
@@ -103,7 +103,7 @@ def deciles_of(value: Tensor, is_there: Tensor) -> Tensor:
 Columns = tuple[Tensor, ...]
 
 
-def _top(top: Keeper, latents: slice) -> Columns:
+def _top(top: TopWindows, latents: slice) -> Columns:
     score, place, value = top.score[latents].cpu(), top.place[latents].cpu(), top.value[latents].cpu()
     latent, slot = (score != EMPTY).nonzero(as_tuple=True)
     return (
@@ -117,7 +117,7 @@ def _top(top: Keeper, latents: slice) -> Columns:
     )
 
 
-def _deciles(sample: Keeper, top: Keeper, latents: slice, per_decile: int) -> Columns:
+def _deciles(sample: TopWindows, top: TopWindows, latents: slice, per_decile: int) -> Columns:
     """Of the uniform sample, `per_decile` of each tenth that are not among the top windows."""
     score, key, value = sample.score[latents].cpu(), sample.key[latents].cpu(), sample.value[latents].cpu()
     is_there = score != EMPTY

@@ -13,12 +13,12 @@ EMPTY = -1
 _LATENT_FACTOR = -7046029254386353131
 
 
-class Keeper:
+class TopWindows:
     """The `n_kept` windows of the highest score of each latent; of equal windows only the one of the highest score.
 
-    Offered in parts it keeps what it would keep if all were offered at once: what is dropped has `n_kept` better and
-    different ones before it. Among equal scores the earlier place wins, so parts must be offered in order of place.
-    Memory is d_sae * n_kept * (width + 7) * 4 bytes, whatever is offered.
+    Pushed in parts it keeps what it would keep if all were pushed at once: what is dropped has `n_kept` better and
+    different ones before it. Among equal scores the earlier place wins, so parts must be pushed in order of place.
+    Memory is d_sae * n_kept * (width + 7) * 4 bytes, whatever is pushed.
     """
 
     SUMS = ("score", "key", "place", "value", "_acts", "_drawer")
@@ -44,7 +44,7 @@ class Keeper:
         """Activations [n, width] in windows, by latent and place in the order of the scores."""
         return self._acts[latent, self._drawer[latent, slot]]
 
-    def offer(
+    def push(
         self,
         latent: Tensor,
         score: Tensor,
@@ -53,7 +53,7 @@ class Keeper:
         value: Tensor,
         acts_of: Callable[[Tensor], Tensor],
     ) -> None:
-        """Offer n windows, ordered by latent and then by place; scores are not negative.
+        """Push n windows, ordered by latent and then by place; scores are not negative.
 
         `acts_of` gives the activations [m, width] of m of them, by their numbers; it is asked only for those that stay.
         """
@@ -77,25 +77,25 @@ class Keeper:
             column = joined[name].new_full((n_touched, n_kept), fill)
             column[of, rank] = joined[name][chosen]
             getattr(self, name)[touched] = column
-        self._file(touched, of, rank, chosen, n_old, acts_of)
+        self._store(touched, of, rank, chosen, n_old, acts_of)
 
-    def _file(
+    def _store(
         self, touched: Tensor, of: Tensor, rank: Tensor, chosen: Tensor, n_old: int, acts_of: Callable[[Tensor], Tensor]
     ) -> None:
-        """Put the windows that are new into the drawers that those dropped leave empty."""
+        """Put the windows that are new into the slots that those dropped leave empty."""
         is_old = chosen < n_old
-        drawers = self._drawer[touched]
-        stayed, old_of = drawers.flatten()[chosen[is_old]], of[is_old]
-        taken = torch.zeros_like(drawers, dtype=torch.uint8)
+        slots = self._drawer[touched]
+        stayed, old_of = slots.flatten()[chosen[is_old]], of[is_old]
+        taken = torch.zeros_like(slots, dtype=torch.uint8)
         taken[old_of, stayed] = 1
-        # Empty ones first, in order: the j-th new window of a latent goes into its j-th empty drawer.
+        # Empty ones first, in order: the j-th new window of a latent goes into its j-th empty slot.
         empty = taken.sort(dim=1, stable=True).indices
         new_of = of[~is_old]
         number = torch.arange(len(new_of), device=of.device) - torch.searchsorted(new_of, new_of)
         placed = empty[new_of, number]
-        drawers[old_of, rank[is_old]] = stayed
-        drawers[new_of, rank[~is_old]] = placed
-        self._drawer[touched] = drawers
+        slots[old_of, rank[is_old]] = stayed
+        slots[new_of, rank[~is_old]] = placed
+        self._drawer[touched] = slots
         self._acts[touched[new_of], placed] = acts_of(chosen[~is_old] - n_old)
 
 

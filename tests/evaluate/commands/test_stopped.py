@@ -21,8 +21,8 @@ import os, sys
 from pathlib import Path
 number, after, *words = sys.argv[1:]
 sys.argv = ["evaluate", *words]
-from evaluate.commands.screen import Screen
-advanced = Screen.advanced
+from evaluate.commands.terminal import Terminal
+advanced = Terminal.advanced
 n_told = 0
 def told(self, n_rows):
     global n_told
@@ -30,7 +30,7 @@ def told(self, n_rows):
     n_told += 1
     if n_told == int(after):
         os.kill(os.getpid(), int(number))
-Screen.advanced = told
+Terminal.advanced = told
 from matryoshka.launch import evaluate
 evaluate()
 """

@@ -9,7 +9,7 @@ import torch
 
 from evaluate.measures import activations as active_module
 from evaluate.measures.activations import (
-    Active,
+    SparseActs,
     active_latents,
     base_output,
     group_counts,
@@ -19,7 +19,7 @@ from evaluate.measures.activations import (
 from matryoshka.transcoder import Transcoder
 
 
-def reconstructions(transcoder: Transcoder, active: Active, x: torch.Tensor) -> list[torch.Tensor]:
+def reconstructions(transcoder: Transcoder, active: SparseActs, x: torch.Tensor) -> list[torch.Tensor]:
     per_group = group_sums(transcoder, active, group_counts(transcoder, active))
     return [y_hat.clone() for y_hat in nested_reconstructions(base_output(transcoder, x), per_group)]
 
@@ -76,5 +76,5 @@ def test_no_rows(made: Any) -> None:
     """What a selection of rows may leave: the top-k mode of a batch in which it equals the threshold mode."""
     transcoder = made.transcoder()
     none = torch.zeros(0, dtype=torch.int64)
-    nested = reconstructions(transcoder, Active(0, none, none, torch.zeros(0)), torch.zeros(0, made.d_in))
+    nested = reconstructions(transcoder, SparseActs(0, none, none, torch.zeros(0)), torch.zeros(0, made.d_in))
     assert [y_hat.shape for y_hat in nested] == [(0, made.d_out)] * len(transcoder.prefix_ends)

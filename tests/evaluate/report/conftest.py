@@ -22,7 +22,7 @@ from evaluate.analyses.match.result import Matching, write_matching
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig, HierarchyConfig
 from evaluate.report.build import make_report
-from evaluate.subject.contenders import Contender
+from evaluate.subject.subjects import Subject
 from matryoshka.runs import publish_json
 from matryoshka.transcoder import Transcoder
 
@@ -158,7 +158,7 @@ def _match(run: Path, folder: Path) -> None:
     group = {"n_latents": 48, "n_alive": 47, "mean_max_cosine": 0.5, "share_close_cosine": 0.5, "share_mutual": None}
     group |= {"mean_max_correlation": 0.5, "share_close_correlation": 0.5}
     side = {"layer_hook": "blocks.1.hook_resid_mid", "input": "resid_mid", "prefix_ends": [48], "groups": [group]}
-    own = {**side, "total": group, "name": "run", "weights_sha256": Contender("", Transcoder.load(step)).digest()}
+    own = {**side, "total": group, "name": "run", "weights_sha256": Subject("", Transcoder.load(step)).digest()}
     other = {**side, "total": group, "name": EVIL[1], "weights_sha256": "0" * 64, "layer_hook": "blocks.4.<b>hook"}
     record = {"shard_sets": ["l1", "l1"], "shard_set_digests": ["a", "a"], "split": "val", "tokens": None}
     record |= {"n_rows": 873, "close": 0.7}

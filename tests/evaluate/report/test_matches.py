@@ -12,7 +12,7 @@ from evaluate.analyses.match.match import match
 from evaluate.config import EvaluateConfig
 from evaluate.report.matches import Matches
 from evaluate.report.parts import compared_digests
-from evaluate.subject.contenders import Contender
+from evaluate.subject.subjects import Subject
 from matryoshka.shards import ShardSet
 
 
@@ -30,7 +30,7 @@ def test_matches_of_either_side_and_of_prefixes(runs: tuple[Path, Path], made: A
     one, other = runs
     evaluation, transcoder = one / "eval" / "l1-12345678", made.transcoder()
     digests = compared_digests(transcoder)
-    assert Contender("", transcoder).digest() in digests
+    assert Subject("", transcoder).digest() in digests
     asked = {evaluation / "matched": (one, other), one.parent / "as-other": (other, f"{one}@2")}
     for out, (first, second) in asked.items():
         match(str(first), str(second), EvaluateConfig(shards=val_set.path, device="cpu", out=out))

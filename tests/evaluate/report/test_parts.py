@@ -125,7 +125,7 @@ def test_results_of_other_weights_are_left_out(made: Any, tmp_path: Path) -> Non
 
     assert find_parts(tmp_path, "aa").missing() == COMMANDS
     publish(mine["logits"])
-    # A mark without its table is no result.
+    # A metadata without its table is no result.
     assert find_parts(tmp_path, "aa").records == {}
     for table in ("logits", "hierarchy", "cofiring"):
         (tmp_path / f"{table}.parquet").touch()

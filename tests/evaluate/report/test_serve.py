@@ -21,11 +21,11 @@ from warm_processes import WarmPython
 from evaluate.analyses.steer.steer import Writing, steer
 from evaluate.config import EvaluateConfig
 from evaluate.report.build import make_report
-from evaluate.report.http_pages import MAX_BODY, Answers, PageServer
+from evaluate.report.http_pages import MAX_BODY, PageApi, PageServer
 from evaluate.report.live_text import N_WRITTEN, Change
 from evaluate.report.notes import Notes
-from evaluate.report.serve import FIRST_PORT, Served, serve_report
-from evaluate.report.site_files import asset_files
+from evaluate.report.page_set import asset_files
+from evaluate.report.serve import FIRST_PORT, ReportServer, serve_report
 from evaluate.report.window_search import CONTEXTS, Found, WindowIndex
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
@@ -91,7 +91,7 @@ def text(content: Any) -> bytes:
 
 
 def test_the_files_of_the_folder_and_nothing_else(server: PageServer, place: Path) -> None:
-    folder = server.answers.folder
+    folder = server.api.folder
     for name in ("data/overview.js", "data/chunk-0.js", "pages.json"):
         status, headers, body = ask(server, "GET", f"/{name}")
         assert (status, body) == (200, (folder / name).read_bytes())
@@ -174,7 +174,7 @@ def test_methods_that_are_not_there(server: PageServer) -> None:
 def test_the_search_asks_the_windows(server: PageServer, place: Path) -> None:
     words = json.loads((Path(model_folder(place)) / "tokenizer.json").read_text())["model"]["vocab"]
     names = {number: word for word, number in words.items()}
-    index = WindowIndex.read(server.answers.folder.parent / "samples", names.__getitem__)
+    index = WindowIndex.read(server.api.folder.parent / "samples", names.__getitem__)
     for query in ("w17", "W17 w5", " w3", "w1w2", "<bos>", "nowhere", "w", ""):
         for where in ("fires", "contexts"):
             status, _, body = ask(server, "GET", f"/api/search?{urlencode({'q': query, 'in': where})}")
@@ -221,7 +221,7 @@ def test_when_the_shard_set_is_gone_the_page_says_so(place: Path, tmp_path: Path
     served = serve_report(tmp_path / "l1-k9", EvaluateConfig(device="cpu"))
     try:
         with pytest.raises(UserError, match="no shard set is there any more; name where it is now with --shards"):
-            served.server.answers.try_text("w1")
+            served.server.api.try_text("w1")
     finally:
         served.server.server_close()
 
@@ -240,14 +240,14 @@ def test_pages_are_made_when_there_are_none(place: Path, tmp_path: Path) -> None
 
 
 def test_a_port_that_is_taken(server: PageServer, tmp_path: Path) -> None:
-    answers = Answers("", tmp_path, {}, lambda *_: Found([], None), lambda _: {}, lambda _: {}, Notes(tmp_path, 48))
+    api = PageApi("", tmp_path, {}, lambda *_: Found([], None), lambda _: {}, lambda _: {}, Notes(tmp_path, 48))
     with pytest.raises(UserError, match=f"port {server.port} of 127.0.0.1 is not available"):
-        PageServer(answers, server.port)
+        PageServer(api, server.port)
 
 
 def test_the_port_stays_the_same_until_it_is_taken(place: Path) -> None:
     run, config = place / "l1-k9", EvaluateConfig(device="cpu")
-    served: list[Served] = []
+    served: list[ReportServer] = []
     try:
         served += [serve_report(run, config) for _ in range(2)]
         first, second = (one.server.port for one in served)
@@ -297,12 +297,12 @@ def live(browser: Any, server: PageServer) -> Any:
 def test_the_live_search_in_a_browser(live: Any, server: PageServer) -> None:
     live.go("#/latents", "latents")
     live.one("#search").send_keys("W17 w5")
-    wanted = server.answers.search("w17 w5", "fires").latents
+    wanted = server.api.search("w17 w5", "fires").latents
     live.count(f"{len(wanted)} of 48")
     shown = live.latents()
     assert shown == wanted[: len(shown)]
     pairs = (f"w{i}w{j}" for i in range(93) for j in range(93))
-    answers = ((pair, server.answers.search(pair, CONTEXTS).latents) for pair in pairs)
+    answers = ((pair, server.api.search(pair, CONTEXTS).latents) for pair in pairs)
     query, wanted = next((pair, found) for pair, found in answers if 0 < len(found) < 12)
     live.one('#where option[value="contexts"]').click()
     live.one("#search").clear()
@@ -377,7 +377,7 @@ def test_a_text_with_a_latent_changed(server: PageServer, place: Path) -> None:
     # Multiplied with 1 nothing changes, with something else it does.
     same = json.loads(ask(server, "POST", "/api/change", asked(**{**STEER, "how": "ablate", "strength": 1}))[2])
     assert same["changed"] == same["plain"] == found["plain"]
-    fires = server.answers.try_text(str(STEER["text"]))["tokens"][1]["latents"][0][0]
+    fires = server.api.try_text(str(STEER["text"]))["tokens"][1]["latents"][0][0]
     scaled = {**STEER, "latent": fires, "how": "ablate", "strength": -400}
     other = json.loads(ask(server, "POST", "/api/change", asked(**scaled))[2])
     assert other["changed"] != other["plain"] == found["plain"]
@@ -413,7 +413,7 @@ def test_the_model_of_a_change_must_be_there(place: Path, tmp_path: Path) -> Non
     served = serve_report(tmp_path / "l1-k9", config)
     try:
         with pytest.raises(UserError, match=r"the language model of .*l1 is needed.*gone.*name it with --model"):
-            served.server.answers.change(Change.model_validate(STEER))
+            served.server.api.change(Change.model_validate(STEER))
     finally:
         served.server.server_close()
 
@@ -457,7 +457,7 @@ def test_other_pages_can_neither_change_nor_note(server: PageServer) -> None:
         assert ask(server, "POST", path, b"[1]")[0] == 400
     assert ask(server, "GET", "/api/notes", Sec_Fetch_Site="cross-site")[0] == 403
     assert ask(server, "GET", "/api/notes", Host="evil.example")[0] == 421
-    assert server.answers.notes.read() == {}
+    assert server.api.notes.read() == {}
 
 
 def test_a_change_in_a_browser(live: Any, place: Path) -> None:
@@ -514,19 +514,19 @@ def test_notes_of_two_tabs_in_a_browser(live: Any, server: PageServer) -> None:
         live.wait(lambda _: "changed elsewhere" in live.one("#note-state").text)
         assert live.texts("#other-note") == ["\u2605 of the other tab"]
         assert live.one("#note").get_attribute("value") == evil
-        assert server.answers.notes.read()[20].text == "of the other tab"
+        assert server.api.notes.read()[20].text == "of the other tab"
         live.one("#save-note").click()
         live.wait(lambda _: live.one("#note-state").text == "saved")
-        assert server.answers.notes.read()[20].text == evil
+        assert server.api.notes.read()[20].text == evil
         assert live.texts("#other-note") == [""]
         # A click on a link leaves the field, which saves it.
         live.one("#note").send_keys(" and more")
         live.one("nav [data-page=latents]").click()
         live.at("latents")
-        live.wait(lambda _: server.answers.notes.read()[20].text == f"{evil} and more")
+        live.wait(lambda _: server.api.notes.read()[20].text == f"{evil} and more")
         live.one("#starred").click()
         live.count("1 of 48")
         assert live.latents() == [20]
         assert all("409" in entry["message"] for entry in live.driver.get_log("browser"))
     finally:
-        server.answers.notes.path.unlink(missing_ok=True)
+        server.api.notes.path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from evaluate.analyses.samples.files import SamplesMark, Window
+from evaluate.analyses.samples.files import SamplesMetadata, Window
 from evaluate.analyses.samples.samples import SamplesAnalysis
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig
@@ -90,8 +90,8 @@ def test_only_the_largest(run: Path, tmp_path: Path) -> None:
 
 def test_what_other_results_say_of_it(run: Path, made: Any, tmp_path: Path) -> None:
     folder = next(run.glob("eval/*"))
-    mark = SamplesMark.read(folder)
-    assert mark is not None
+    metadata = SamplesMetadata.read(folder)
+    assert metadata is not None
     assert "raises" not in plain(run, tmp_path)
     logits = {"latent": [3, 3, 3, 4], "side": [1, 1, -1, 1], "rank": [0, 1, 0, 0], "token": [7, 5, 38, 1]}
     pq.write_table(pa.table({**logits, "effect": [0.9, 0.5, -0.4, 0.1]}), folder / "logits.parquet")
@@ -100,7 +100,7 @@ def test_what_other_results_say_of_it(run: Path, made: Any, tmp_path: Path) -> N
     pq.write_table(pa.table(edges), folder / "hierarchy.parquet")
     partners = {"latent": [3], "other": [4], "rank": [1], "n_both": [2], "jaccard": [0.5], "phi": [0.5]}
     pq.write_table(pa.table(partners), folder / "cofiring.parquet")
-    facts = {"transcoder": mark.transcoder, "shard_set": mark.shard_set, "settings": {}}
+    facts = {"transcoder": metadata.transcoder, "shard_set": metadata.shard_set, "settings": {}}
     results = {name: made.results(facts)[name] for name in ("logits", "hierarchy")}
     for name, result in results.items():
         publish_json(folder / f"{name}.json", result.model_dump(mode="json"))
@@ -118,7 +118,7 @@ def test_what_other_results_say_of_it(run: Path, made: Any, tmp_path: Path) -> N
     )
     assert "parents               2 (on 75% of its rows), 1 (on 25% of its rows)\n" in text
     # those of other weights are not shown
-    other = mark.transcoder.model_copy(update={"sha256": "0" * 64})
+    other = metadata.transcoder.model_copy(update={"sha256": "0" * 64})
     for name, result in results.items():
         publish_json(folder / f"{name}.json", result.model_copy(update={"transcoder": other}).model_dump(mode="json"))
     assert "raises" not in plain(run, tmp_path)

@@ -15,7 +15,7 @@ from evaluate.analyses.ablate import ablate as module
 from evaluate.analyses.ablate.ablate import AblateAnalysis
 from evaluate.analyses.ablate.result import Ablation
 from evaluate.analysis import Answer, Silent, answer
-from evaluate.commands.screen import Screen
+from evaluate.commands.terminal import Terminal
 from evaluate.config import EvaluateConfig
 from evaluate.measures.firing import Firing, add_firing, find_firing
 from evaluate.report.ablation import ablation_facts
@@ -203,7 +203,7 @@ def test_a_latent_that_never_fires(
     assert made[0].result.n_contexts_firing == made[0].result.n_positions == 0
     assert made[0].result.kl is None
     assert made[0].result.raised == ()
-    Screen().say(AblateAnalysis([0]), made)
+    Terminal().say(AblateAnalysis([0]), made)
     assert f"latent {NEVER} fires in none of the contexts" in capsys.readouterr().err
 
 
@@ -239,7 +239,7 @@ def test_it_is_made_once(
         again = ablate(one.run, [7, 0], config)
     assert [(made.result.latent, made.is_new) for made in again] == [(7, False), (0, False)]
     assert again[1].result == first[0].result
-    Screen().say(AblateAnalysis([0]), again)
+    Terminal().say(AblateAnalysis([0]), again)
     assert "0 results written, 2 were there already" in capsys.readouterr().err
     mixed = ablate(one.run, [0, 20], config)
     assert [made.is_new for made in mixed] == [False, True]

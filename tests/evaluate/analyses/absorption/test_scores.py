@@ -14,15 +14,15 @@ from evaluate.analyses.absorption.main_latents import find_main_latents
 from evaluate.analyses.absorption.scores import absorption_fraction, score_rows
 from evaluate.analyses.probing.k_probes import balanced, dense_top_k, k_sparse, mean_difference
 from evaluate.measures.bootstrap import mean_over_classes
-from evaluate.measures.codes import Codes
 from evaluate.measures.probe import fit_probe, l1_weights, quality, require_sklearn
+from evaluate.measures.row_acts import RowActs
 from matryoshka.errors import UserError
 
 
-def codes_of(dense: Tensor) -> Codes:
+def codes_of(dense: Tensor) -> RowActs:
     row, latent = dense.nonzero(as_tuple=True)
     starts = torch.nn.functional.pad((dense != 0).sum(1).cumsum(0), (1, 0))
-    return Codes(dense.shape[1], starts, latent, dense[row, latent])
+    return RowActs(dense.shape[1], starts, latent, dense[row, latent])
 
 
 def test_quality_by_hand() -> None:

@@ -14,7 +14,7 @@ from evaluate.analyses.compare.compare import compare
 from evaluate.analyses.compare.matched import fvu_at
 from evaluate.analyses.compare.table import comparison_table
 from evaluate.config import CompareConfig, EvaluateConfig
-from evaluate.subject.contenders import load_contender
+from evaluate.subject.subjects import load_subject
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
 
@@ -94,15 +94,15 @@ def test_no_extrapolation(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
 def test_a_prefix_is_the_transcoder_of_its_latents(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
     transcoder = made.transcoder(skip=True)
     run = made.run(tmp_path / "a", transcoder)
-    contender = load_contender(f"{run}@2", val_set)
-    assert contender.name == "a@2"
+    subject = load_subject(f"{run}@2", val_set)
+    assert subject.name == "a@2"
     x = torch.randn(9, made.d_in, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(contender.transcoder(x), transcoder(x, 2))
+    torch.testing.assert_close(subject.transcoder(x), transcoder(x, 2))
     with pytest.raises(
         UserError,
         match=r"there is no prefix 17: this transcoder has 3 nested groups, 1 \(6 latents\), 2 \(17 latents\)",
     ):
-        load_contender(f"{run}@17", val_set)
+        load_subject(f"{run}@17", val_set)
 
 
 def test_refusals(val_set: ShardSet, made: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from evaluate.analyses.faithfulness.faithfulness import FaithfulnessAnalysis
 from evaluate.analyses.faithfulness.result import Faithfulness
 from evaluate.analyses.faithfulness.table import faithfulness_table
 from evaluate.analysis import Answer, Silent, answer
-from evaluate.commands.screen import Screen
+from evaluate.commands.terminal import Terminal
 from evaluate.config import EvaluateConfig
 from matryoshka.errors import UserError
 from matryoshka.lm import LanguageModel
@@ -171,7 +171,7 @@ def test_it_lies_beside_the_report_and_is_made_once(
     content = json.loads(before)
     wanted = {"ce_loss_clean", "ce_loss_ablated_zero", "ce_loss_ablated_mean", "n_tokens", "prefixes"}
     assert wanted <= content.keys()
-    Screen().say(FaithfulnessAnalysis(), [first])
+    Terminal().say(FaithfulnessAnalysis(), [first])
     shown = capsys.readouterr()
     assert "rec. zero" in shown.out
     assert "written" in shown.err
@@ -182,11 +182,11 @@ def test_it_lies_beside_the_report_and_is_made_once(
         again = measure_faithfulness(run, config)
         assert not again.is_new
         assert again.result == first.result
-        Screen().say(FaithfulnessAnalysis(), [again])
+        Terminal().say(FaithfulnessAnalysis(), [again])
         assert "nothing left to do" in capsys.readouterr().err
     other = measure_faithfulness(run, one.config(seed=4))
     assert other.replaced == ("settings.seed: 0 -> 4",)
-    Screen().say(FaithfulnessAnalysis(), [other])
+    Terminal().say(FaithfulnessAnalysis(), [other])
     assert "replaced an older result (settings.seed: 0 -> 4)" in capsys.readouterr().err
     first.path.unlink()
     assert measure_faithfulness(run, config).path.read_bytes() == before

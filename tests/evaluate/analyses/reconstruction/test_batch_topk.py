@@ -9,11 +9,11 @@ import torch
 
 from evaluate.analyses.reconstruction.batch_topk import swapped, topk_among, topk_of_all
 from evaluate.measures import activations as active_module
-from evaluate.measures.activations import Active, active_latents
+from evaluate.measures.activations import SparseActs, active_latents
 from matryoshka.transcoder import Transcoder
 
 
-def chosen(transcoder: Transcoder, x: torch.Tensor, floors: torch.Tensor) -> tuple[Active, bool]:
+def chosen(transcoder: Transcoder, x: torch.Tensor, floors: torch.Tensor) -> tuple[SparseActs, bool]:
     """As a measurement does it: among the candidates, or when that is not certain among all."""
     candidates, n = active_latents(transcoder, x, floors), transcoder.config.k * len(x)
     mask = topk_among(candidates, n, floors)

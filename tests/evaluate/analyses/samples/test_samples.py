@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evaluate.analyses.samples import sampling as sampling_module
-from evaluate.analyses.samples.files import MARK_FILE, SamplesMark, Window, read_histograms, read_windows
+from evaluate.analyses.samples.files import METADATA_FILE, SamplesMetadata, Window, read_histograms, read_windows
 from evaluate.analyses.samples.samples import SamplesAnalysis, find_samples
 from evaluate.analysis import Answer, answer
 from evaluate.config import EvaluateConfig
@@ -29,7 +29,7 @@ def config(shards: ShardSet, **samples: Any) -> EvaluateConfig:
     return EvaluateConfig.model_validate({"shards": shards.path, "device": "cpu", "samples": settings})
 
 
-def make_samples(run: Path, config: EvaluateConfig) -> Answer[SamplesMark]:
+def make_samples(run: Path, config: EvaluateConfig) -> Answer[SamplesMetadata]:
     (found,) = answer(SamplesAnalysis(), [run], config)
     return found
 
@@ -167,7 +167,7 @@ def test_same_bytes_and_then_nothing_to_do(val_set: ShardSet, made: Any, tmp_pat
     first = make_samples(run, config(val_set))
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in first.path.parent.iterdir()}
     assert not make_samples(run, config(val_set)).is_new
-    (first.path.parent / MARK_FILE).unlink()
+    (first.path.parent / METADATA_FILE).unlink()
     assert make_samples(run, config(val_set)).is_new
     assert digests == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in first.path.parent.iterdir()}
     other = make_samples(run, config(val_set, top=3))
@@ -189,8 +189,8 @@ def test_equal_windows_are_shown_once(made: Any, tmp_path: Path) -> None:
     for block in blocks_module.context_blocks(shards, shards.val, choice.shape):
         sampling.add(block)
     # All windows inside a context of one repeated token are equal; those at the edges are shorter: 3 before, 2 after.
-    for keeper in (sampling.top, sampling.sample):
-        assert int((keeper.score >= 0).sum(1).max()) <= 1 + BEFORE + AFTER
+    for kept in (sampling.top, sampling.sample):
+        assert int((kept.score >= 0).sum(1).max()) <= 1 + BEFORE + AFTER
     x = torch.cat([shards.val.activations("source", shard).transpose(0, 1).flatten(0, 1) for shard in range(3)])
     assert torch.allclose(sampling.top.value[:, 0], transcoder.encode(x.float()).amax(0), rtol=1e-5)
 

@@ -6,15 +6,15 @@ import torch
 
 from evaluate.analyses.samples.histogram import N_BINS, ActivationHistogram
 from evaluate.analyses.samples.selection import deciles_of
-from evaluate.analyses.samples.top_windows import EMPTY, Keeper
+from evaluate.analyses.samples.top_windows import EMPTY, TopWindows
 from evaluate.rows.windows import WindowShape, mixed, windows_of
 
 CPU = torch.device("cpu")
 
 
-def test_best_distinct_of_each_latent_over_many_offers() -> None:
+def test_best_distinct_of_each_latent_over_many_pushes() -> None:
     generator = torch.Generator().manual_seed(0)
-    keeper = Keeper(7, 3, 2, CPU)
+    windows = TopWindows(7, 3, 2, CPU)
     everything: list[tuple[int, int, int, int]] = []
     for part in range(12):
         n = int(torch.randint(0, 40, (1,), generator=generator))
@@ -22,7 +22,7 @@ def test_best_distinct_of_each_latent_over_many_offers() -> None:
         score, key = (torch.randint(0, high, (n,), generator=generator) for high in (15, 8))
         place = torch.arange(n) + 1000 * part
         everything += list(zip(latent.tolist(), score.tolist(), key.tolist(), place.tolist(), strict=True))
-        keeper.offer(
+        windows.push(
             latent,
             score,
             key,
@@ -37,10 +37,10 @@ def test_best_distinct_of_each_latent_over_many_offers() -> None:
             if key not in {seen for _, seen, _ in wanted}:
                 wanted.append((score, key, place))
         n = min(3, len(wanted))
-        assert keeper.score[latent].tolist() == [s for s, _, _ in wanted[:3]] + [EMPTY] * (3 - n)
-        assert keeper.place[latent, :n].tolist() == [p for _, _, p in wanted[:3]]
-        assert keeper.value[latent, :n].tolist() == [p for _, _, p in wanted[:3]]
-        acts = keeper.acts(torch.full((n,), latent), torch.arange(n))
+        assert windows.score[latent].tolist() == [s for s, _, _ in wanted[:3]] + [EMPTY] * (3 - n)
+        assert windows.place[latent, :n].tolist() == [p for _, _, p in wanted[:3]]
+        assert windows.value[latent, :n].tolist() == [p for _, _, p in wanted[:3]]
+        acts = windows.acts(torch.full((n,), latent), torch.arange(n))
         assert acts.tolist() == [[p, p] for _, _, p in wanted[:3]]
 
 

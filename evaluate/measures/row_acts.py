@@ -18,7 +18,7 @@ _TILE = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
+class RowActs:
     """Activations [n_rows, n_latents] by rows: those of row r are `value[starts[r]:starts[r + 1]]`."""
 
     n_latents: int
@@ -35,17 +35,17 @@ class Codes:
         """Row of each activation."""
         return torch.repeat_interleave(torch.arange(self.n_rows, device=self.starts.device), self.starts.diff())
 
-    def prefix(self, end: int) -> Codes:
+    def prefix(self, end: int) -> RowActs:
         """The first `end` latents alone. Which latents fire does not depend on the others in threshold mode."""
         inside = self.latent < end
         counts = torch.bincount(self.row()[inside], minlength=self.n_rows)
-        return Codes(end, F.pad(counts.cumsum(0), (1, 0)), self.latent[inside], self.value[inside])
+        return RowActs(end, F.pad(counts.cumsum(0), (1, 0)), self.latent[inside], self.value[inside])
 
-    def rows(self, chosen: Tensor) -> Codes:
+    def rows(self, chosen: Tensor) -> RowActs:
         """The rows that `chosen` [n_rows] bool marks."""
         inside = chosen[self.row()]
         counts = self.starts.diff()[chosen]
-        return Codes(self.n_latents, F.pad(counts.cumsum(0), (1, 0)), self.latent[inside], self.value[inside])
+        return RowActs(self.n_latents, F.pad(counts.cumsum(0), (1, 0)), self.latent[inside], self.value[inside])
 
     def scipy(self) -> Any:
         """As a scipy.sparse.csr_array, on the CPU."""
@@ -65,11 +65,11 @@ class Codes:
         return dense
 
 
-def encode_rows(transcoder: Transcoder, x: Float[Tensor, "rows d_in"]) -> Codes:
+def encode_rows(transcoder: Transcoder, x: Float[Tensor, "rows d_in"]) -> RowActs:
     """Codes of rows in threshold mode, on the device of the transcoder; a tile of rows at a time."""
     if len(x) == 0:
         nothing = torch.zeros(0, dtype=torch.int64, device=transcoder.device)
-        return Codes(transcoder.config.d_sae, nothing.new_zeros(1), nothing, nothing.float())
+        return RowActs(transcoder.config.d_sae, nothing.new_zeros(1), nothing, nothing.float())
     counts, latents, values = [], [], []
     for tile in x.split(_TILE):
         active = active_latents(transcoder, tile.to(transcoder.device))
@@ -77,4 +77,4 @@ def encode_rows(transcoder: Transcoder, x: Float[Tensor, "rows d_in"]) -> Codes:
         latents.append(active.latent)
         values.append(active.value)
     starts = F.pad(torch.cat(counts).cumsum(0), (1, 0))
-    return Codes(transcoder.config.d_sae, starts, torch.cat(latents), torch.cat(values))
+    return RowActs(transcoder.config.d_sae, starts, torch.cat(latents), torch.cat(values))

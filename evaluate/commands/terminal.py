@@ -18,14 +18,14 @@ from ..config import EvaluateConfig
 from ..report.build import Pages
 
 
-class Screen:
+class Terminal:
     """Progress and notes go to stderr, tables to stdout; use it as a context."""
 
     def __init__(self, what: str = "evaluate") -> None:
         self._display = ProgressDisplay(what, "rows")
         self._name, self._n_done = "", 0
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> Terminal:
         return self
 
     def __exit__(
@@ -95,6 +95,6 @@ class Screen:
 def measure(name: str, runs: Sequence[Path], config: EvaluateConfig, **arguments: Any) -> None:
     """What the command of an analysis does: make its results or read them, and say what they are."""
     analysis = load_analysis(name)(**arguments)
-    with Screen("evaluate" if name == "run" else name) as screen:
-        answers = answer(analysis, runs, config, screen)
-    screen.say(analysis, answers)
+    with Terminal("evaluate" if name == "run" else name) as terminal:
+        answers = answer(analysis, runs, config, terminal)
+    terminal.say(analysis, answers)

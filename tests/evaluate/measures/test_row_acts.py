@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from evaluate.analyses.absorption.readback import fit_readback, norm_directions
-from evaluate.measures.codes import Codes, encode_rows
+from evaluate.measures.row_acts import RowActs, encode_rows
 from evaluate.rows.gather import gather_source
 from matryoshka.shards import ShardSet
 
 
-def codes_of(dense: Tensor) -> Codes:
+def codes_of(dense: Tensor) -> RowActs:
     row, latent = dense.nonzero(as_tuple=True)
     starts = torch.nn.functional.pad((dense != 0).sum(1).cumsum(0), (1, 0))
     assert len(row) == int(starts[-1])
-    return Codes(dense.shape[1], starts, latent, dense[row, latent])
+    return RowActs(dense.shape[1], starts, latent, dense[row, latent])
 
 
 def sparse(n_rows: int, n_latents: int, seed: int) -> Tensor:

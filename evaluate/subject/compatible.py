@@ -10,7 +10,7 @@ from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
 
-def check_fits(transcoder: Transcoder, shards: ShardSet, name: str) -> None:
+def check_compatible(transcoder: Transcoder, shards: ShardSet, name: str) -> None:
     """Raise UserError, naming both sides, unless widths, sites and language model are the same and weights finite."""
     config, manifest = transcoder.config, shards.manifest
     model = manifest.model

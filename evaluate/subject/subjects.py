@@ -17,7 +17,7 @@ from matryoshka.runs import RUN_FILE
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder
 
-from .fits import check_fits
+from .compatible import check_compatible
 from .shard_set import names_shards, open_shards
 
 GEMMA_SCOPE = "gemma-scope:"
@@ -25,7 +25,7 @@ _PREFIX = re.compile(r"(.+)@(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Subject:
     """A transcoder in a comparison."""
 
     name: str
@@ -40,7 +40,7 @@ class Contender:
         return hasher.hexdigest()
 
 
-def load_contender(text: str, shards: ShardSet) -> Contender:
+def load_subject(text: str, shards: ShardSet) -> Subject:
     """Read RUN or a folder of any format that `Transcoder.from_pretrained` opens, @2 for its first two nested groups.
 
     `gemma-scope:` before the folder is how Gemma Scope's are shown, and may be left out. Raises UserError when nothing
@@ -56,15 +56,15 @@ def load_contender(text: str, shards: ShardSet) -> Contender:
         checkpoint = find_checkpoint(folder)
         name, transcoder = checkpoint.name, Transcoder.load(checkpoint.folder)
     else:
-        transcoder = _foreign(folder, form, shards)
+        transcoder = _load_other_format(folder, form, shards)
         name = folder.resolve().name
     if form == "gemma-scope":
         parts = [part for part in folder.resolve().parts[-4:] if re.match(r"layer_|width_|average_l0_", part)]
         name = GEMMA_SCOPE + ("/".join(parts) or name)
-    check_fits(transcoder, shards, text)
+    check_compatible(transcoder, shards, text)
     if n_groups is not None:
         name, transcoder = f"{name}@{n_groups}", cut_prefix(transcoder, n_groups)
-    return Contender(name, transcoder)
+    return Subject(name, transcoder)
 
 
 def shards_of_all(texts: Sequence[str], named: Path | str | None, note: Callable[[str], None]) -> ShardSet:
@@ -101,7 +101,7 @@ def own_shards(text: str, note: Callable[[str], None]) -> ShardSet | None:
     return open_shards(find_checkpoint(folder), None, note) if names_shards(folder) else None
 
 
-def _foreign(folder: Path, form: str, shards: ShardSet) -> Transcoder:
+def _load_other_format(folder: Path, form: str, shards: ShardSet) -> Transcoder:
     """A transcoder of another project, under the shard set's names of its model and its target: others write gemma-2-2b
     for google/gemma-2-2b, and mlp.hook_out for hook_mlp_out where that is the same."""
     layer, norm = shards.manifest.source.layer, shards.norm

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from evaluate.subject.contenders import Contender, load_contender
+from evaluate.subject.subjects import Subject, load_subject
 from matryoshka.errors import UserError
 from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet
@@ -75,10 +75,10 @@ def raw_rows(made: Any, shards: ShardSet) -> tuple[np.ndarray, np.ndarray]:
     return made.kept_rows(shards, 7)["source"].double().numpy(), made.norm().gain.double().numpy()
 
 
-def forward(contender: Contender, made: Any, shards: ShardSet) -> np.ndarray:
+def forward(subject: Subject, made: Any, shards: ShardSet) -> np.ndarray:
     raw = made.kept_rows(shards, 7)["source"]
-    x = apply_convention(raw, contender.transcoder.config.input, source_site="resid_mid", norm=shards.norm)
-    return contender.transcoder(x).double().numpy()
+    x = apply_convention(raw, subject.transcoder.config.input, source_site="resid_mid", norm=shards.norm)
+    return subject.transcoder(x).double().numpy()
 
 
 def normalized(r: np.ndarray) -> np.ndarray:
@@ -91,10 +91,10 @@ def test_gemma_scope(val_set: ShardSet, made: Any, weights: dict[str, Any], tmp_
     folder.mkdir(parents=True)
     file = folder / "params.npz"
     np.savez(file, **{name: weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")})
-    contender = load_contender(f"gemma-scope:{folder if as_folder else file}", val_set)
-    assert contender.name == "gemma-scope:layer_1/width_16k/average_l0_12"
+    subject = load_subject(f"gemma-scope:{folder if as_folder else file}", val_set)
+    assert subject.name == "gemma-scope:layer_1/width_16k/average_l0_12"
     raw, _ = raw_rows(made, val_set)
-    got = forward(contender, made, val_set)
+    got = forward(subject, made, val_set)
     np.testing.assert_allclose(got, by_hand(weights, normalized(raw), skip=False), rtol=1e-4, atol=1e-4)
 
 
@@ -107,14 +107,14 @@ def test_what_from_pretrained_opens_is_compared(
     folder.mkdir(parents=True)
     arrays = {name: weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
     np.savez(folder / "params.npz", **arrays)
-    contender = load_contender(f"{prefix}{tmp_path / 'snapshot'}", val_set)
-    assert contender.name == "gemma-scope:layer_1/width_16k/average_l0_12"
+    subject = load_subject(f"{prefix}{tmp_path / 'snapshot'}", val_set)
+    assert subject.name == "gemma-scope:layer_1/width_16k/average_l0_12"
     twin = Transcoder.from_pretrained(tmp_path / "snapshot")
-    assert torch.equal(contender.transcoder.W_enc, twin.W_enc)
+    assert torch.equal(subject.transcoder.W_enc, twin.W_enc)
     (folder.parent / "average_l0_31").mkdir()
     np.savez(folder.parent / "average_l0_31" / "params.npz", **arrays)
     with pytest.raises(UserError, match="holds 2 transcoders; name one of them"):
-        load_contender(f"{prefix}{tmp_path / 'snapshot'}", val_set)
+        load_subject(f"{prefix}{tmp_path / 'snapshot'}", val_set)
 
 
 def test_gemma_scope_of_another_layer_is_refused(val_set: ShardSet, weights: dict[str, Any], tmp_path: Path) -> None:
@@ -124,20 +124,20 @@ def test_gemma_scope_of_another_layer_is_refused(val_set: ShardSet, weights: dic
         folder / "params.npz", **{name: weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
     )
     with pytest.raises(UserError, match=r"blocks\.2\.hook_resid_mid' against 'blocks\.1\.hook_resid_mid"):
-        load_contender(f"gemma-scope:{folder}", val_set)
+        load_subject(f"gemma-scope:{folder}", val_set)
 
 
 def test_gemma_scope_never_unpickles(val_set: ShardSet, weights: dict[str, Any], tmp_path: Path) -> None:
     arrays = {name: weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     np.savez(tmp_path / "params.npz", allow_pickle=True, threshold=np.array([{"a": 1}], dtype=object), **arrays)
     with pytest.raises(UserError, match="cannot be read"):
-        load_contender(str(tmp_path), val_set)
+        load_subject(str(tmp_path), val_set)
     np.savez(tmp_path / "params.npz", **arrays)
     with pytest.raises(UserError, match="expected W_enc, b_enc, W_dec, b_dec, threshold"):
-        load_contender(str(tmp_path), val_set)
+        load_subject(str(tmp_path), val_set)
     (tmp_path / "params.npz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot be read"):
-        load_contender(str(tmp_path), val_set)
+        load_subject(str(tmp_path), val_set)
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -149,13 +149,13 @@ def test_gemma_scope_2(val_set: ShardSet, made: Any, weights: dict[str, Any], tm
         tensors(weights, **names, **({"affine_skip_connection": "skip"} if skip else {})), folder / "params.safetensors"
     )
     (folder / "config.json").write_text(json.dumps(GEMMA_SCOPE_2))
-    contender = load_contender(str(folder), val_set)
+    subject = load_subject(str(folder), val_set)
     raw, gain = raw_rows(made, val_set)
-    got = forward(contender, made, val_set)
+    got = forward(subject, made, val_set)
     np.testing.assert_allclose(got, by_hand(weights, normalized(raw) * gain, skip=skip), rtol=1e-4, atol=1e-4)
     (folder / "config.json").write_text(json.dumps({**GEMMA_SCOPE_2, "hf_hook_point_in": "model.layers.1.output"}))
     with pytest.raises(UserError, match="only transcoders of an MLP"):
-        load_contender(str(folder), val_set)
+        load_subject(str(folder), val_set)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +176,11 @@ def test_saelens(
     save_file(content, tmp_path / "sae_weights.safetensors")
     metadata = {**SAELENS["metadata"], "hook_name": f"blocks.1.{hook}"}
     (tmp_path / "cfg.json").write_text(json.dumps({**SAELENS, "architecture": architecture, "metadata": metadata}))
-    contender = load_contender(str(tmp_path), val_set)
+    subject = load_subject(str(tmp_path), val_set)
     raw, gain = raw_rows(made, val_set)
     x = {"resid_mid": raw, "normalized": normalized(raw), "mlp_in": normalized(raw) * gain}[convention]
     twin = by_hand(weights, x, skip=skip, relu=architecture == "transcoder")
-    np.testing.assert_allclose(forward(contender, made, val_set), twin, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(forward(subject, made, val_set), twin, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_saelens_refusals(
     save_file(tensors(weights, **names), tmp_path / "sae_weights.safetensors")
     (tmp_path / "cfg.json").write_text(json.dumps({**SAELENS, **change}))
     with pytest.raises(UserError, match=message):
-        load_contender(str(tmp_path), val_set)
+        load_subject(str(tmp_path), val_set)
 
 
 def test_saelens_of_another_model_is_refused(val_set: ShardSet, weights: dict[str, Any], tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_saelens_of_another_model_is_refused(val_set: ShardSet, weights: dict[st
     metadata = {**SAELENS["metadata"], "model_name": "gpt2-small"}
     (tmp_path / "cfg.json").write_text(json.dumps({**SAELENS, "metadata": metadata}))
     with pytest.raises(UserError, match="'gpt2-small' against 'google/gemma-2-2b'"):
-        load_contender(str(tmp_path), val_set)
+        load_subject(str(tmp_path), val_set)
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -228,17 +228,17 @@ def test_circuit_tracer(val_set: ShardSet, made: Any, weights: dict[str, Any], t
         "model_name: google/gemma-2-2b\nmodel_kind: transcoder_set\nfeature_input_hook: ln2.hook_normalized\n"
         "feature_output_hook: hook_mlp_out\n"
     )
-    contender = load_contender(str(folder), val_set)
-    assert contender.name == "set"
+    subject = load_subject(str(folder), val_set)
+    assert subject.name == "set"
     raw, _ = raw_rows(made, val_set)
-    got = forward(contender, made, val_set)
+    got = forward(subject, made, val_set)
     np.testing.assert_allclose(got, by_hand(weights, normalized(raw), skip=skip), rtol=1e-4, atol=1e-4)
     (folder / "layer_1.safetensors").write_bytes((folder / "layer_0.safetensors").read_bytes())
     with pytest.raises(UserError, match="the circuit-tracer transcoder .* is empty for layer 1"):
-        load_contender(str(folder), val_set)
+        load_subject(str(folder), val_set)
     (folder / "layer_1.safetensors").unlink()
     with pytest.raises(UserError, match="layer 1 is not among them"):
-        load_contender(str(folder), val_set)
+        load_subject(str(folder), val_set)
 
 
 @pytest.mark.parametrize(
@@ -269,10 +269,10 @@ def test_the_output_of_the_mlp_itself(
         with pytest.raises(
             UserError, match=r"target site 'blocks\.1\.mlp\.hook_out' against 'blocks\.1\.hook_mlp_out'"
         ):
-            load_contender(str(folder), shards)
+            load_subject(str(folder), shards)
         return
-    contender = load_contender(str(folder), shards)
-    assert contender.transcoder.config.target_hook == "blocks.1.hook_mlp_out"
+    subject = load_subject(str(folder), shards)
+    assert subject.transcoder.config.target_hook == "blocks.1.hook_mlp_out"
     raw, _ = raw_rows(made, shards)
-    got = forward(contender, made, shards)
+    got = forward(subject, made, shards)
     np.testing.assert_allclose(got, by_hand(weights, normalized(raw), skip=False), rtol=1e-4, atol=1e-4)
