@@ -97,6 +97,8 @@ def _installed_modules(here: Path) -> set[str]:
         return set()
     if Path(str(distribution.locate_file(""))).resolve() != here:
         return set()
+    if distribution.read_text("RECORD") is None:  # an egg-info in the checkout: the files of an older commit
+        return set()
     return {str(path) for path in distribution.files or () if path.suffix == ".py" and path.parts[0] in PACKAGES}
 
 

@@ -29,6 +29,20 @@ def test_a_foreign_package_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         launch.check_package("evaluate")
 
 
+def test_the_old_notes_of_an_editable_install_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pip install -e` writes the files of that day into the checkout; a `git pull` later there are others."""
+    for package in launch.PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "new.py").touch()
+    notes = tmp_path / "matryoshka_transcoders.egg-info"
+    notes.mkdir()
+    (notes / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: matryoshka-transcoders\nVersion: 0.1.0\n")
+    (notes / "SOURCES.txt").write_text("train/gone.py\n")
+    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m train` and torchrun do in the checkout
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "matryoshka" / "launch.py"))
+    launch.check_installation()
+
+
 def test_an_absent_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match="evaluate"):
