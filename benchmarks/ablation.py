@@ -131,7 +131,7 @@ class StepTimes:
         def timed(self: Member, *arguments: Any) -> Any:
             start = time.perf_counter()
             report = times._take(self, *arguments)
-            times._seconds[self.entry.folder].append(time.perf_counter() - start)
+            times._seconds[self.planned.folder].append(time.perf_counter() - start)
             return report
 
         Member.take = timed  # type: ignore[method-assign]
@@ -170,7 +170,7 @@ def table(options: argparse.Namespace, runs: list[TrainResult], shards: ShardSet
         settings = json.loads((run.path / "run.json").read_text())
         values = [(settings["config"] | {"k_aux": settings["identity"]["plan"]["k_aux"]})[k] for k in (*BASE, *varied)]
         row = rows[tuple(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
-        if run.outcome == "parked":
+        if run.outcome == "diverged":
             row.append([])
             continue
         fvu, alive = held_out(run, shards)
@@ -188,7 +188,7 @@ def table(options: argparse.Namespace, runs: list[TrainResult], shards: ShardSet
     for chosen, seeds in sorted(rows.items(), key=width):
         cells = list(chosen)
         if not all(seeds):
-            cells += ["parked"] + [""] * (len(ends) + 2)
+            cells += ["diverged"] + [""] * (len(ends) + 2)
         else:
             for number, column in enumerate(zip(*seeds, strict=True)):
                 share = number in (len(ends), len(ends) + 1)

@@ -37,9 +37,9 @@ from train.batches.stream import Batch, Stream
 from train.config import TrainConfig
 from train.fleet import members
 from train.member import Member
-from train.memory import member_need, reckoned
+from train.memory import estimated_bytes, member_estimate
 from train.plan import make_plan
-from train.progress import Silent
+from train.progress import NoProgress
 from train.run import train_fleet
 from train.step.step import StepReport
 
@@ -62,7 +62,7 @@ def settings(shards: Path, out: Path, names: Sequence[str], **changes: Any) -> T
     return TrainConfig.model_validate(values | changes)
 
 
-class Ends(Silent):
+class Ends(NoProgress):
     """Writes a line at the end of each step of the last member: seconds, and the process's processor seconds."""
 
     def __init__(self, last: str, file: Path, stop_after: int | None = None) -> None:
@@ -221,12 +221,12 @@ def _steps(ends: Sequence[tuple[float, float]], start: float, stop: float) -> li
 def estimate(config: TrainConfig, shards: ShardSet) -> int:
     """What train/memory.py reckons for the fleet."""
     widths = {"d_in": shards.d_in, "d_out": shards.d_out}
-    needs = []
+    estimates = []
     for member in members(config):
         plan = make_plan(member.config, shards, 0)
-        needs.append(member_need(member.config, plan, **widths, device=torch.device("cpu")))
+        estimates.append(member_estimate(member.config, plan, **widths, device=torch.device("cpu")))
     stream = Stream(shards, batch_rows=BATCH, buffer_rows=config.buffer_tokens, seed=0)
-    return reckoned(needs, stream.n_bytes)
+    return estimated_bytes(estimates, stream.n_bytes)
 
 
 def finished(folder: Path, shards: Path, *flags: object) -> dict[str, Any]:

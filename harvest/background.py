@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Barrier
 
-from matryoshka.threads import keep_own_number, use_one_core
+from matryoshka.threads import keep_thread_count, use_one_thread
 
 
 @contextmanager
@@ -18,8 +18,8 @@ def background(n_threads: int) -> Iterator[ThreadPoolExecutor]:
 
         def begin() -> None:
             all_started.wait()
-            use_one_core()
+            use_one_thread()
 
         wait([executor.submit(begin) for _ in range(n_threads)])
-        keep_own_number()
+        keep_thread_count()
         yield executor

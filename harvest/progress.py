@@ -29,10 +29,10 @@ class Progress(Protocol):
         ...
 
 
-class Silent:
+class NoProgress:
     """Progress for nobody."""
 
-    def __enter__(self) -> Silent:
+    def __enter__(self) -> NoProgress:
         return self
 
     def __exit__(
@@ -80,9 +80,9 @@ class HarvestDisplay:
         note(text, warning=True, to=self._display.console)
 
 
-def usual_progress() -> HarvestDisplay | Silent:
+def usual_progress() -> HarvestDisplay | NoProgress:
     """For a harvest that Python code starts: a bar in a notebook, else nothing."""
-    return HarvestDisplay() if in_notebook() else Silent()
+    return HarvestDisplay() if in_notebook() else NoProgress()
 
 
 def describe(estimate: Estimate) -> str:

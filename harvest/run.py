@@ -30,7 +30,7 @@ from .config import HarvestConfig
 from .enough_text import check_text, noting_the_end, too_little_text
 from .estimate import Estimate, estimate, together
 from .packing import SPLIT_ORDER, Packing, ShardJob, split_jobs
-from .progress import Progress, Silent, usual_progress
+from .progress import NoProgress, Progress, usual_progress
 from .same_model import check_finished
 from .sets import HarvestResult, Target, bos_of, pad_of
 from .text import BadLines, dataset_facts, documents
@@ -77,7 +77,7 @@ def harvest(config: HarvestConfig, progress: Progress | None = None) -> list[Har
     targets = [Target(member) for member in config.members()]
     with ranks.together(patience=_PATIENCE), ExitStack() as shown:
         if not ranks.is_first:
-            progress = Silent()
+            progress = NoProgress()
         elif progress is None:
             progress = shown.enter_context(usual_progress())
         # Everything that can be refused without the model is refused before it is loaded.

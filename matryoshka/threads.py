@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def use_one_core() -> None:
+def use_one_thread() -> None:
     """Let torch work on one core in the calling thread.
 
     Otherwise each background thread would start as many threads of its own as the machine has cores. On a CPU the
@@ -13,12 +13,12 @@ def use_one_core() -> None:
     other's: a shard's sums took fifty times as long.
 
     torch counts threads for each thread, but what a new one starts with is what was said last, anywhere: call
-    `keep_own_number` in the thread that does the work, before and after.
+    `keep_thread_count` in the thread that does the work, before and after.
     """
     torch.get_num_threads()  # a thread's first operation takes the number for all; let that be over
     torch.set_num_threads(1)
 
 
-def keep_own_number() -> None:
+def keep_thread_count() -> None:
     """Fix the calling thread's number of cores, and let later threads start with it."""
     torch.set_num_threads(torch.get_num_threads())

@@ -44,20 +44,20 @@ def run(given: Given[TrainConfig]) -> None:
 
     from .closing import close
     from .fleet import fleet_folder, is_fleet
-    from .progress import Silent, TrainDisplay
+    from .progress import NoProgress, TrainDisplay
     from .run import train_fleet
 
     settings, rank = given.settings, Rank.from_environment()
     if rank.index == 0:
         note_file(given.file)
-    with TrainDisplay() if rank.index == 0 else Silent() as progress:
+    with TrainDisplay() if rank.index == 0 else NoProgress() as progress:
         result = train_fleet(settings, progress, rank)
     if rank.index == 0 or settings.parallel == "configs":
         close(result, fleet_folder(settings) if is_fleet(settings) else None, settings.shards)
     if result.stopped_by is not None:
         # What a shell reports of a process that a signal ended: whoever waits for us must not take it for finished.
         raise typer.Exit(128 + result.stopped_by)
-    if any(one.outcome == "parked" for one in result.runs):
+    if any(one.outcome == "diverged" for one in result.runs):
         raise typer.Exit(1)
 
 

@@ -17,8 +17,8 @@ def close(result: FleetResult, folder: Path | None, shards: Path | str | None) -
     else:
         show(outcome_table(result))
         for run in result.runs:
-            if run.outcome == "parked":
-                note(f"parked: {run.reason}")
+            if run.outcome == "diverged":
+                note(f"diverged: {run.reason}")
         if any(run.outcome == "stopped" for run in result.runs):
             note("the same command continues from there")
     finished = [run for run in result.runs if run.outcome == "finished"]
@@ -41,8 +41,8 @@ def outcome_table(result: FleetResult) -> ResultTable:
 
 
 def _say(run: TrainResult) -> None:
-    if run.outcome == "parked":
-        note(f"parked: {run.reason}")
+    if run.outcome == "diverged":
+        note(f"diverged: {run.reason}")
     elif run.outcome == "stopped":
         note(f"{run.path}: {run.reason}; the same command continues from there")
     elif run.n_steps_taken == 0:

@@ -9,7 +9,7 @@ from typing import Any
 from matryoshka.checkpoints import STATE_FILE, find_checkpoint, run_folder
 from matryoshka.errors import UserError
 from matryoshka.interop.export import Exported, export
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.provenance import Provenance
 from matryoshka.interop.samples import MARK_FILE, Samples
 from matryoshka.locations import location, portable_name
 from matryoshka.run_facts import read_run_facts
@@ -38,18 +38,18 @@ def export_runs(
         shards: set whose val rows delphi's cache is made of; by default the one the run was trained on.
         tokenizer: folder or hub name of the one that writes neuronpedia's texts; by default the one of the samples.
     """
-    transcoders, origins = [], []
+    transcoders, provenances = [], []
     for run in runs:
         folder = find_checkpoint(run).folder
         transcoder = Transcoder.load(folder)
         transcoders.append(transcoder if prefix is None else transcoder.prefix(prefix))
-        origins.append(_origin(folder, n_layers))
+        provenances.append(_provenance(folder, n_layers))
     if not transcoders:
         raise UserError("no run was named; give one, such as data/runs/l17-k96")
-    origin = origins[0]
+    provenance = provenances[0]
     if out is None:
         cut = "" if prefix is None else f"-prefix{prefix}"
-        out = Path("data") / "exports" / f"{origin.run}-{form}{cut}"
+        out = Path("data") / "exports" / f"{provenance.run}-{form}{cut}"
     if form == "delphi" and shards is None:
         shards = _shard_folder(runs[0])
     samples = _samples(runs[0]) if form == "neuronpedia" else None
@@ -57,7 +57,7 @@ def export_runs(
         transcoders,
         form,
         out,
-        origin,
+        provenance,
         shards=None if form != "delphi" or shards is None else ShardSet.open(shards),
         samples=samples if samples is None or tokenizer is None else samples.with_tokenizer(tokenizer),
     )
@@ -79,7 +79,7 @@ def _samples(run: Path) -> Samples | None:
     return own[0] if own else None
 
 
-def _origin(folder: Path, n_layers: int | None) -> Origin:
+def _provenance(folder: Path, n_layers: int | None) -> Provenance:
     """What the run and its shard set, where they are still there, say beyond the weights."""
     state: dict[str, Any] = {}
     if (folder / STATE_FILE).is_file():
@@ -101,7 +101,7 @@ def _origin(folder: Path, n_layers: int | None) -> Origin:
     step = state.get("step")
     if root is not None:
         facts["used"] = read_run_facts(root, step)
-    return Origin(run=(root or folder).resolve().name, step=step, **facts)
+    return Provenance(run=(root or folder).resolve().name, step=step, **facts)
 
 
 def _shard_folder(folder: Path) -> Path | str | None:

@@ -25,22 +25,22 @@ from .distributed.latents_over_ranks import LatentsOverRanks
 from .distributed.rows_over_ranks import RowsOverRanks
 from .fleet import MemberConfig
 from .measurements import measurements
-from .memory import give_back
+from .memory import release_memory
 from .plan import Plan
 from .prefixes import sampled_sizes
-from .record import publish_parked, publish_session
+from .record import publish_diverged, publish_session
 from .saving import BackgroundWriter
 from .sinks import JsonlSink, MetricSink, WandbSink
 from .step.initial import initial_state
 from .step.step import NonFiniteLoss, StepReport, StepSettings, StepState, TrainStep
 
-Outcome = Literal["training", "finished", "parked", "stopped"]
+Outcome = Literal["training", "finished", "diverged", "stopped"]
 FirstRows = Callable[[int, int], tuple[Tensor, Tensor]]
 """(seed, n) -> up to n random train rows, source and target."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class PlannedRun:
     """A run as it is known before its first step."""
 
     settings: MemberConfig
@@ -59,7 +59,7 @@ class Entry:
         return self.settings.folder
 
 
-class Waiting:
+class DataWait:
     """Seconds that the fleet has waited for its data; each member takes differences of it."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Member:
 
     def __init__(
         self,
-        entry: Entry,
+        planned: PlannedRun,
         aside: SetAside,
         conditioning: Conditioning,
         device: torch.device,
@@ -87,27 +87,29 @@ class Member:
 
         `team`: this rank of several that share every batch, or every dictionary. The first writes what they learn.
         """
-        self.entry = entry
+        self.planned = planned
         self.outcome: Outcome = "training"
-        self._config = entry.settings.config
-        self._plan = entry.plan
+        self._config = planned.settings.config
+        self._plan = planned.plan
         self._aside = aside
         self._conditioning = conditioning
         self._writer = writer
         self._team = team
-        last = newest_checkpoint(entry.folder)
-        spread = team is not None and self._config.parallel == "features"
-        self._held = LatentSlice(team, entry.plan.d_sae) if team is not None and spread else None
+        last = newest_checkpoint(planned.folder)
+        by_latents = team is not None and self._config.parallel == "features"
+        self._held = LatentSlice(team, planned.plan.d_sae) if team is not None and by_latents else None
         """The latents of this rank, when it does not hold all."""
         state = self._fresh(first_rows) if last is None else _restored(saved_state(last.folder, self._held))
         self._writes = team is None or team.index == 0
-        together = None if team is None else (LatentsOverRanks if spread else RowsOverRanks)(team, entry.plan.d_sae)
+        together = (
+            None if team is None else (LatentsOverRanks if by_latents else RowsOverRanks)(team, planned.plan.d_sae)
+        )
         self._take_step = TrainStep(self._step_settings(), state, device, together)
         self.first = self.done = int(state.step)
         self._saved = self.first
         self._schedule = self._plan.schedule(self._config)
         self._k_schedule = self._plan.k_schedule(self._config)
-        self._jsonl = JsonlSink(entry.folder, self.first) if self._writes else None
+        self._jsonl = JsonlSink(planned.folder, self.first) if self._writes else None
         self._sinks: list[MetricSink] = [] if self._jsonl is None else [self._jsonl]
         if self._config.wandb != "off" and self._writes:
             self._sinks.append(self._wandb(group))
@@ -126,10 +128,10 @@ class Member:
             "backend": step.backend_for(rows),
             "n_ranks": n_ranks,
         }
-        publish_session(self.entry.folder, self.first, used)
+        publish_session(self.planned.folder, self.first, used)
 
-    def take(self, rows: Rows, waiting: Waiting) -> StepReport | None:
-        """Train on the batch of the step `done`; a loss that is not finite parks the run."""
+    def take(self, rows: Rows, waiting: DataWait) -> StepReport | None:
+        """Train on the batch of the step `done`; a loss that is not finite ends the run as diverged."""
         config, done = self._config, self.done + 1
         self._aim()
         log = done % config.log_every == 0 or done == self._plan.n_steps
@@ -160,7 +162,7 @@ class Member:
     def save(self) -> None:
         """Write a checkpoint of this moment in the background, unless there is one.
 
-        A batch that was skipped on the device parks the run instead: this moment is not that of step `done`.
+        A batch that was skipped on the device ends the run as diverged instead: this moment is not that of step `done`.
         """
         if self._saved == self.done:
             return
@@ -181,12 +183,14 @@ class Member:
         """Close the sinks; nothing may be written in the background any more."""
         finished = None
         if self.outcome == "finished" and self._writes:
-            whole = [checkpoint.folder for checkpoint in list_checkpoints(self.entry.folder) if checkpoint.is_finished]
+            whole = [
+                checkpoint.folder for checkpoint in list_checkpoints(self.planned.folder) if checkpoint.is_finished
+            ]
             finished = whole[-1] if whole else None
         for sink in self._sinks:
             sink.close(finished)
 
-    def _log(self, report: StepReport, waiting: Waiting) -> None:
+    def _log(self, report: StepReport, waiting: DataWait) -> None:
         now = time.perf_counter()
         seconds = now - self._logged_at
         timing = {
@@ -211,13 +215,13 @@ class Member:
         self._save(threshold)
 
     def _park(self, error: NonFiniteLoss) -> None:
-        self.outcome = "parked"
+        self.outcome = "diverged"
         if not self._writes:
             return
         self._writer.wait()
-        last = newest_checkpoint(self.entry.folder)
-        publish_parked(
-            self.entry.folder,
+        last = newest_checkpoint(self.planned.folder)
+        publish_diverged(
+            self.planned.folder,
             step=error.step + 1,
             loss=error.loss,
             checkpoint=None if last is None else last.folder,
@@ -236,7 +240,7 @@ class Member:
             return
         weights = {name: tensors[name] for name in state.weights()}
         threshold = tensors["threshold"] if calibrated is None else torch.tensor(calibrated)
-        folder, config = self.entry.folder, self._config
+        folder, config = self.planned.folder, self._config
 
         def write() -> None:
             jsonl.sync()
@@ -244,7 +248,7 @@ class Member:
             transcoder.set_weights(self._conditioning.fold(weights, threshold))
             save_checkpoint(folder, step, tensors, transcoder, finished=finished)
             prune_checkpoints(folder, config.keep_checkpoints, config.keep_every)
-            give_back()
+            release_memory()
 
         self._writer.submit(write)
 
@@ -307,11 +311,11 @@ class Member:
 
     def _wandb(self, group: str | None) -> WandbSink:
         return WandbSink(
-            self.entry.folder,
+            self.planned.folder,
             mode=self._config.wandb,
             project=self._config.wandb_project,
             group=group,
-            config=self.entry.record["config"],
+            config=self.planned.record["config"],
         )
 
 

@@ -26,7 +26,7 @@ _HOLES = 1.2
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class MemoryEstimate:
     """Bytes of one member."""
 
     held: int
@@ -37,10 +37,10 @@ class Need:
     """A copy of the state and the folded weights twice, in the memory of the CPU, while a checkpoint is written."""
 
 
-def member_need(
+def member_estimate(
     config: TrainConfig, plan: Plan, *, d_in: int, d_out: int, device: torch.device, n_parts: int = 1
-) -> Need:
-    """Bytes that one run takes beside the stream. Equations: see the fields of Need; all tensors are fp32.
+) -> MemoryEstimate:
+    """Bytes that one run takes beside the stream. Equations: see the fields of MemoryEstimate; all tensors are fp32.
 
     `n_parts`: ranks over which the latents are spread; a checkpoint is written whole by one of them.
     """
@@ -60,27 +60,27 @@ def member_need(
         step += 8 * batch * min(d_sae, BLOCK_LATENTS * plan.k_aux)
     n_rows = config.calibration_tokens
     calibration = 20 * config.k * n_rows + 12 * min(n_rows, rows_at_once(d_sae)) * d_sae
-    return Need(held=held, step=max(step, calibration), snapshot=n_parts * 20 * n_weights)
+    return MemoryEstimate(held=held, step=max(step, calibration), snapshot=n_parts * 20 * n_weights)
 
 
-def reckoned(needs: Sequence[Need], stream: int) -> int:
+def estimated_bytes(estimates: Sequence[MemoryEstimate], stream: int) -> int:
     """Bytes that a fleet takes on a CPU: one member steps and one snapshot is written at a time."""
-    steps = sum(need.held for need in needs) + max(need.step for need in needs)
-    return int(_HOLES * (steps + max(need.snapshot for need in needs) + stream))
+    steps = sum(estimate.held for estimate in estimates) + max(estimate.step for estimate in estimates)
+    return int(_HOLES * (steps + max(estimate.snapshot for estimate in estimates) + stream))
 
 
-def check_memory(needs: Mapping[str, Need], stream: int, device: torch.device) -> None:
+def check_memory(estimates: Mapping[str, MemoryEstimate], stream: int, device: torch.device) -> None:
     """Raise UserError when the members and the stream cannot fit into what is free now."""
-    if not needs:
+    if not estimates:
         return
-    each = list(needs.values())
+    each = list(estimates.values())
     if device.type == "cpu":
-        _refuse(needs, reckoned(each, stream), free_memory(), "the CPU")
+        _refuse(estimates, estimated_bytes(each, stream), free_memory(), "the CPU")
         return
     if device.type == "cuda":
-        on_device = sum(need.held for need in each) + max(need.step for need in each)
-        _refuse(needs, on_device, torch.cuda.mem_get_info(device)[0], str(device))
-    _refuse(needs, stream + max(need.snapshot for need in each), free_memory(), "the CPU")
+        on_device = sum(estimate.held for estimate in each) + max(estimate.step for estimate in each)
+        _refuse(estimates, on_device, torch.cuda.mem_get_info(device)[0], str(device))
+    _refuse(estimates, stream + max(estimate.snapshot for estimate in each), free_memory(), "the CPU")
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Return what was freed to the system, where the C library can be told to (glibc): it fills holes last."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -152,11 +152,11 @@ def free_memory() -> int | None:
         return free
 
 
-def _refuse(needs: Mapping[str, Need], wanted: int, free: int | None, where: str) -> None:
+def _refuse(estimates: Mapping[str, MemoryEstimate], wanted: int, free: int | None, where: str) -> None:
     if free is None or wanted <= free:
         return
-    largest = sorted(needs, key=lambda name: -needs[name].held)[:3]
-    each = ", ".join(f"{name} {(needs[name].held + needs[name].step) / 1e9:.2f} GB" for name in largest)
+    largest = sorted(estimates, key=lambda name: -estimates[name].held)[:3]
+    each = ", ".join(f"{name} {(estimates[name].held + estimates[name].step) / 1e9:.2f} GB" for name in largest)
     raise UserError(
         f"training needs about {wanted / 1e9:.2f} GB on {where}, and {max(free, 0) / 1e9:.2f} GB are free (largest: "
         f"{each}). Use smaller group_sizes or batch_tokens or a smaller buffer_tokens, or fewer runs at once"

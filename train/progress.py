@@ -9,7 +9,7 @@ from typing import Protocol
 from matryoshka.progress import ProgressDisplay, in_notebook
 from matryoshka.terminal import note
 
-from .member import Entry, Outcome
+from .member import Outcome, PlannedRun
 from .step.step import StepReport
 
 _MANY = 4
@@ -19,7 +19,7 @@ _MANY = 4
 class Progress(Protocol):
     """Somebody who is told."""
 
-    def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
+    def started(self, planned_runs: Sequence[PlannedRun], first_steps: Sequence[int]) -> None:
         """The first step of the runs that are not finished is about to be taken."""
         ...
 
@@ -32,10 +32,10 @@ class Progress(Protocol):
         ...
 
 
-class Silent:
+class NoProgress:
     """Progress for nobody."""
 
-    def __enter__(self) -> Silent:
+    def __enter__(self) -> NoProgress:
         return self
 
     def __exit__(
@@ -43,7 +43,7 @@ class Silent:
     ) -> None:
         pass
 
-    def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
+    def started(self, planned_runs: Sequence[PlannedRun], first_steps: Sequence[int]) -> None:
         """Say nothing."""
 
     def advanced(self, name: str, step: int, report: StepReport | None) -> None:
@@ -68,18 +68,19 @@ class TrainDisplay:
     ) -> None:
         self._display.__exit__(kind, error, traceback)
 
-    def started(self, entries: Sequence[Entry], first_steps: Sequence[int]) -> None:
+    def started(self, planned_runs: Sequence[PlannedRun], first_steps: Sequence[int]) -> None:
         """Say what is trained and show it."""
-        for entry, first in zip(entries, first_steps, strict=True):
+        for planned, first in zip(planned_runs, first_steps, strict=True):
             again = f", going on after step {first:,}" if first else ""
-            if len(entries) <= _MANY:
-                plan = entry.plan
+            if len(planned_runs) <= _MANY:
+                plan = planned.plan
                 groups = " + ".join(f"{size:,}" for size in plan.group_sizes)
-                note(f"{entry.name}: {plan.d_sae:,} latents in groups {groups}; reads {plan.input}{again}")
-        if len(entries) > _MANY:
-            note(f"{len(entries)} runs, {sum(first > 0 for first in first_steps)} of them continuing from a checkpoint")
-        for entry, first in zip(entries, first_steps, strict=True):
-            self._display.add(entry.name, entry.plan.n_steps, first)
+                note(f"{planned.name}: {plan.d_sae:,} latents in groups {groups}; reads {plan.input}{again}")
+        if len(planned_runs) > _MANY:
+            n_continued = sum(first > 0 for first in first_steps)
+            note(f"{len(planned_runs)} runs, {n_continued} of them continuing from a checkpoint")
+        for planned, first in zip(planned_runs, first_steps, strict=True):
+            self._display.add(planned.name, planned.plan.n_steps, first)
 
     def advanced(self, name: str, step: int, report: StepReport | None) -> None:
         """Note the step."""
@@ -93,6 +94,6 @@ class TrainDisplay:
         self._display.end(name, outcome)
 
 
-def usual_progress() -> TrainDisplay | Silent:
+def usual_progress() -> TrainDisplay | NoProgress:
     """For a training that Python code starts: bars in a notebook, else nothing."""
-    return TrainDisplay() if in_notebook() else Silent()
+    return TrainDisplay() if in_notebook() else NoProgress()

@@ -26,7 +26,9 @@ from .config import TrainConfig
 from .fleet import STREAM_SETTINGS
 from .plan import Plan
 
-PARKED_FILE = "parked.json"
+DIVERGED_FILE = "diverged.json"
+_DIVERGED_FILES = (DIVERGED_FILE, "parked.json")
+"""The second name is that of older runs."""
 _GONE = {"init_scale": 1.0}
 """Settings of earlier runs that decided a result -> the value that is what a run does now."""
 
@@ -153,10 +155,10 @@ def publish_fleet(folder: Path, stream: Mapping[str, Any], names: Sequence[str])
         publish_json(folder / FLEET_FILE, content)
 
 
-def publish_parked(folder: Path, *, step: int, loss: float, checkpoint: Path | None) -> None:
-    """Write parked.json: the run went non-finite in step `step`, counted from 1, and its last checkpoint is good."""
+def publish_diverged(folder: Path, *, step: int, loss: float, checkpoint: Path | None) -> None:
+    """Write diverged.json: the run went non-finite in step `step`, counted from 1, and its last checkpoint is good."""
     publish_json(
-        folder / PARKED_FILE,
+        folder / DIVERGED_FILE,
         {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -166,14 +168,15 @@ def publish_parked(folder: Path, *, step: int, loss: float, checkpoint: Path | N
     )
 
 
-def parked_reason(folder: Path) -> str | None:
-    """Why the run in `folder` was parked, or None when it was not."""
-    if not (folder / PARKED_FILE).exists():
+def diverged_reason(folder: Path) -> str | None:
+    """Why the run in `folder` stopped as diverged, or None when it did not."""
+    file = next((folder / name for name in _DIVERGED_FILES if (folder / name).exists()), None)
+    if file is None:
         return None
-    parked = read_json(folder / PARKED_FILE, what="parked run")
-    good = f"its last good checkpoint is {parked['checkpoint']}" if parked["checkpoint"] else "it has no checkpoint yet"
+    end = read_json(file, what="diverged run")
+    good = f"its last good checkpoint is {end['checkpoint']}" if end["checkpoint"] else "it has no checkpoint yet"
     return (
-        f"training stopped before step {parked['step']}: the loss ({parked['loss']}), its gradient or the input is not "
+        f"training stopped before step {end['step']}: the loss ({end['loss']}), its gradient or the input is not "
         f"finite; {good}. Try a smaller --lr or a longer train.warmup_steps, in a new --out or under a new name; to "
-        f"try again as it is, delete {folder / PARKED_FILE}"
+        f"try again as it is, delete {file}"
     )

@@ -15,13 +15,13 @@ class TrainResult:
 
     path: Path
     checkpoint: Path | None
-    """The last one; None when the run was parked before its first."""
+    """The last one; None when the run diverged before its first."""
     n_steps: int
     n_steps_taken: int
     """0 when an earlier command had finished the run."""
     outcome: Outcome = "finished"
     reason: str = ""
-    """Why a run was parked or stopped."""
+    """Why a run diverged or stopped."""
 
 
 @dataclass(frozen=True, slots=True)

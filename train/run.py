@@ -30,12 +30,12 @@ from .batches.stream import Stream
 from .config import TrainConfig
 from .fleet import MemberConfig, fleet_folder, is_fleet, members
 from .interrupt import SharedStopRequest
-from .member import Entry, Member, Waiting
-from .memory import check_memory, give_back, member_need, memory_of
+from .member import DataWait, Member, PlannedRun
+from .memory import check_memory, member_estimate, memory_of, release_memory
 from .plan import make_plan
-from .progress import Progress, Silent, usual_progress
+from .progress import NoProgress, Progress, usual_progress
 from .record import (
-    parked_reason,
+    diverged_reason,
     publish_fleet,
     publish_run,
     refuse_other_fleet,
@@ -58,7 +58,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
     if is_fleet(config):
         raise UserError("these settings describe a fleet; use train_fleet, or leave out train.fleet and train.grid")
     (result,) = train_fleet(config, progress, Rank()).runs
-    if result.outcome == "parked":
+    if result.outcome == "diverged":
         raise UserError(result.reason)
     return result
 
@@ -66,9 +66,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
 def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Rank | None = None) -> FleetResult:
     """Train every run that `config` describes from one stream, or what is left of them; of a rank, its share.
 
-    A run whose loss is not finite is parked and the others go on. Without `progress` bars are shown in a notebook, and
-    nothing elsewhere. Raises UserError, before anything is written, for
-    settings that cannot work or that differ from those of the runs that are there.
+    A run whose loss is not finite ends as diverged and the others go on. Without `progress` bars are shown in a
+    notebook, and nothing elsewhere. Raises UserError, before anything is written, for settings that cannot work or
+    that differ from those of the runs that are there.
     """
     rank = rank if rank is not None else Rank()
     if config.shards is None:
@@ -85,42 +85,44 @@ def train_fleet(config: TrainConfig, progress: Progress | None = None, rank: Ran
     part = (0, 1) if team is None or config.parallel == "features" else (team.index, team.world)
     aside = SetAside.draw(shards, config.calibration_tokens, config.order_seed)
     stream = _stream(config, aside, config.order_seed, part=part, pin_memory=device.type == "cuda")
-    every = [_entry(member, shards, stream.n_rows) for member in members(config)]
+    every = [_planned(member, shards, stream.n_rows) for member in members(config)]
     group: str | None = None
     if is_fleet(config):
         folder, facts = fleet_folder(config), stream_record(config, shards)
         refuse_other_fleet(folder, facts, shards.path)
         group = folder.name
-    entries = rank.share(every) if team is None else every
-    for entry in entries:
-        refuse_other_run(entry.folder, entry.record)
-    left = [entry for entry in entries if not _is_over(entry)]
+    planned_runs = rank.share(every) if team is None else every
+    for planned in planned_runs:
+        refuse_other_run(planned.folder, planned.record)
+    left = [planned for planned in planned_runs if not _is_over(planned)]
     n_parts = rank.world if config.parallel == "features" else 1
     widths = {"d_in": shards.d_in, "d_out": shards.d_out}
     needs = {
-        entry.name: member_need(entry.settings.config, entry.plan, **widths, device=device, n_parts=n_parts)
-        for entry in left
+        planned.name: member_estimate(planned.settings.config, planned.plan, **widths, device=device, n_parts=n_parts)
+        for planned in left
     }
     check_memory(needs, stream.n_bytes, device)
     conditionings = _conditionings(left, shards, device)
-    if any(entry.settings.config.wandb == "online" for entry in left) and (team is None or team.index == 0):
+    if any(planned.settings.config.wandb == "online" for planned in left) and (team is None or team.index == 0):
         check_login("--wandb offline")
     if group is not None and rank.index == 0:
         make_directory(fleet_folder(config))
-        publish_fleet(fleet_folder(config), stream_record(config, shards), [entry.name for entry in every])
+        publish_fleet(fleet_folder(config), stream_record(config, shards), [planned.name for planned in every])
     with ExitStack() as held:
         if team is not None:
             held.enter_context(team.together(device.type))
-        for entry in left if team is None or team.index == 0 else ():
-            make_directory(entry.folder)
-            held.enter_context(exclusive(entry.folder))
-            if not (entry.folder / RUN_FILE).exists():
-                publish_run(entry.folder, entry.record, shards)
+        for planned in left if team is None or team.index == 0 else ():
+            make_directory(planned.folder)
+            held.enter_context(exclusive(planned.folder))
+            if not (planned.folder / RUN_FILE).exists():
+                publish_run(planned.folder, planned.record, shards)
         fleet = _Fleet(config, aside, stream, conditionings, device, team)
         if progress is None:
-            progress = held.enter_context(usual_progress() if rank.index == 0 else Silent())
+            progress = held.enter_context(usual_progress() if rank.index == 0 else NoProgress())
         taken = fleet.go(left, progress, group)
-    return FleetResult(tuple(_result(entry, taken.get(entry.name, 0)) for entry in entries), fleet.stopped_by)
+    return FleetResult(
+        tuple(_result(planned, taken.get(planned.name, 0)) for planned in planned_runs), fleet.stopped_by
+    )
 
 
 class _Fleet:
@@ -143,9 +145,9 @@ class _Fleet:
         self._team = team
         self.stopped_by: signal.Signals | None = None
 
-    def go(self, entries: Sequence[Entry], progress: Progress, group: str | None) -> dict[str, int]:
+    def go(self, planned_runs: Sequence[PlannedRun], progress: Progress, group: str | None) -> dict[str, int]:
         """Take the steps that are left. Returns how many each run took."""
-        if not entries:
+        if not planned_runs:
             return {}
         runs: list[Member] = []
         with SharedStopRequest() as stop, ExitStack() as open_runs:
@@ -153,41 +155,48 @@ class _Fleet:
             closing = open_runs.enter_context(ExitStack())
             writer = open_runs.enter_context(BackgroundWriter())
             first_rows = _FirstRows(self._config, self._aside)
-            for entry in entries:
-                conditioning = self._conditionings[entry.plan.input, entry.settings.config.condition]
-                with self._memory_of(entry):
+            for planned in planned_runs:
+                conditioning = self._conditionings[planned.plan.input, planned.settings.config.condition]
+                with self._memory_of(planned):
                     run = Member(
-                        entry, self._aside, conditioning, self._device, writer, first_rows, group=group, team=self._team
+                        planned,
+                        self._aside,
+                        conditioning,
+                        self._device,
+                        writer,
+                        first_rows,
+                        group=group,
+                        team=self._team,
                     )
                 runs.append(run)
                 closing.callback(run.close)
             first_rows.clear()
-            give_back()
+            release_memory()
             for run in runs:
                 run.publish_session()
-            progress.started(entries, [run.first for run in runs])
+            progress.started(planned_runs, [run.first for run in runs])
             self._steps(runs, stop, progress)
             if stop.signal is not None:
                 self.stopped_by = stop.signal
                 for run in runs:
                     if run.outcome == "training":
                         run.stop()
-                        progress.ended(run.entry.name, run.outcome)
-        return {run.entry.name: run.done - run.first for run in runs}
+                        progress.ended(run.planned.name, run.outcome)
+        return {run.planned.name: run.done - run.first for run in runs}
 
-    def _memory_of(self, entry: Entry) -> AbstractContextManager[None]:
+    def _memory_of(self, planned: PlannedRun) -> AbstractContextManager[None]:
         shards = self._aside.shards
         widths = {"d_in": shards.d_in, "d_out": shards.d_out}
-        return memory_of(entry.name, entry.settings.config, entry.plan, **widths, device=self._device)
+        return memory_of(planned.name, planned.settings.config, planned.plan, **widths, device=self._device)
 
     def _steps(self, runs: Sequence[Member], stop: SharedStopRequest, progress: Progress) -> None:
         """One pass over the stream: each batch goes through every run whose step it is."""
-        waiting = Waiting()
+        waiting = DataWait()
         active = list(runs)
         while active and not self._is_stopped(stop):
             # Runs that were at different steps are trained up in one pass; a pass ends early only when nobody needs
             # its next batch.
-            first, last = min(run.done for run in active), max(run.entry.plan.n_steps for run in active)
+            first, last = min(run.done for run in active), max(run.planned.plan.n_steps for run in active)
             batches = self._stream.batches(first, last)
             try:
                 for step in range(first, last):
@@ -198,12 +207,12 @@ class _Fleet:
                     rows = Rows(next(batches), self._device)
                     waiting.seconds += time.perf_counter() - asked
                     for run in taking:
-                        with self._memory_of(run.entry):
+                        with self._memory_of(run.planned):
                             report = run.take(rows, waiting)
-                        progress.advanced(run.entry.name, run.done, report)
+                        progress.advanced(run.planned.name, run.done, report)
                         if run.outcome != "training":
                             active.remove(run)
-                            progress.ended(run.entry.name, run.outcome)
+                            progress.ended(run.planned.name, run.outcome)
             finally:
                 with suppress(AttributeError):
                     batches.close()  # pyright: ignore[reportAttributeAccessIssue] -- a generator
@@ -214,10 +223,10 @@ class _Fleet:
 
 
 def _conditionings(
-    entries: Sequence[Entry], shards: ShardSet, device: torch.device
+    planned_runs: Sequence[PlannedRun], shards: ShardSet, device: torch.device
 ) -> dict[tuple[str, str], Conditioning]:
     """Input convention and conditioning -> the map of the runs that have them. Raises UserError for what cannot be."""
-    wanted = {(entry.plan.input, entry.settings.config.condition) for entry in entries}
+    wanted = {(planned.plan.input, planned.settings.config.condition) for planned in planned_runs}
     return {pair: Conditioning.from_shards(shards, *pair, device) for pair in sorted(wanted)}
 
 
@@ -262,26 +271,28 @@ def _stream(
     )
 
 
-def _entry(member: MemberConfig, shards: ShardSet, n_rows: int) -> Entry:
+def _planned(member: MemberConfig, shards: ShardSet, n_rows: int) -> PlannedRun:
     plan = make_plan(member.config, shards, n_rows)
-    return Entry(settings=member, plan=plan, record=run_record(member.config, plan, shards))
+    return PlannedRun(settings=member, plan=plan, record=run_record(member.config, plan, shards))
 
 
-def _is_over(entry: Entry) -> bool:
-    """Whether there is nothing left to do: all steps taken, or parked."""
-    if (entry.folder / "checkpoints").is_dir() and any(last.is_finished for last in list_checkpoints(entry.folder)):
+def _is_over(planned: PlannedRun) -> bool:
+    """Whether there is nothing left to do: all steps taken, or the run diverged."""
+    if (planned.folder / "checkpoints").is_dir() and any(last.is_finished for last in list_checkpoints(planned.folder)):
         return True
-    return parked_reason(entry.folder) is not None
+    return diverged_reason(planned.folder) is not None
 
 
-def _result(entry: Entry, n_taken: int) -> TrainResult:
-    last = newest_checkpoint(entry.folder)
+def _result(planned: PlannedRun, n_taken: int) -> TrainResult:
+    last = newest_checkpoint(planned.folder)
     checkpoint = None if last is None else last.folder
-    n_steps = entry.plan.n_steps
+    n_steps = planned.plan.n_steps
     if last is not None and last.is_finished:
-        return TrainResult(entry.folder, checkpoint, n_steps, n_taken)
-    reason = parked_reason(entry.folder)
+        return TrainResult(planned.folder, checkpoint, n_steps, n_taken)
+    reason = diverged_reason(planned.folder)
     if reason is not None:
-        return TrainResult(entry.folder, checkpoint, n_steps, n_taken, "parked", f"{entry.folder}: {reason}")
+        return TrainResult(planned.folder, checkpoint, n_steps, n_taken, "diverged", f"{planned.folder}: {reason}")
     done = 0 if last is None else last.step
-    return TrainResult(entry.folder, checkpoint, n_steps, n_taken, "stopped", f"stopped after step {done} of {n_steps}")
+    return TrainResult(
+        planned.folder, checkpoint, n_steps, n_taken, "stopped", f"stopped after step {done} of {n_steps}"
+    )

@@ -15,7 +15,7 @@ from matryoshka.norms import Norm
 from train.batches.conditioning import Conditioning
 from train.batches.device_batch import Rows
 from train.batches.stream import Batch
-from train.memory import member_need
+from train.memory import member_estimate
 from train.prefixes import sampled_sizes
 from train.step.backend import Backend, Precision
 from train.step.initial import initial_state
@@ -86,7 +86,7 @@ def count(
             operations.append(counter.operations)
             peaks.append(counter.peak)
             numbers[int] = -1
-    need = member_need(config, plan, d_in=d, d_out=d, device=device)
+    need = member_estimate(config, plan, d_in=d, d_out=d, device=device)
     return Count(
         recipe=recipe,
         precision=precision,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from matryoshka.hook_names import input_hook
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.provenance import Provenance
 from matryoshka.run_facts import NOT_RECORDED
 from matryoshka.transcoder import Transcoder
 
@@ -60,13 +60,15 @@ y_hat = transcoder(x, n_groups=1)""",
 }
 
 
-def model_card(transcoders: Sequence[Transcoder], form: str, place: str, origin: Origin) -> str:
+def model_card(transcoders: Sequence[Transcoder], form: str, place: str, provenance: Provenance) -> str:
     """Text of the card for transcoders that share everything but the layer; `place` is the folder of the weights."""
     config = transcoders[0].config
     # A path of somebody's machine is neither a base model nor anybody's business.
     on_hub = _HUB_NAME.fullmatch(config.model) is not None
     name = config.model if on_hub else PurePath(config.model).name or "an unnamed model"
     ends = ", ".join(f"{end:,}" for end in config.prefix_ends)
+    step = "" if provenance.step is None else f", step {provenance.step}"
+    run = None if provenance.run is None else provenance.run + step
     facts = [
         ("model", name + (f" at {config.model_revision}" if config.model_revision else "")),
         ("reads", "; ".join(f"`{input_hook(transcoder.config)}`" for transcoder in transcoders)),
@@ -82,10 +84,10 @@ def model_card(transcoders: Sequence[Transcoder], form: str, place: str, origin:
             None if config.k is None else f"{config.k} on average, as trained at full width",
         ),
         ("skip connection", "yes" if config.skip else "no"),
-        ("text", origin.dataset or origin.used.dataset),
-        ("context", None if origin.ctx_len is None else f"{origin.ctx_len:,} tokens"),
-        *((what, value) for what, value in origin.used.lines() if value != NOT_RECORDED and what not in _SAID),
-        ("run", None if origin.run is None else origin.run + ("" if origin.step is None else f", step {origin.step}")),
+        ("text", provenance.dataset or provenance.used.dataset),
+        ("context", None if provenance.ctx_len is None else f"{provenance.ctx_len:,} tokens"),
+        *((what, value) for what, value in provenance.used.lines() if value != NOT_RECORDED and what not in _SAID),
+        ("run", run),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in facts if value)
     return "\n".join(
@@ -114,7 +116,7 @@ def model_card(transcoders: Sequence[Transcoder], form: str, place: str, origin:
             "",
             "x is the tensor of the hook as it stands: scales and means of the training are folded into the weights.",
             "Take the activations without weight processing (no `fold_ln`, no centring), and leave BOS out.",
-            *_caveats(form, config.input, origin),
+            *_caveats(form, config.input, provenance),
             "",
             "```python",
             _LOAD[form].format(place=place).rstrip(),
@@ -124,9 +126,9 @@ def model_card(transcoders: Sequence[Transcoder], form: str, place: str, origin:
     )
 
 
-def _caveats(form: str, convention: str, origin: Origin) -> list[str]:
+def _caveats(form: str, convention: str, provenance: Provenance) -> list[str]:
     lines = []
-    if origin.norm_kind == "layer" and convention == "normalized":
+    if provenance.norm_kind == "layer" and convention == "normalized":
         lines.append(
             "The hook names are those of TransformerLens 3: in version 2 `hook_normalized` of a LayerNorm is after "
             "gain and bias, which is not what this transcoder reads."

@@ -46,12 +46,12 @@ def write(inputs: ExportInputs, folder: Path) -> None:
     """Write a whole set from transcoders of different layers of one model; the other layers are zeros."""
     import yaml
 
-    transcoders, origin = inputs.transcoders, inputs.origin
+    transcoders, provenance = inputs.transcoders, inputs.provenance
     by_layer = {_layer(transcoder): transcoder for transcoder in transcoders}
     if len(by_layer) < len(transcoders):
         raise UserError("two of the transcoders are of the same layer; a circuit-tracer set has one for each layer")
     first = transcoders[0]
-    n_layers = origin.n_layers
+    n_layers = provenance.n_layers
     if n_layers is None:
         raise UserError(
             "a circuit-tracer set has a file for every layer of the model, and their number is unknown (the "
@@ -81,7 +81,7 @@ def write(inputs: ExportInputs, folder: Path) -> None:
         "model_kind": "transcoder_set",
         "feature_input_hook": split_hook(input_hook(config))[1],
         "feature_output_hook": split_hook(output_hook(config))[1],
-        "scan": origin.run or "matryoshka",
+        "scan": provenance.run or "matryoshka",
         # Ours; circuit-tracer does not look at them.
         "trained_layers": sorted(by_layer),
         "matryoshka_widths": list(config.prefix_ends),

@@ -15,7 +15,7 @@ from matryoshka.errors import UserError
 from matryoshka.interop import circuit_tracer, delphi, gemma_scope, gemma_scope_2, native, neuronpedia, saelens
 from matryoshka.interop.card import model_card
 from matryoshka.interop.inputs import ExportInputs, Format
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.provenance import Provenance
 from matryoshka.interop.samples import Samples
 from matryoshka.interop.weight_files import write_json
 from matryoshka.runs import FORMAT_VERSION, changed_fields, check_directory, fsync_path, make_directory, read_json
@@ -53,7 +53,7 @@ def export(
     transcoders: Sequence[Transcoder],
     form: str,
     out: Path,
-    origin: Origin | None = None,
+    provenance: Provenance | None = None,
     *,
     shards: ShardSet | None = None,
     samples: Samples | None = None,
@@ -70,7 +70,9 @@ def export(
         raise UserError(f"the format {form} holds one transcoder, and {len(transcoders)} were given; export each alone")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
-    inputs = ExportInputs(transcoders=transcoders, origin=origin or Origin(), shards=shards, samples=samples)
+    inputs = ExportInputs(
+        transcoders=transcoders, provenance=provenance or Provenance(), shards=shards, samples=samples
+    )
     record, lost = _record(inputs, form), dropped(transcoders[0], form)
     place = FORMATS[form].place(inputs)
     check_directory(out)
@@ -82,7 +84,7 @@ def export(
     make_directory(partial / place)
     try:
         FORMATS[form].write(inputs, partial / place)
-        (partial / CARD_FILE).write_text(model_card(transcoders, form, place, inputs.origin), encoding="utf-8")
+        (partial / CARD_FILE).write_text(model_card(transcoders, form, place, inputs.provenance), encoding="utf-8")
         write_json(partial / RECORD_FILE, record)
         for path in partial.rglob("*"):
             fsync_path(path)
@@ -102,13 +104,13 @@ def dropped(transcoder: Transcoder, form: str) -> tuple[str, ...]:
 
 def _record(inputs: ExportInputs, form: str) -> dict[str, Any]:
     """What was exported: the same record means the same bytes."""
-    origin = inputs.origin
+    provenance = inputs.provenance
     return {
         "format_version": FORMAT_VERSION,
         "format": form,
-        "run": origin.run,
-        "step": origin.step,
-        "n_layers": origin.n_layers,
+        "run": provenance.run,
+        "step": provenance.step,
+        "n_layers": provenance.n_layers,
         "dropped": list(dropped(inputs.transcoder, form)),
         "shard_set": None if inputs.shards is None else inputs.shards.digest,
         "samples": None if inputs.samples is None else inputs.samples.digest,

@@ -40,7 +40,7 @@ def dropped(config: TranscoderConfig) -> list[str]:
 
 def write(inputs: ExportInputs, folder: Path) -> None:
     """Write params.npz; refuses what five arrays without a word cannot express."""
-    transcoder, origin = inputs.transcoder, inputs.origin
+    transcoder, provenance = inputs.transcoder, inputs.provenance
     config = transcoder.config
     layer, _ = split_hook(config.source_hook)
     if config.skip:
@@ -58,7 +58,7 @@ def write(inputs: ExportInputs, folder: Path) -> None:
             f"a gemma-scope transcoder predicts the mlp_out of its own layer, this one maps {config.source_hook} to "
             f"{config.target_hook}; use --format saelens"
         )
-    if origin.norm_kind == "layer":
+    if provenance.norm_kind == "layer":
         raise UserError("a gemma-scope transcoder reads behind an RMSNorm, this model has a LayerNorm; use saelens")
     write_npz(folder / FILE, {name: getattr(transcoder, name) for name in WEIGHTS})
 

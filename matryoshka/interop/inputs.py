@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.provenance import Provenance
 from matryoshka.interop.samples import Samples
 from matryoshka.shards import ShardSet
 from matryoshka.transcoder import Transcoder, TranscoderConfig
@@ -19,7 +19,7 @@ class ExportInputs:
 
     transcoders: Sequence[Transcoder]
     """One; for circuit-tracer one for each layer."""
-    origin: Origin
+    provenance: Provenance
     shards: ShardSet | None = None
     """For delphi: the set whose val rows go into the cache."""
     samples: Samples | None = None

@@ -33,7 +33,7 @@ _TOP = -1
 
 def place(inputs: ExportInputs) -> str:
     """Name of the folder as SAEDashboard makes it: {model}_{set}_{hook}_{d_sae}."""
-    config, run = inputs.transcoder.config, inputs.origin.run
+    config, run = inputs.transcoder.config, inputs.provenance.run
     parts = (PurePath(config.model).name or "model", run or "matryoshka", input_hook(config), str(config.d_sae))
     return "_".join(re.sub(r"[^\w.-]", "-", part) for part in parts)
 
@@ -45,7 +45,7 @@ def dropped(config: TranscoderConfig) -> list[str]:
 
 def write(inputs: ExportInputs, folder: Path) -> None:
     """Write all batches."""
-    transcoder, origin, samples = inputs.transcoder, inputs.origin, inputs.samples
+    transcoder, provenance, samples = inputs.transcoder, inputs.provenance, inputs.samples
     if samples is None:
         raise UserError("Neuronpedia's data is made from samples; run `evaluate samples RUN` first")
     config, text_of = transcoder.config, samples.token_texts().text
@@ -53,13 +53,13 @@ def write(inputs: ExportInputs, folder: Path) -> None:
     head = {
         "model_id": PurePath(config.model).name,
         "layer": split_hook(input_hook(config))[0],
-        "sae_set": origin.run or "matryoshka",
+        "sae_set": provenance.run or "matryoshka",
         "sae_id_suffix": None,
     }
     shared = {
-        "n_prompts_total": samples.n_rows // origin.ctx_len if origin.ctx_len else samples.n_rows,
-        "n_tokens_in_prompt": origin.ctx_len or 0,
-        "dataset": origin.dataset or "",
+        "n_prompts_total": samples.n_rows // provenance.ctx_len if provenance.ctx_len else samples.n_rows,
+        "n_tokens_in_prompt": provenance.ctx_len or 0,
+        "dataset": provenance.dataset or "",
     }
     seen: set[int] = set()
     batch: list[dict[str, Any]] = []

@@ -46,7 +46,7 @@ def dropped(config: TranscoderConfig) -> list[str]:
 
 def write(inputs: ExportInputs, folder: Path) -> None:
     """Write the two files into `folder`."""
-    transcoder, origin = inputs.transcoder, inputs.origin
+    transcoder, provenance = inputs.transcoder, inputs.provenance
     config = transcoder.config
     tensors = {name: getattr(transcoder, name) for name in WEIGHTS}
     if transcoder.W_skip is not None:
@@ -70,9 +70,9 @@ def write(inputs: ExportInputs, folder: Path) -> None:
             "hook_name": input_hook(config),
             "hook_name_out": output_hook(config),
             "hook_head_index": None,
-            "context_size": origin.ctx_len,
-            "prepend_bos": True if origin.has_bos is None else origin.has_bos,
-            "dataset_path": origin.dataset,
+            "context_size": provenance.ctx_len,
+            "prepend_bos": True if provenance.has_bos is None else provenance.has_bos,
+            "dataset_path": provenance.dataset,
             "exclude_special_tokens": True,
             "seqpos_slice": [None],
             "neuronpedia_id": None,

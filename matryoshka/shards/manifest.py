@@ -119,7 +119,7 @@ class Manifest(Config):
         return digest(content)
 
 
-class Loss(Config):
+class CodecError(Config):
     """What a lossy codec lost of one side of a shard: float64 sums over the rows under 10 times the median norm."""
 
     error_sq: float
@@ -142,7 +142,7 @@ class CommitRecord(Config):
     """Largest absolute value of each side."""
     n_documents: int | None = None
     """Documents that have tokens here; a document may go on in the next shard. Not in the first sets' records."""
-    loss: dict[str, Loss] = Field(default_factory=dict)
+    loss: dict[str, CodecError] = Field(default_factory=dict)
     """Of each side, where the codec is lossy."""
     files: dict[str, FileRecord]
 

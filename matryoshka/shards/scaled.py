@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matryoshka.shards.manifest import Loss
+from matryoshka.shards.manifest import CodecError
 from matryoshka.shards.row_sums import row_blocks
 
 SINK_NORM = 10.0
@@ -49,7 +49,7 @@ def unscale(q: Tensor, channel: Tensor, scale: Tensor) -> Tensor:
     return values
 
 
-def to_scaled(values: Tensor, keep: Tensor) -> tuple[Scaled, Loss]:
+def to_scaled(values: Tensor, keep: Tensor) -> tuple[Scaled, CodecError]:
     """Code `values` [ctx_len, n_contexts, width] bfloat16; `keep` [ctx_len, n_contexts] says which are not special.
 
     Block by block, since a float32 copy of a shard would take twice its memory.
@@ -69,7 +69,7 @@ def to_scaled(values: Tensor, keep: Tensor) -> tuple[Scaled, Loss]:
         error_sq += float((rows - decoded)[kept].double().square_().sum())
         total_sq += float(rows[kept].double().square_().sum())
     coded = Scaled(q=q.view(values.shape), channel=channel, scale=scale.view(values.shape[:-1]))
-    return coded, Loss(error_sq=error_sq, total_sq=total_sq)
+    return coded, CodecError(error_sq=error_sq, total_sq=total_sq)
 
 
 def _ordinary(values: Tensor, keep: Tensor) -> Tensor:

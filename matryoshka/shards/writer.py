@@ -25,8 +25,8 @@ from matryoshka.shards.manifest import (
     FILE_FACTS,
     MANIFEST_FOLDER,
     SPLITS,
+    CodecError,
     CommitRecord,
-    Loss,
     Manifest,
     is_extension,
 )
@@ -143,11 +143,11 @@ class ShardSetWriter:
         keep = ~torch.isin(tokens.T, torch.tensor(self.manifest.special_ids, dtype=tokens.dtype))
         try:
             self._write_ids(split, shard, {"tokens": tokens, "doc_ids": doc_ids})
-            losses: dict[str, Loss] = {}
+            errors: dict[str, CodecError] = {}
             for side in sides:
                 if layout.is_scaled(self.manifest):
                     # Statistics are of what a reader will get.
-                    sides[side], losses[side] = self._write_scaled(split, shard, side, sides[side], keep)
+                    sides[side], errors[side] = self._write_scaled(split, shard, side, sides[side], keep)
                     largest[side] = _largest(sides[side], side, split, shard, dtype)
                 else:
                     self._write(f"{split}/{side}", shard, layout.to_bits(sides[side]), axis=1)
@@ -162,7 +162,7 @@ class ShardSetWriter:
                 n_rows=int(keep.sum()),
                 largest=largest,
                 n_documents=len(doc_ids.unique()),
-                loss=losses,
+                loss=errors,
                 files={key: self.storage.written(key) for key in keys},
             )
             self.storage.publish_json(f"{MANIFEST_FOLDER}/{record.name}", record.model_dump(mode="json"))
@@ -216,7 +216,9 @@ class ShardSetWriter:
         for name, values in ids.items():
             self._write(f"{split}/{name}", shard, values.numpy().astype(np.int32, copy=False), axis=0)
 
-    def _write_scaled(self, split: str, shard: int, side: str, values: Tensor, keep: Tensor) -> tuple[Tensor, Loss]:
+    def _write_scaled(
+        self, split: str, shard: int, side: str, values: Tensor, keep: Tensor
+    ) -> tuple[Tensor, CodecError]:
         """Write one side in int8; return the values that it now has, and what was lost."""
         scaled, loss = to_scaled(values, keep)
         self._write(f"{split}/{side}", shard, scaled.q.numpy(), axis=1)
@@ -306,7 +308,7 @@ def measure_codec(manifest: Manifest, records: Iterable[CommitRecord]) -> dict[s
     The padding of a shard that is not full is stored, but it is no data.
     """
     stored, raw = 0, 0
-    losses: dict[str, list[Loss]] = {}
+    errors: dict[str, list[CodecError]] = {}
     for record in records:
         n_tokens = manifest.ctx_len * record.n_contexts
         for side, facts in zip(layout.SIDES, (manifest.source, manifest.target), strict=True):
@@ -314,9 +316,9 @@ def measure_codec(manifest: Manifest, records: Iterable[CommitRecord]) -> dict[s
             names = (f"{record.split}/{side}/", f"{record.split}/{side}_")
             stored += sum(file.size for key, file in record.files.items() if key.startswith(names))
         for side, loss in record.loss.items():
-            losses.setdefault(side, []).append(loss)
+            errors.setdefault(side, []).append(loss)
     measured = {"compression_ratio": stored / raw} if raw else {}
-    for side, parts in losses.items():
+    for side, parts in errors.items():
         total = sum(part.total_sq for part in parts)
         measured[f"{side}_error"] = (sum(part.error_sq for part in parts) / total) ** 0.5 if total else 0.0
     return measured

@@ -18,8 +18,8 @@ from matryoshka.errors import UserError
 from matryoshka.interop import hub
 from matryoshka.interop.card import model_card
 from matryoshka.interop.export import FORMATS, export
-from matryoshka.interop.origin import Origin
 from matryoshka.interop.pretrained import Found, find
+from matryoshka.interop.provenance import Provenance
 from matryoshka.runs import publish_json
 from matryoshka.transcoder import Transcoder
 
@@ -41,13 +41,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("form", ["saelens", "circuit-tracer", "gemma-scope", "native"])
 def test_again_is_nothing_to_do_and_gives_equal_bytes(make: Make, tmp_path: Path, form: str) -> None:
-    origin = Origin(n_layers=4, run="l3", step=7)
-    first = export([make()], form, tmp_path / "out", origin)
+    provenance = Provenance(n_layers=4, run="l3", step=7)
+    first = export([make()], form, tmp_path / "out", provenance)
     before = contents(tmp_path / "out")
     assert {"README.md", "export.json"} < before.keys()
     assert not first.already_there
-    assert export([make()], form, tmp_path / "out", origin).already_there
-    export([make()], form, tmp_path / "other", origin)
+    assert export([make()], form, tmp_path / "out", provenance).already_there
+    export([make()], form, tmp_path / "other", provenance)
     assert contents(tmp_path / "out") == contents(tmp_path / "other") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
     assert Transcoder.from_pretrained(tmp_path / "out").config.source_hook == "blocks.3.hook_resid_mid"
@@ -105,8 +105,8 @@ def test_a_failure_leaves_nothing(make: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_card_says_what_it_is(make: Make, form: str) -> None:
-    origin = Origin(run="l3-k4", step=400, dataset="monology/pile-uncopyrighted", ctx_len=1024)
-    text = model_card([make()], form, "some/place", origin)
+    provenance = Provenance(run="l3-k4", step=400, dataset="monology/pile-uncopyrighted", ctx_len=1024)
+    text = model_card([make()], form, "some/place", provenance)
     head, _, body = text.removeprefix("---\n").partition("---\n")
     assert "base_model: google/gemma-2-2b\n" in head
     for fact in ("blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out", "16 latents", "the first 5, 16", "1,024"):
@@ -114,10 +114,10 @@ def test_the_card_says_what_it_is(make: Make, form: str) -> None:
     code = body.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "user/repo" in code or "some/place" in code
-    local = model_card([make(model="/home/me/models/gemma")], form, ".", Origin())
+    local = model_card([make(model="/home/me/models/gemma")], form, ".", Provenance())
     assert "base_model" not in local
     assert "/home/me" not in local
-    layer_norm = model_card([make()], form, ".", Origin(norm_kind="layer"))
+    layer_norm = model_card([make()], form, ".", Provenance(norm_kind="layer"))
     assert "after gain and bias" in " ".join(layer_norm.split())
 
 
@@ -294,7 +294,7 @@ def test_only_the_wanted_transcoder_is_downloaded(make: Make, stub_hub: type[Hub
 
 
 def test_one_layer_of_a_set_is_downloaded(make: Make, stub_hub: type[Hub]) -> None:
-    export([make()], "circuit-tracer", stub_hub.root / "set", Origin(n_layers=5))
+    export([make()], "circuit-tracer", stub_hub.root / "set", Provenance(n_layers=5))
     assert Transcoder.from_pretrained("user/repo", layer=3).config == make().config
     fetched = {path.rpartition("/")[2] for _, path in stub_hub.asked if "/resolve/" in path}
     assert fetched == {"config.yaml", "layer_3.safetensors"}

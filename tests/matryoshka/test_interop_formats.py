@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from matryoshka.errors import UserError
 from matryoshka.interop.export import export
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.provenance import Provenance
 from matryoshka.transcoder import Transcoder
 
 GROUPS = (5, 11, 32)
@@ -136,7 +136,7 @@ def test_what_gemma_scope_cannot_say_is_refused(
 
 def test_gemma_scope_is_for_rms_norms(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="LayerNorm"):
-        export([make()], "gemma-scope", tmp_path / "out", Origin(norm_kind="layer"))
+        export([make()], "gemma-scope", tmp_path / "out", Provenance(norm_kind="layer"))
 
 
 # --- Gemma Scope 2 ----------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def circuit_tracer_forward(x: np.ndarray, found: dict[str, Any]) -> np.ndarray:
 def test_circuit_tracer(square: Make, tmp_path: Path, skip: bool, n_groups: int) -> None:
     transcoder, x = square(skip=skip), rows()
     assert bool((transcoder.threshold < 0).any())  # which must not let negative activations through
-    export([transcoder.prefix(n_groups)], "circuit-tracer", tmp_path / "out", Origin(n_layers=6, run="l3"))
+    export([transcoder.prefix(n_groups)], "circuit-tracer", tmp_path / "out", Provenance(n_layers=6, run="l3"))
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert files == [f"layer_{i}.safetensors" for i in range(6)]
     end = ENDS[n_groups - 1]
@@ -278,7 +278,7 @@ def load_torch(file: Path) -> dict[str, Any]:
 
 def test_a_set_of_several_layers(square: Make, tmp_path: Path) -> None:
     one, four = square(layer=1, seed=1), square(layer=4, seed=4)
-    export([four, one], "circuit-tracer", tmp_path / "out", Origin(n_layers=5))
+    export([four, one], "circuit-tracer", tmp_path / "out", Provenance(n_layers=5))
     with pytest.raises(UserError, match="the layers 1, 4; name one of them as layer"):
         Transcoder.from_pretrained(tmp_path / "out")
     with pytest.raises(UserError, match="layer 9 is not among them"):
@@ -288,7 +288,9 @@ def test_a_set_of_several_layers(square: Make, tmp_path: Path) -> None:
     # the same function; thresholds below 0 are 0 there
     torch.testing.assert_close(again(rows()), four(rows()), atol=0, rtol=0)
     assert torch.equal(again.threshold, four.threshold.clamp_min(0))
-    export([again, Transcoder.from_pretrained(tmp_path / "out", layer=1)], "circuit-tracer", tmp_path / "again", ORIGIN)
+    export(
+        [again, Transcoder.from_pretrained(tmp_path / "out", layer=1)], "circuit-tracer", tmp_path / "again", PROVENANCE
+    )
     for i in range(5):
         name = f"layer_{i}.safetensors"
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
@@ -296,7 +298,7 @@ def test_a_set_of_several_layers(square: Make, tmp_path: Path) -> None:
     assert os.stat(tmp_path / "out" / "layer_0.safetensors").st_nlink == 3
 
 
-ORIGIN = Origin(n_layers=5)
+PROVENANCE = Provenance(n_layers=5)
 
 
 def test_sets_of_others(tmp_path: Path) -> None:
@@ -342,7 +344,7 @@ def test_sets_of_others(tmp_path: Path) -> None:
 def test_sets_that_cannot_be_read_are_refused(
     square: Make, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    export([square()], "circuit-tracer", tmp_path / "out", Origin(n_layers=4))
+    export([square()], "circuit-tracer", tmp_path / "out", Provenance(n_layers=4))
     file = tmp_path / "out" / "config.yaml"
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **change}))
     with pytest.raises(UserError, match=message):
@@ -350,7 +352,7 @@ def test_sets_that_cannot_be_read_are_refused(
 
 
 def test_thresholds_below_zero_and_strange_tensors_are_refused(square: Make, tmp_path: Path) -> None:
-    export([square()], "circuit-tracer", tmp_path / "out", Origin(n_layers=4))
+    export([square()], "circuit-tracer", tmp_path / "out", Provenance(n_layers=4))
     file = tmp_path / "out" / "layer_3.safetensors"
     weights = load_file(file)
     save_file({**weights, "activation_function.threshold": np.full(48, -0.1, np.float32)}, file)
@@ -365,19 +367,19 @@ def test_thresholds_below_zero_and_strange_tensors_are_refused(square: Make, tmp
 
 
 @pytest.mark.parametrize(
-    ("changes", "origin", "message"),
+    ("changes", "provenance", "message"),
     [
-        ([{"d_out": 10}], Origin(n_layers=9), "maps 12 dimensions to 10"),
-        ([{}], Origin(), "pass --n-layers"),
-        ([{}], Origin(n_layers=3), "layer 3, but the model has 3 layers"),
-        ([{}, {}], Origin(n_layers=9), "of the same layer"),
-        ([{}, {"input": "mlp_in", "layer": 1}], Origin(n_layers=9), "must agree"),
-        ([{"target_hook": "blocks.4.hook_mlp_out"}], Origin(n_layers=9), "replaces the MLP of a layer"),
+        ([{"d_out": 10}], Provenance(n_layers=9), "maps 12 dimensions to 10"),
+        ([{}], Provenance(), "pass --n-layers"),
+        ([{}], Provenance(n_layers=3), "layer 3, but the model has 3 layers"),
+        ([{}, {}], Provenance(n_layers=9), "of the same layer"),
+        ([{}, {"input": "mlp_in", "layer": 1}], Provenance(n_layers=9), "must agree"),
+        ([{"target_hook": "blocks.4.hook_mlp_out"}], Provenance(n_layers=9), "replaces the MLP of a layer"),
     ],
 )
 def test_what_circuit_tracer_cannot_say_is_refused(
-    square: Make, tmp_path: Path, changes: list[dict[str, Any]], origin: Origin, message: str
+    square: Make, tmp_path: Path, changes: list[dict[str, Any]], provenance: Provenance, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        export([square(**each) for each in changes], "circuit-tracer", tmp_path / "out", origin)
+        export([square(**each) for each in changes], "circuit-tracer", tmp_path / "out", provenance)
     assert list(tmp_path.iterdir()) == []

@@ -15,11 +15,11 @@ import pytest
 from matryoshka.errors import UserError
 from matryoshka.interop import neuronpedia
 from matryoshka.interop.export import export
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.provenance import Provenance
 from matryoshka.interop.samples import Samples
 from matryoshka.transcoder import Transcoder
 
-ORIGIN = Origin(run="l3-k4", ctx_len=10, dataset="pile")
+PROVENANCE = Provenance(run="l3-k4", ctx_len=10, dataset="pile")
 PLACE = "gemma-2-2b_l3-k4_blocks.3.ln2.hook_normalized_16"
 
 Make = Callable[..., Transcoder]
@@ -77,7 +77,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 def test_features(make_transcoder: Make, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neuronpedia, "LATENTS_PER_BATCH", 4)
     transcoder = make_transcoder()
-    export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, samples=samples)
+    export([transcoder], "neuronpedia", tmp_path / "out", PROVENANCE, samples=samples)
     batches = [read(tmp_path / "out", f"batch-{i}.json") for i in range(3)]
     assert [[f["feature_index"] for f in batch["features"]] for batch in batches] == [[1], [], [9]]
     head = {"model_id": "gemma-2-2b", "layer": 3, "sae_set": "l3-k4", "sae_id_suffix": None}
@@ -110,18 +110,18 @@ def test_another_tokenizer_writes_the_texts(
     transcoder = make_transcoder()
     gone = dataclasses.replace(samples, tokenizer="/gone")
     with pytest.raises(UserError, match="Name it with --tokenizer"):
-        export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, samples=gone)
+        export([transcoder], "neuronpedia", tmp_path / "out", PROVENANCE, samples=gone)
     here = gone.with_tokenizer(str(tiny_gpt2))
-    export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, samples=here)
+    export([transcoder], "neuronpedia", tmp_path / "out", PROVENANCE, samples=here)
     feature = read(tmp_path / "out", "batch-0.json")["features"][0]
     assert feature["activations"][0]["tokens"] == ["w6", "w7", "w8", "w6"]  # one special token comes first
-    assert export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, samples=here).already_there
+    assert export([transcoder], "neuronpedia", tmp_path / "out", PROVENANCE, samples=here).already_there
     with pytest.raises(UserError, match="samples"):
-        export([transcoder], "neuronpedia", tmp_path / "out", ORIGIN, samples=samples)
+        export([transcoder], "neuronpedia", tmp_path / "out", PROVENANCE, samples=samples)
 
 
 def test_a_prefix_has_only_its_latents(make_transcoder: Make, samples: Samples, tmp_path: Path) -> None:
-    export([make_transcoder().prefix(1)], "neuronpedia", tmp_path / "out", ORIGIN, samples=samples)
+    export([make_transcoder().prefix(1)], "neuronpedia", tmp_path / "out", PROVENANCE, samples=samples)
     place = tmp_path / "out" / PLACE.replace("_16", "_5")
     assert [f["feature_index"] for f in json.loads((place / "batch-0.json").read_text())["features"]] == [1]
     assert json.loads((place / "skipped_indexes.json").read_text())["skipped_indexes"] == [0, 2, 3, 4]
@@ -144,7 +144,7 @@ def test_the_logit_lens_is_what_evaluate_logits_left(make_transcoder: Make, samp
     (tmp_path / "logits.json").write_text(json.dumps({"transcoder": {"sha256": "abc"}}))
     found = Samples.open(samples.folder)
     assert found.digest != samples.digest  # an export without them is not taken for one with them
-    export([make_transcoder()], "neuronpedia", tmp_path / "out", ORIGIN, samples=found)
+    export([make_transcoder()], "neuronpedia", tmp_path / "out", PROVENANCE, samples=found)
     (first, last) = read(tmp_path / "out", "batch-0.json")["features"]
     assert (first["pos_str"], first["pos_values"]) == (["w3", "w4"], [1.25, 0.5])
     assert (first["neg_str"], first["neg_values"]) == (["w6"], [-0.75])

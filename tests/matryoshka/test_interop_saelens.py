@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from matryoshka.errors import UserError
 from matryoshka.interop.export import export
-from matryoshka.interop.origin import Origin
+from matryoshka.interop.provenance import Provenance
 from matryoshka.lm import LanguageModel
 from matryoshka.transcoder import Transcoder
 
@@ -63,8 +63,8 @@ def test_saelens_computes_the_same(make: Make, tmp_path: Path, skip: bool, n_gro
 def test_saelens_knows_where_it_belongs(make: Make, tmp_path: Path, convention: str, hook: str) -> None:
     from sae_lens import SAE
 
-    origin = Origin(ctx_len=1024, has_bos=True, dataset="monology/pile-uncopyrighted")
-    export([make(input=convention)], "saelens", tmp_path / "out", origin)
+    provenance = Provenance(ctx_len=1024, has_bos=True, dataset="monology/pile-uncopyrighted")
+    export([make(input=convention)], "saelens", tmp_path / "out", provenance)
     theirs: Any = SAE.load_from_disk(tmp_path / "out")
     metadata = theirs.cfg.metadata
     assert (metadata.hook_name, metadata.hook_name_out) == (f"blocks.3.{hook}", "blocks.3.hook_mlp_out")

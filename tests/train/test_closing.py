@@ -26,12 +26,12 @@ def test_one_run_ends_with_the_command_that_evaluates_it(capsys: pytest.CaptureF
 
 
 def test_thirty_runs_end_with_one_table(capsys: pytest.CaptureFixture[str]) -> None:
-    runs = (*(run(f"k{k}") for k in range(30)), run("bad", outcome="parked", reason="loss is nan"))
+    runs = (*(run(f"k{k}") for k in range(30)), run("bad", outcome="diverged", reason="loss is nan"))
     close(FleetResult(runs, None), Path("data/fleet"), Path("data/l1"))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 + 31
     assert all(f"k{k} " in out for k in range(30))
-    assert err.splitlines() == ["parked: loss is nan", "next: evaluate run data/fleet --shards data/l1"]
+    assert err.splitlines() == ["diverged: loss is nan", "next: evaluate run data/fleet --shards data/l1"]
 
 
 def test_a_run_that_was_stopped_is_not_to_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from matryoshka.shards import ShardSet
 from train.batches.stream import Batch, Stream
 from train.config import TrainConfig
 from train.fleet import members
-from train.progress import Silent
+from train.progress import NoProgress
 from train.result import FleetResult, TrainResult
 from train.run import train, train_fleet
 from train.step.step import StepReport
@@ -48,7 +48,7 @@ def by_name(result: FleetResult) -> dict[str, TrainResult]:
     return {run.path.name: run for run in result.runs}
 
 
-class StopAt(Silent):
+class StopAt(NoProgress):
     """A kill when one run has finished a given step, as far as the files can tell."""
 
     def __init__(self, name: str, step: int) -> None:
@@ -187,7 +187,7 @@ class Poisoned(module.TrainStep):
         return super().__call__(x, y, lr=lr, log=log)
 
 
-def test_a_run_that_goes_non_finite_is_parked_and_the_others_go_on(
+def test_a_run_that_goes_non_finite_is_diverged_and_the_others_go_on(
     run_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     healthy = by_name(train_fleet(config_of(run_settings, tmp_path / "healthy", fleet=LIST)))
@@ -197,17 +197,17 @@ def test_a_run_that_goes_non_finite_is_parked_and_the_others_go_on(
     assert {name: run.outcome for name, run in result.items()} == {
         "plain": "finished",
         "wide": "finished",
-        "other": "parked",
+        "other": "diverged",
     }
     assert "before step 11" in result["other"].reason
     assert result["other"].checkpoint == tmp_path / "fleet/other/checkpoints/step-000007"
-    assert json.loads((tmp_path / "fleet/other/parked.json").read_text())["checkpoint"] == "step-000007"
+    assert json.loads((tmp_path / "fleet/other/diverged.json").read_text())["checkpoint"] == "step-000007"
     for name in ("plain", "wide"):
         assert trained(result[name]) == trained(healthy[name])
-    # It stays parked until its record is deleted, and then goes on as if nothing had been.
+    # It stays diverged until its record is deleted, and then goes on as if nothing had been.
     monkeypatch.undo()
-    assert by_name(train_fleet(config))["other"].outcome == "parked"
-    (tmp_path / "fleet/other/parked.json").unlink()
+    assert by_name(train_fleet(config))["other"].outcome == "diverged"
+    (tmp_path / "fleet/other/diverged.json").unlink()
     assert trained(by_name(train_fleet(config))["other"]) == trained(healthy["other"])
 
 

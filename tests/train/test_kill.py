@@ -39,12 +39,12 @@ LIST = [
 DRIVER = """
 import json, os, signal, sys, threading
 from train.config import TrainConfig
-from train.progress import Silent
+from train.progress import NoProgress
 from train.run import train_fleet
 
 settings, step, delay, number = json.loads(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 
-class Killer(Silent):
+class Killer(NoProgress):
     taken = 0
     def advanced(self, name, done, report):
         self.taken += 1

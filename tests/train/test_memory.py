@@ -15,7 +15,7 @@ from matryoshka.shards import ShardSet
 from train import member
 from train import memory as module
 from train.config import TrainConfig
-from train.memory import Need, check_memory, free_memory, give_back, member_need, reckoned
+from train.memory import MemoryEstimate, check_memory, estimated_bytes, free_memory, member_estimate, release_memory
 from train.plan import make_plan
 from train.run import train_fleet
 from train.step.step import StepReport
@@ -36,23 +36,23 @@ def test_what_is_held_is_what_the_state_has(random_shards: ShardSet, run_setting
         W_skip=torch.zeros(12, 10),
     )
     n_bytes = sum(tensor.nbytes for name, tensor in state.tensors().items() if tensor.ndim)
-    need = member_need(config, plan, d_in=12, d_out=10, device=CPU)
+    estimate = member_estimate(config, plan, d_in=12, d_out=10, device=CPU)
     scratch = 8 << 20
-    assert need.held == n_bytes + scratch
-    assert need.snapshot >= n_bytes
-    dense = member_need(config.model_copy(update={"backend": "dense"}), plan, d_in=12, d_out=10, device=CPU)
-    assert dense.step - need.step == 12 * 128 * 48
+    assert estimate.held == n_bytes + scratch
+    assert estimate.snapshot >= n_bytes
+    dense = member_estimate(config.model_copy(update={"backend": "dense"}), plan, d_in=12, d_out=10, device=CPU)
+    assert dense.step - estimate.step == 12 * 128 * 48
     # A GPU holds a matrix of dead latents' activations, here of all.
     fp16 = config.model_copy(update={"precision": "fp16", "backend": "sparse"})
-    on_gpu = member_need(fp16, plan, d_in=12, d_out=10, device=torch.device("cuda"))
-    assert on_gpu.step - need.step == 8 * 128 * 48
+    on_gpu = member_estimate(fp16, plan, d_in=12, d_out=10, device=torch.device("cuda"))
+    assert on_gpu.step - estimate.step == 8 * 128 * 48
     # Over five ranks the largest part has ten latents; what is not a latent's every rank has.
-    part = member_need(config, plan, d_in=12, d_out=10, device=CPU, n_parts=5)
+    part = member_estimate(config, plan, d_in=12, d_out=10, device=CPU, n_parts=5)
     assert part.held - scratch == 12 * (10 * 23 + 10 + 120) + 8 * 10
-    assert need.held - scratch == 12 * (48 * 23 + 10 + 120) + 8 * 48
-    assert part.snapshot >= need.snapshot > 4 * (part.held - scratch)
-    assert part.step < need.step
-    calibrated = member_need(
+    assert estimate.held - scratch == 12 * (48 * 23 + 10 + 120) + 8 * 48
+    assert part.snapshot >= estimate.snapshot > 4 * (part.held - scratch)
+    assert part.step < estimate.step
+    calibrated = member_estimate(
         config.model_copy(update={"calibration_tokens": 10_000_000}), plan, d_in=12, d_out=10, device=CPU
     )
     assert calibrated.step > 4 * config.k * 10_000_000
@@ -68,21 +68,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         train_fleet(config)
     assert not (tmp_path / "fleet").exists()
     monkeypatch.setattr(module, "free_memory", lambda: None)
-    check_memory({"a": Need(held=10**18, step=0, snapshot=0)}, 0, CPU)
+    check_memory({"a": MemoryEstimate(held=10**18, step=0, snapshot=0)}, 0, CPU)
 
 
 def test_the_steps_of_members_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs = {name: Need(held=10, step=100, snapshot=30) for name in "abc"}
+    estimates = {name: MemoryEstimate(held=10, step=100, snapshot=30) for name in "abc"}
     monkeypatch.setattr(module, "free_memory", lambda: int(1.2 * (7 + 3 * 10 + 100 + 30)))
-    check_memory(needs, 7, CPU)
-    assert reckoned(list(needs.values()), 7) == 200
+    check_memory(estimates, 7, CPU)
+    assert estimated_bytes(list(estimates.values()), 7) == 200
     with pytest.raises(UserError, match="fewer runs at once"):
-        check_memory(needs, 8, CPU)
+        check_memory(estimates, 8, CPU)
 
 
 def test_giving_back_keeps_what_is_in_use() -> None:
     before = torch.arange(1_000_000)
-    give_back()
+    release_memory()
     assert torch.equal(before, torch.arange(1_000_000))
 
 

@@ -16,7 +16,7 @@ from matryoshka.errors import UserError
 from matryoshka.transcoder import Transcoder
 from train.config import TrainConfig
 from train.prefixes import sampled_sizes
-from train.progress import Silent
+from train.progress import NoProgress
 from train.run import train
 from train.step.step import StepReport, StepSettings, StepState, TrainStep
 
@@ -85,7 +85,7 @@ def test_sizes_of_another_width_are_refused() -> None:
         step_with((3, 40, 6), "sparse")
 
 
-class StopAt(Silent):
+class StopAt(NoProgress):
     def __init__(self, step: int) -> None:
         self.step = step
 

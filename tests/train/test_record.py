@@ -14,7 +14,7 @@ from matryoshka.errors import UserError
 from matryoshka.run_facts import read_run_facts
 from matryoshka.shards import ShardSet
 from train.config import TrainConfig
-from train.record import publish_session
+from train.record import diverged_reason, publish_diverged, publish_session
 from train.run import train
 from train.step.backend import has_fast_bf16
 
@@ -169,3 +169,19 @@ def train_any(config: TrainConfig) -> None:
     from train.run import train_fleet
 
     train_fleet(config)
+
+
+@pytest.mark.parametrize("name", ["diverged.json", "parked.json"])
+def test_a_run_that_diverged_is_known_by_its_record_new_or_old(
+    run_settings: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    """Older runs have the same content in parked.json."""
+    folder = tmp_path / "run"
+    train(config_of(run_settings, folder, steps=2))
+    assert diverged_reason(folder) is None
+    publish_diverged(folder, step=3, loss=float("nan"), checkpoint=folder / "checkpoints" / "step-000002")
+    (folder / "diverged.json").rename(folder / name)
+    reason = diverged_reason(folder)
+    assert reason is not None
+    assert "before step 3: the loss (nan)" in reason
+    assert f"delete {folder / name}" in reason

@@ -140,7 +140,7 @@ def test_a_batch_that_a_gpu_skipped_is_in_no_checkpoint(
     with pytest.raises(UserError, match=r"stopped before step 11.*step-000007"):
         train(config_of(run_settings, tmp_path / "run", log_every=1000))
     assert [c.step for c in module.list_checkpoints(tmp_path / "run")] == [7]
-    assert json.loads((tmp_path / "run" / "parked.json").read_text())["step"] == 11
+    assert json.loads((tmp_path / "run" / "diverged.json").read_text())["step"] == 11
 
 
 def test_missing_and_unfinished_shards_are_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.shards import ShardSet
-from matryoshka.threads import keep_own_number, use_one_core
+from matryoshka.threads import keep_thread_count, use_one_thread
 
 from .set_aside import SetAside
 
@@ -56,8 +56,8 @@ class _Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class _Lane:
-    """What one virtual stream reads in one epoch: its blocks, and where each begins in the lane's row sequence."""
+class _StreamPlan:
+    """What one virtual stream reads in one epoch: its blocks, and where each begins in the stream's row sequence."""
 
     blocks: tuple[tuple[_Piece, ...], ...]
     starts: tuple[int, ...]
@@ -111,14 +111,14 @@ class Stream:
                 f"{shards.path} has {self.n_rows} training rows{beside}, fewer than one batch of {batch_rows}; use a "
                 "smaller --batch-tokens or harvest more"
             )
-        self._lane = lru_cache(maxsize=4 * self.n_streams)(self._make_lane)
+        self._stream_plan = lru_cache(maxsize=4 * self.n_streams)(self._make_stream_plan)
         self._order = lru_cache(maxsize=2)(self._epoch_order)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of the steps [start, stop). Reading goes on in the background; close the iterator to end it."""
         ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_READ_AHEAD_BATCHES)
         ended = threading.Event()
-        keep_own_number()
+        keep_thread_count()
         producer = threading.Thread(target=self._produce, args=(start, stop, ready, ended), name="batches", daemon=True)
         producer.start()
         try:
@@ -130,15 +130,15 @@ class Stream:
         finally:
             ended.set()
             producer.join()
-            keep_own_number()
+            keep_thread_count()
 
     def _produce(
         self, start: int, stop: int, ready: queue.Queue[Batch | BaseException], ended: threading.Event
     ) -> None:
         try:
-            use_one_core()
-            with ThreadPoolExecutor(self._n_readers, "chunks", initializer=use_one_core) as executor:
-                cursors = [_LaneCursor(self, stream, executor) for stream in self._own]
+            use_one_thread()
+            with ThreadPoolExecutor(self._n_readers, "chunks", initializer=use_one_thread) as executor:
+                cursors = [_StreamCursor(self, stream, executor) for stream in self._own]
                 for step in range(start, stop):
                     batch = self._assemble(step, cursors)
                     while not ended.is_set():
@@ -158,7 +158,7 @@ class Stream:
                 except queue.Full:
                     continue
 
-    def _assemble(self, step: int, cursors: list[_LaneCursor]) -> Batch:
+    def _assemble(self, step: int, cursors: list[_StreamCursor]) -> Batch:
         n = self.batch_rows // self.n_streams
         n_rows = n * len(cursors)
         source = torch.empty(n_rows, self._shards.d_in, dtype=torch.bfloat16, pin_memory=self._pin)
@@ -168,13 +168,13 @@ class Stream:
             cursor.copy(step * n, source[here], target[here])
         return Batch(source, target)
 
-    def lane_rows(self, stream: int) -> int:
+    def stream_rows(self, stream: int) -> int:
         """Rows of one virtual stream in an epoch; the parts differ by one row at most."""
         return (stream + 1) * self.n_rows // self.n_streams - stream * self.n_rows // self.n_streams
 
-    def lane(self, epoch: int, stream: int) -> _Lane:
+    def stream_plan(self, epoch: int, stream: int) -> _StreamPlan:
         """The blocks of one virtual stream in one epoch."""
-        return self._lane(epoch, stream)
+        return self._stream_plan(epoch, stream)
 
     def permutation(self, epoch: int, stream: int, block: int, n_rows: int) -> Tensor:
         """Order of the rows inside one block."""
@@ -182,20 +182,20 @@ class Stream:
 
     @property
     def n_bytes(self) -> int:
-        """What reading takes: two blocks of every lane, the batches read ahead, the one being filled and the one in
+        """What reading takes: two blocks of every stream, the batches read ahead, the one being filled and the one in
         use."""
-        lanes = 2 * len(self._own) * self._most_rows
+        blocks = 2 * len(self._own) * self._most_rows
         batches = (_READ_AHEAD_BATCHES + 2) * self.batch_rows * len(self._own) // self.n_streams
-        return 2 * (lanes + batches) * (self._shards.d_in + self._shards.d_out)
+        return 2 * (blocks + batches) * (self._shards.d_in + self._shards.d_out)
 
     @property
     def _most_rows(self) -> int:
-        """Rows of the largest block of a lane, at most: a share of the buffer, or one chunk where that is more."""
-        lane, chunk = -(-self.n_rows // self.n_streams), max(piece.stop for piece in self._chunks)
-        return min(lane, max(self._block_rows, chunk))
+        """At most the rows of the largest block of a virtual stream: a share of the buffer, or one chunk if larger."""
+        stream, chunk = -(-self.n_rows // self.n_streams), max(piece.stop for piece in self._chunks)
+        return min(stream, max(self._block_rows, chunk))
 
     def memory(self) -> tuple[Tensor, Tensor]:
-        """Room for the largest block of a lane: source and target, bfloat16."""
+        """Memory for the largest block of a virtual stream: source and target, bfloat16."""
         source = torch.empty(self._most_rows, self._shards.d_in, dtype=torch.bfloat16)
         return source, torch.empty(self._most_rows, self._shards.d_out, dtype=torch.bfloat16)
 
@@ -251,7 +251,7 @@ class Stream:
         order = [self._chunks[i] for i in self._generator(0, epoch).permutation(len(self._chunks))]
         return order, list(accumulate(piece.stop for piece in order))
 
-    def _make_lane(self, epoch: int, stream: int) -> _Lane:
+    def _make_stream_plan(self, epoch: int, stream: int) -> _StreamPlan:
         order, ends = self._order(epoch)
         first, last = stream * self.n_rows // self.n_streams, (stream + 1) * self.n_rows // self.n_streams
         blocks: list[tuple[_Piece, ...]] = []
@@ -272,13 +272,13 @@ class Stream:
             pieces.append(cut)
             held += cut.stop - cut.start
         blocks.append(tuple(pieces))
-        return _Lane(tuple(blocks), tuple(starts))
+        return _StreamPlan(tuple(blocks), tuple(starts))
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed & (2**64 - 1), *key])))
 
 
-class _LaneCursor:
+class _StreamCursor:
     """Walks one virtual stream forwards; the next block is read into the one half of its memory while the block in the
     other half is used."""
 
@@ -294,14 +294,14 @@ class _LaneCursor:
         self._order = torch.empty(0, dtype=torch.int64)
 
     def copy(self, position: int, source: Tensor, target: Tensor) -> None:
-        """Fill `source` and `target` with the lane's rows from `position` on, counted over all epochs."""
+        """Fill `source` and `target` with the stream's rows from `position` on, counted over all epochs."""
         filled = 0
         while filled < len(source):
-            epoch, offset = divmod(position + filled, self._stream.lane_rows(self._number))
-            lane = self._stream.lane(epoch, self._number)
-            block = bisect_right(lane.starts, offset) - 1
+            epoch, offset = divmod(position + filled, self._stream.stream_rows(self._number))
+            plan = self._stream.stream_plan(epoch, self._number)
+            block = bisect_right(plan.starts, offset) - 1
             rows = self._block(epoch, block)
-            chosen = self._order[offset - lane.starts[block] :][: len(source) - filled]
+            chosen = self._order[offset - plan.starts[block] :][: len(source) - filled]
             for side, out in zip(rows, (source, target), strict=True):
                 torch.index_select(side, 0, chosen, out=out[filled : filled + len(chosen)])
             filled += len(chosen)
@@ -315,12 +315,12 @@ class _LaneCursor:
             self._used, self._free = self._free, self._used
             self._key = (epoch, block)
             self._order = self._stream.permutation(epoch, self._number, block, len(self._rows[0]))
-            last = block + 1 == len(self._stream.lane(epoch, self._number).blocks)
+            last = block + 1 == len(self._stream.stream_plan(epoch, self._number).blocks)
             self._read(*((epoch + 1, 0) if last else (epoch, block + 1)))
         return self._rows
 
     def _read(self, epoch: int, block: int) -> None:
         """Begin to read a block into the half that is free. A cursor only goes forwards: nothing else is being read."""
-        pieces = self._stream.lane(epoch, self._number).blocks[block]
+        pieces = self._stream.stream_plan(epoch, self._number).blocks[block]
         self._coming_key = (epoch, block)
         self._coming = self._executor.submit(self._stream.load, pieces, self._free)

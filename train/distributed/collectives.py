@@ -8,7 +8,7 @@ from torch import Tensor
 
 from matryoshka.ranks import Rank
 
-from ..step.entries import Kept
+from ..step.sparse_acts import SparseActs
 
 
 def sum_(part: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def gather(own: Tensor, rank: Rank) -> Tensor:
     return everyone
 
 
-def among_largest(own: Kept, offers: Tensor, n: int, rank: Rank) -> Kept:
+def among_largest(own: SparseActs, offers: Tensor, n: int, rank: Rank) -> SparseActs:
     """Of a rank's entries those that are among the `n` largest of all `offers` [world, entries of a rank], with shapes
     that do not depend on the data; a rank may have fewer entries than it has offers. Ties fall as torch.topk lets them,
     alike on each rank."""
@@ -38,4 +38,4 @@ def among_largest(own: Kept, offers: Tensor, n: int, rank: Rank) -> Kept:
     chosen = torch.zeros(offers.numel(), dtype=torch.bool, device=offers.device).index_fill_(0, best, True)
     selected = chosen.view(offers.shape)[rank.index, : own.acts.shape[0]]
     selected = selected if own.selected is None else selected & own.selected
-    return Kept(own.rows, own.latents, torch.where(selected, own.acts, 0.0), selected)
+    return SparseActs(own.rows, own.latents, torch.where(selected, own.acts, 0.0), selected)

@@ -22,7 +22,7 @@ from torch import Tensor
 from matryoshka.ranks import Rank
 
 from ..step.communicator import Communicator
-from ..step.entries import Kept
+from ..step.sparse_acts import SparseActs
 from .collectives import among_largest, gather, smallest_, sum_
 from .latent_slice import LatentSlice
 
@@ -42,7 +42,7 @@ class LatentsOverRanks(Communicator):
     def smallest(self, part: Tensor) -> Tensor:
         return smallest_(part)
 
-    def largest(self, select: Callable[[int], Kept], n: int, batch: int, *, fixed_shapes: bool) -> Kept:  # noqa: ARG002
+    def largest(self, select: Callable[[int], SparseActs], n: int, batch: int, *, fixed_shapes: bool) -> SparseActs:  # noqa: ARG002
         if fixed_shapes:
             own = select(n)
             offered = own.acts.new_zeros(n)  # a rank with fewer latents than k has fewer entries
@@ -55,7 +55,7 @@ class LatentsOverRanks(Communicator):
                 return kept
         raise AssertionError("a rank that is asked for n entries holds no more of the n largest")
 
-    def _of_all(self, own: Kept, n_asked: int, n: int) -> Kept | None:
+    def _of_all(self, own: SparseActs, n_asked: int, n: int) -> SparseActs | None:
         """Those of this rank's entries that are among the `n` largest of all ranks, ties going to the smallest
         row * d_sae + latent of the whole dictionary; None when a rank may hold more of them than it was asked for."""
         offered = torch.full((n_asked,), -1.0)
@@ -77,9 +77,9 @@ class LatentsOverRanks(Communicator):
             last = gather(padded, self._rank).view(-1).sort().values[n_wanted - 1]
             ties[ties.nonzero().squeeze(1)[flat > last]] = False
         chosen = above | ties
-        return Kept(own.rows[chosen], own.latents[chosen], own.acts[chosen])
+        return SparseActs(own.rows[chosen], own.latents[chosen], own.acts[chosen])
 
-    def largest_of_rows(self, own: Kept, batch: int, k: int) -> Kept:
+    def largest_of_rows(self, own: SparseActs, batch: int, k: int) -> SparseActs:
         values = own.acts if own.selected is None else own.acts.masked_fill(~own.selected, -torch.inf)
         offered = torch.full((batch, k), -torch.inf, device=values.device)
         n_own = values.numel() // batch
@@ -88,6 +88,6 @@ class LatentsOverRanks(Communicator):
         chosen = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, everyone.topk(k, dim=1).indices, True)
         chosen = chosen.view(batch, self._rank.world, k)[:, self._rank.index, :n_own].reshape(-1)
         if own.selected is None:
-            return Kept(own.rows[chosen], own.latents[chosen], own.acts[chosen])
+            return SparseActs(own.rows[chosen], own.latents[chosen], own.acts[chosen])
         chosen &= own.selected
-        return Kept(own.rows, own.latents, torch.where(chosen, own.acts, 0.0), chosen)
+        return SparseActs(own.rows, own.latents, torch.where(chosen, own.acts, 0.0), chosen)

@@ -18,9 +18,9 @@ from torch import Tensor
 from matryoshka.ranks import Rank
 
 from ..step.communicator import Communicator
-from ..step.entries import Kept
 from ..step.gradients import Gradients
 from ..step.nested_loss import NestedLoss
+from ..step.sparse_acts import SparseActs
 from .collectives import among_largest, gather, smallest_, sum_
 
 
@@ -41,15 +41,15 @@ class RowsOverRanks(Communicator):
     def is_finite(self, x: Tensor) -> Tensor:
         return sum_((~super().is_finite(x)).float()) == 0
 
-    def spread(self, values: Tensor) -> Tensor:
+    def total_scatter(self, values: Tensor) -> Tensor:
         mean = sum_(values.sum(0)) / (len(values) * self.row_parts)
         return sum_((values - mean).square().sum())
 
-    def residual_spread(self, residual: Tensor) -> Tensor:
+    def residual_scatter(self, residual: Tensor) -> Tensor:
         # The loss of a rank is the mean over its rows, and the whole's is the mean over ranks.
-        return self.spread(residual.double()).float() / self.row_parts
+        return self.total_scatter(residual.double()).float() / self.row_parts
 
-    def largest(self, select: Callable[[int], Kept], n: int, batch: int, *, fixed_shapes: bool) -> Kept:
+    def largest(self, select: Callable[[int], SparseActs], n: int, batch: int, *, fixed_shapes: bool) -> SparseActs:
         n_all = batch * self._d_sae
         if not fixed_shapes:
             return self._of_all(select(min(n, n_all)), n)
@@ -70,7 +70,7 @@ class RowsOverRanks(Communicator):
         nth = offers.view(-1).topk(min(n, offers.numel()), sorted=False).values.min()
         return ((least >= nth) & (least > 0)).any()
 
-    def _of_all(self, kept: Kept, n: int) -> Kept:
+    def _of_all(self, kept: SparseActs, n: int) -> SparseActs:
         """The entries of this rank that are among the `n` largest of all ranks.
 
         Ties go to the lower rank, then to the smallest row * d_sae + latent: the order of the whole batch.
@@ -87,7 +87,7 @@ class RowsOverRanks(Communicator):
         n_ties = n - int((values > nth).sum()) - int((everyone[: self._rank.index] == nth).sum())
         flat = kept.rows[ties].long() * self._d_sae + kept.latents[ties]
         above[ties[flat.argsort()[: max(0, n_ties)]]] = True
-        return Kept(kept.rows[above], kept.latents[above], kept.acts[above])
+        return SparseActs(kept.rows[above], kept.latents[above], kept.acts[above])
 
     def gradients(self, own: Gradients) -> Gradients:
         whole = {name: self._mean_(own.rows(name, 0, self._d_sae)) for name in ("W_enc", "W_dec")}

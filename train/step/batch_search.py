@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .entries import Kept, bag_starts, row_dots
 from .gemm import low_copy
+from .sparse_acts import SparseActs, bag_starts, row_dots
 
 TILE_BYTES = 1 << 29
 """Pre-activations at once, 512 MiB: one tile for layer 17 at batches of 4,096."""
@@ -29,7 +29,7 @@ def spare(n: int) -> int:
 
 def search_batch(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int, *, low: torch.dtype | None, exact: bool = True
-) -> Kept:
+) -> SparseActs:
     """The `n` largest activations of the batch; x [batch, d_in], W_enc [d_sae, d_in], b_enc [d_sae].
 
     Always n entries (all there are, if fewer), in the order of row * d_sae + latent; those that are not positive are
@@ -59,7 +59,7 @@ def search_batch(
         acts = torch.cat([rough[:n_sure].float(), acts])[order]
     rows, latents = _split(near, d_sae)
     selected = acts > 0
-    return Kept(rows, latents, torch.where(selected, acts, 0.0), selected)
+    return SparseActs(rows, latents, torch.where(selected, acts, 0.0), selected)
 
 
 def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int, low: torch.dtype | None) -> tuple[Tensor, Tensor]:

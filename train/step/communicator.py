@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .entries import Kept
 from .gradients import Gradients
-from .nested_loss import squared_spread
+from .nested_loss import total_scatter
+from .sparse_acts import SparseActs
 
 
 class Communicator:
@@ -45,15 +45,15 @@ class Communicator:
         """Whether the whole batch is finite, 0-d bool; x [rows, d_in]."""
         return torch.isfinite(x.sum())
 
-    def spread(self, values: Tensor) -> Tensor:
+    def total_scatter(self, values: Tensor) -> Tensor:
         """sum over the whole batch of ||v - mean(v)||^2, 0-d; values [rows, d]."""
-        return squared_spread(values)
+        return total_scatter(values)
 
-    def residual_spread(self, residual: Tensor) -> Tensor:
+    def residual_scatter(self, residual: Tensor) -> Tensor:
         """var(r) * rows of this rank, with the variance of the whole batch, 0-d fp32; residual [rows, d_out]."""
-        return self.spread(residual)
+        return self.total_scatter(residual)
 
-    def largest(self, select: Callable[[int], Kept], n: int, batch: int, *, fixed_shapes: bool) -> Kept:  # noqa: ARG002
+    def largest(self, select: Callable[[int], SparseActs], n: int, batch: int, *, fixed_shapes: bool) -> SparseActs:  # noqa: ARG002
         """This rank's entries that are among the `n` largest of the whole batch and dictionary.
 
         select(n) -> the n largest of this rank's `batch` rows and latents; with `fixed_shapes` no shape depends on
@@ -61,7 +61,7 @@ class Communicator:
         """
         return select(n)
 
-    def largest_of_rows(self, own: Kept, batch: int, k: int) -> Kept:  # noqa: ARG002
+    def largest_of_rows(self, own: SparseActs, batch: int, k: int) -> SparseActs:  # noqa: ARG002
         """Of `own`, which has as many entries for each of `batch` rows, in row order, those that are among the `k`
         largest of their row in the whole dictionary."""
         return own

@@ -8,26 +8,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .entries import Kept
 from .gemm import gemm, low_copy
 from .selection import TILE_ELEMENTS
+from .sparse_acts import SparseActs
 
 WIDE_ELEMENTS = 1 << 27
 """Pre-activations of dead latents at once on a GPU, 512 MiB."""
 
 
-def select_dead(x: Tensor, W_enc: Tensor, b_enc: Tensor, dead: Tensor, k_aux: int) -> Kept:
+def select_dead(x: Tensor, W_enc: Tensor, b_enc: Tensor, dead: Tensor, k_aux: int) -> SparseActs:
     """Entries in row order, min(k_aux, n_dead) a row; acts may be negative. dead: int64 [n_dead] latent indices.
 
     Works through the dead latents in tiles with a running top-k, so that memory does not grow with their number.
     """
     best, positions = _largest(x, dead, k_aux, TILE_ELEMENTS, lambda part: torch.addmm(b_enc[part], x, W_enc[part].t()))
-    return Kept(_rows(best), dead[positions].int(), best.view(-1))
+    return SparseActs(_rows(best), dead[positions].int(), best.view(-1))
 
 
 def select_listed(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, listed: Tensor, k_aux: int, *, low: torch.dtype | None
-) -> Kept:
+) -> SparseActs:
     """The same on a GPU, for a list of dead latents of fixed length, filled up with -1 (`list_dead`).
 
     Always min(k_aux, length) entries a row. `latents` are positions in the list; surplus entries, of padding, are not
@@ -43,7 +43,7 @@ def select_listed(
     best, positions = _largest(x, listed, k_aux, WIDE_ELEMENTS, encode)
     acts = best.view(-1)
     selected = acts > -torch.inf
-    return Kept(_rows(best), positions.int(), torch.where(selected, acts, 0.0), selected)
+    return SparseActs(_rows(best), positions.int(), torch.where(selected, acts, 0.0), selected)
 
 
 def list_dead(is_dead: Tensor, capacity: int) -> Tensor:
@@ -89,7 +89,7 @@ class DeadBlock:
     low: torch.dtype | None
 
     @classmethod
-    def of(cls, kept: Kept, listed: Tensor, batch: int, low: torch.dtype | None) -> DeadBlock:
+    def of(cls, kept: SparseActs, listed: Tensor, batch: int, low: torch.dtype | None) -> DeadBlock:
         """From entries whose `latents` are positions in the list."""
         where = kept.rows.long() * listed.shape[0] + kept.latents
         size = batch * listed.shape[0]

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from .dead import DeadBlock
-from .entries import Kept, bag_starts, bag_sums
 from .gemm import gemm, low_copy
 from .gradients import Gradients
-from .nested_loss import nested_loss_, squared_spread
+from .nested_loss import nested_loss_, total_scatter
+from .sparse_acts import SparseActs, bag_starts, bag_sums
 
 
 def dense_gradients(
     x: Tensor,
     y: Tensor,
     weights: dict[str, Tensor],
-    kept: Kept,
+    kept: SparseActs,
     dead: DeadBlock | None,
     *,
     group_sizes: tuple[int, ...],
@@ -28,7 +28,7 @@ def dense_gradients(
     aux_coef: Tensor | float,
     low: torch.dtype | None = None,
     join: Callable[[Tensor], Tensor] = lambda planes: planes,
-    residual_spread: Callable[[Tensor], Tensor] = squared_spread,
+    residual_scatter: Callable[[Tensor], Tensor] = total_scatter,
 ) -> Gradients:
     """Loss and gradients by whole matrices; the arguments and the result of `sparse_gradients`.
 
@@ -59,7 +59,7 @@ def dense_gradients(
         weights=group_weights,
         target_variance=target_variance,
         aux_coef=None if dead is None else aux_coef,
-        residual_spread=residual_spread,
+        residual_scatter=residual_scatter,
     )
     low_planes = low_copy(planes[:n_groups], low)
     # a row for each latent, so that every product fills contiguous rows

@@ -27,7 +27,7 @@ class NestedLoss:
     """[n_groups]: sum over the batch of ||y_hat_i - y||^2."""
 
 
-def squared_spread(values: Tensor) -> Tensor:
+def total_scatter(values: Tensor) -> Tensor:
     """sum over the rows of ||v - mean(v)||^2, 0-d; values [batch, d]."""
     return values.var(0, correction=0).sum() * values.shape[0]
 
@@ -39,13 +39,13 @@ def nested_loss_(
     weights: tuple[float, ...],
     target_variance: float,
     aux_coef: Tensor | float | None = None,
-    residual_spread: Callable[[Tensor], Tensor] = squared_spread,
+    residual_scatter: Callable[[Tensor], Tensor] = total_scatter,
 ) -> NestedLoss:
     """Turn the decoded planes into d L / d planes, in place.
 
     planes [n_groups (+ 1), batch, d_out]: each group's own decode, then (when `aux_coef` is given) the decode of the
     dead latents; base [batch, d_out]: b_dec (+ x @ W_skip) - y; weights: w_i, one a group; aux_coef: the coefficient
-    with its min(n_dead / k_aux, 1); residual_spread: r -> var(r) * batch. After the call planes[0] is also the
+    with its min(n_dead / k_aux, 1); residual_scatter: r -> var(r) * batch. After the call planes[0] is also the
     gradient of b_dec and of the skip's output.
     """
     n_groups, batch = len(weights), base.shape[0]
@@ -61,7 +61,7 @@ def nested_loss_(
     aux_loss = torch.zeros((), device=planes.device)
     if aux_coef is not None:
         # the residual is -planes[n_groups - 1]; its variance is that of the error
-        sum_variance = residual_spread(planes[n_groups - 1]).clamp_min(torch.finfo(torch.float32).tiny)
+        sum_variance = residual_scatter(planes[n_groups - 1]).clamp_min(torch.finfo(torch.float32).tiny)
         planes[n_groups].add_(planes[n_groups - 1])
         # on fixed shapes the plane exists even when nothing is dead; its coefficient is 0 then
         aux_loss = torch.dot(flat[n_groups], flat[n_groups]) / sum_variance * (aux_coef > 0)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .entries import Kept, bag_starts, row_dots
+from .sparse_acts import SparseActs, bag_starts, row_dots
 
 TILE_ELEMENTS = 1 << 20  # 4 MiB of fp32 pre-activations: a bit faster than one whole GEMM, and read again from cache
 BF16_SLACK = 2.0**-7  # four times the rounding of a bf16 result
@@ -81,7 +81,7 @@ class TileEncoder:
         self._ratio = 0.9
         self._scratch: dict[str, Tensor] = {}
 
-    def select(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> Kept:
+    def select(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> SparseActs:
         """x [batch, d_in], W_enc [d_sae, d_in], b_enc [d_sae] -> at most n entries, all with acts > 0."""
         d_sae, hopeful = W_enc.shape[0], self._bound
         found = self._candidates(x, W_enc, b_enc, hopeful, n)
@@ -97,7 +97,7 @@ class TileEncoder:
         nth = None if self.bf16 else floor
         best = found[keep_largest(found.acts, lambda i: found.rows[i].long() * d_sae + found.latents[i], n, nth)]
         self._aim(best.acts, n_found, n, missed)
-        return Kept(best.rows, best.latents, best.acts)
+        return SparseActs(best.rows, best.latents, best.acts)
 
     def _aim(self, acts: Tensor, n_found: int, n: int, missed: bool) -> None:
         """Set the next bound so that about a quarter more candidates than needed are found, more after a miss."""

@@ -7,29 +7,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dead import DeadBlock
-from .entries import Kept, bag_starts, bag_sums, row_dots
 from .gradients import Gradients
-from .nested_loss import nested_loss_, squared_spread
+from .nested_loss import nested_loss_, total_scatter
+from .sparse_acts import SparseActs, bag_starts, bag_sums, row_dots
 
 
 def sparse_gradients(
     x: Tensor,
     y: Tensor,
     weights: dict[str, Tensor],
-    kept: Kept,
-    dead: Kept | DeadBlock | None,
+    kept: SparseActs,
+    dead: SparseActs | DeadBlock | None,
     *,
     prefix_ends: Tensor,
     group_weights: tuple[float, ...],
     target_variance: float,
     aux_coef: Tensor | float,
     join: Callable[[Tensor], Tensor] = lambda planes: planes,
-    residual_spread: Callable[[Tensor], Tensor] = squared_spread,
+    residual_scatter: Callable[[Tensor], Tensor] = total_scatter,
 ) -> Gradients:
     """Loss and gradients from the entries alone; x [batch, d_in], y [batch, d_out], prefix_ends int32 [n_groups].
 
     Where `weights` hold a part of the latents, `join` adds the parts of the others to the planes [groups, rows, d_out];
-    where x and y are a part of the batch, `residual_spread` gives that of the whole.
+    where x and y are a part of the batch, `residual_scatter` gives that of the whole.
 
     A bag is one (group, row) pair; the dead latents' entries form one more plane of bags. The three products are
     an embedding_bag over bags (decode), a sampled dense-dense product (d_acts), and embedding_bags over latents
@@ -43,7 +43,7 @@ def sparse_gradients(
     rows, latents, acts = kept.rows[order], kept.latents[order], kept.acts[order]
     selected = None if kept.selected is None else kept.selected[order]
     n_planes = n_groups + (dead is not None)
-    if isinstance(dead, Kept):
+    if isinstance(dead, SparseActs):
         bag = torch.cat([bag, dead.rows + n_groups * batch])
         rows, latents = torch.cat([rows, dead.rows]), torch.cat([latents, dead.latents])
         acts = torch.cat([acts, dead.acts])
@@ -61,7 +61,7 @@ def sparse_gradients(
         weights=group_weights,
         target_variance=target_variance,
         aux_coef=None if dead is None else aux_coef,
-        residual_spread=residual_spread,
+        residual_scatter=residual_scatter,
     )
     d_acts = row_dots(starts, latents, decoded, W_dec)
     if selected is not None:
@@ -101,7 +101,7 @@ def prefix_errors(
     x: Tensor,
     y: Tensor,
     weights: dict[str, Tensor],
-    kept: Kept,
+    kept: SparseActs,
     prefix_ends: Tensor,
     *,
     join: Callable[[Tensor], Tensor] = lambda planes: planes,

@@ -22,11 +22,11 @@ from .communicator import Communicator
 from .dead import DeadBlock, list_dead, select_dead, select_listed
 from .dead_capacity import DeadCapacity
 from .dense import dense_gradients
-from .entries import Kept
 from .gradients import Gradients
 from .selection import TileEncoder
 from .settings import StepSettings
 from .sparse import prefix_errors, sparse_gradients
+from .sparse_acts import SparseActs
 from .state import StepState
 from .update import apply, measure
 
@@ -173,25 +173,25 @@ class TrainStep:
         if int(self._bad_step) >= 0:
             raise NonFiniteLoss(int(self._bad_step), float(self._bad_loss))
 
-    def _select(self, x: Tensor) -> tuple[Kept, Kept | DeadBlock | None, Tensor | float]:
+    def _select(self, x: Tensor) -> tuple[SparseActs, SparseActs | DeadBlock | None, Tensor | float]:
         """BatchTopK's entries, the dead latents' entries, and the aux term's coefficient."""
         return self._largest(x), *self._select_dead(x)
 
-    def _largest(self, x: Tensor) -> Kept:
+    def _largest(self, x: Tensor) -> SparseActs:
         """This rank's part of the k * batch largest activations of the batch."""
         state, batch, fixed = self.state, x.shape[0], self._fixed_shapes
         # Activations that a product rounds to the same type need not be computed again, but to compare those of ranks.
         is_alone = self._ranks.row_parts == 1 and self._ranks.latents is None
         exact = not is_alone or self.backend_for(batch) == "sparse" or self._gradient_type is None
 
-        def select(n: int) -> Kept:
+        def select(n: int) -> SparseActs:
             if fixed:
                 return search_batch(x, state.W_enc, state.b_enc, n, low=self.low, exact=exact)
             return self._encoder.select(x, state.W_enc, state.b_enc, n)
 
         return self._ranks.largest(select, self.settings.k * batch * self._ranks.row_parts, batch, fixed_shapes=fixed)
 
-    def _select_dead(self, x: Tensor) -> tuple[Kept | DeadBlock | None, Tensor | float]:
+    def _select_dead(self, x: Tensor) -> tuple[SparseActs | DeadBlock | None, Tensor | float]:
         """The dead latents' entries, and the aux term's coefficient."""
         settings, state, ranks, batch = self.settings, self.state, self._ranks, x.shape[0]
         if settings.auxk_coef == 0:
@@ -233,11 +233,11 @@ class TrainStep:
         return self.low if self._fixed_shapes and self.low == torch.bfloat16 else None
 
     def _gradients(
-        self, x: Tensor, y: Tensor, kept: Kept, dead: Kept | DeadBlock | None, aux_coef: Tensor | float
+        self, x: Tensor, y: Tensor, kept: SparseActs, dead: SparseActs | DeadBlock | None, aux_coef: Tensor | float
     ) -> Gradients:
         settings, weights = self.settings, self.state.weights()
         if self.backend_for(x.shape[0]) == "dense":
-            assert not isinstance(dead, Kept)
+            assert not isinstance(dead, SparseActs)
             return dense_gradients(
                 x,
                 y,
@@ -250,7 +250,7 @@ class TrainStep:
                 aux_coef=aux_coef,
                 low=self._gradient_type,
                 join=self._ranks.sum_over_latents,
-                residual_spread=self._ranks.residual_spread,
+                residual_scatter=self._ranks.residual_scatter,
             )
         return sparse_gradients(
             x,
@@ -263,7 +263,7 @@ class TrainStep:
             target_variance=settings.target_variance,
             aux_coef=aux_coef,
             join=self._ranks.sum_over_latents,
-            residual_spread=self._ranks.residual_spread,
+            residual_scatter=self._ranks.residual_scatter,
         )
 
     def _own_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -279,7 +279,7 @@ class TrainStep:
             ends[i].fill_(end)
         return ends
 
-    def _sq_err(self, gradients: Gradients, x: Tensor, y: Tensor, kept: Kept) -> Tensor:
+    def _sq_err(self, gradients: Gradients, x: Tensor, y: Tensor, kept: SparseActs) -> Tensor:
         """sum over the batch of ||y_hat_i - y||^2 for the prefixes of group_sizes, [n_groups]."""
         if self.settings.sampled_sizes is None:
             return gradients.nested.sq_err
@@ -292,7 +292,7 @@ class TrainStep:
         self._bad_loss = torch.where(first, loss, self._bad_loss)
         self._bad_step = torch.where(first, self.state.step, self._bad_step)
 
-    def _count(self, kept: Kept, batch: int, finite: Tensor) -> Tensor:
+    def _count(self, kept: SparseActs, batch: int, finite: Tensor) -> Tensor:
         """Dead counters and threshold: the only place that changes them. Returns the number of kept entries."""
         settings, state, ranks = self.settings, self.state, self._ranks
         positive = kept.acts > 0
@@ -306,7 +306,7 @@ class TrainStep:
         state.threshold.copy_(torch.where(moves, average, state.threshold))
         return ranks.sum_over_latents(ranks.sum_over_rows(positive.sum()))
 
-    def _times_fired(self, kept: Kept, positive: Tensor) -> Tensor:
+    def _times_fired(self, kept: SparseActs, positive: Tensor) -> Tensor:
         """In how many of the own rows each of the own latents is active, fp32 [d_sae]."""
         return torch.zeros(self.state.W_enc.shape[0], device=self.device).index_add_(0, kept.latents, positive.float())
 
@@ -326,7 +326,7 @@ class TrainStep:
         batch = y.shape[0] * self._ranks.row_parts
         self.check()
         sq_err = sq_err.double()
-        variance = self._ranks.spread(y.double())
+        variance = self._ranks.total_scatter(y.double())
         return StepReport(
             loss=float(gradients.nested.loss),
             aux_loss=float(gradients.nested.aux_loss),

@@ -90,20 +90,20 @@ def test_max_norm_leaves_out_exactly_the_large_rows(random_shards: ShardSet) -> 
 @pytest.mark.parametrize("batch_rows", [7, 64])
 def test_streams_share_the_rows_evenly(random_shards: ShardSet, batch_rows: int) -> None:
     stream = stream_of(random_shards, batch_rows=batch_rows)
-    lanes = [stream.lane_rows(i) for i in range(stream.n_streams)]
-    assert sum(lanes) == stream.n_rows
-    assert max(lanes) - min(lanes) <= 1
-    for i, n_rows in enumerate(lanes):
-        lane = stream.lane(0, i)
-        assert sum(piece.stop - piece.start for block in lane.blocks for piece in block) == n_rows
+    plans = [stream.stream_rows(i) for i in range(stream.n_streams)]
+    assert sum(plans) == stream.n_rows
+    assert max(plans) - min(plans) <= 1
+    for i, n_rows in enumerate(plans):
+        plan = stream.stream_plan(0, i)
+        assert sum(piece.stop - piece.start for block in plan.blocks for piece in block) == n_rows
 
 
 @pytest.mark.parametrize("buffer_rows", [64, 700, 10**6])
 def test_every_block_fits_into_the_memory_that_is_reckoned(random_shards: ShardSet, buffer_rows: int) -> None:
     stream = stream_of(random_shards, buffer_rows=buffer_rows)
     source, target = stream.memory()
-    lanes = [stream.lane(epoch, i) for epoch in range(5) for i in range(stream.n_streams)]
-    largest = max(sum(piece.stop - piece.start for piece in block) for lane in lanes for block in lane.blocks)
+    plans = [stream.stream_plan(epoch, i) for epoch in range(5) for i in range(stream.n_streams)]
+    largest = max(sum(piece.stop - piece.start for piece in block) for plan in plans for block in plan.blocks)
     assert largest <= len(source) == len(target)
 
 

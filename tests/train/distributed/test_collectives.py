@@ -6,7 +6,7 @@ import torch
 
 from matryoshka.ranks import Rank
 from train.distributed.collectives import among_largest
-from train.step.entries import Kept
+from train.step.sparse_acts import SparseActs
 
 
 def test_a_rank_may_have_fewer_entries_than_it_offers() -> None:
@@ -15,7 +15,7 @@ def test_a_rank_may_have_fewer_entries_than_it_offers() -> None:
     kept = []
     for index, own in enumerate(acts):
         n = len(own)
-        entries = Kept(torch.arange(n, dtype=torch.int32), torch.arange(n, dtype=torch.int32), own, own > 0)
+        entries = SparseActs(torch.arange(n, dtype=torch.int32), torch.arange(n, dtype=torch.int32), own, own > 0)
         kept.append(among_largest(entries, offers, 4, Rank(index, 2)))
     assert [part.acts.tolist() for part in kept] == [[5.0, 0.0, 3.0], [4.0, 0.0, 0.0, 6.0]]
     assert [part.selected.tolist() for part in kept if part.selected is not None] == [

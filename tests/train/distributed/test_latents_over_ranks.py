@@ -131,12 +131,12 @@ def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.Monkey
     """Two ranks with the even and the odd of six latents, the four largest of seven entries, by hand."""
     from train.distributed import latents_over_ranks as features
     from train.distributed.latents_over_ranks import LatentsOverRanks
-    from train.step.entries import Kept
+    from train.step.sparse_acts import SparseActs
 
     # Of (row, latent): 3.0 at (0, 2), 2.0 at (1, 1); 1.0 at (0, 5), (1, 0), (1, 2), (1, 3); 0.5 at (0, 0).
     own = [
-        Kept(torch.tensor([0, 1, 1, 0]), torch.tensor([1, 0, 1, 0]), torch.tensor([3.0, 1.0, 1.0, 0.5])),
-        Kept(torch.tensor([1, 0, 1]), torch.tensor([0, 2, 1]), torch.tensor([2.0, 1.0, 1.0])),
+        SparseActs(torch.tensor([0, 1, 1, 0]), torch.tensor([1, 0, 1, 0]), torch.tensor([3.0, 1.0, 1.0, 0.5])),
+        SparseActs(torch.tensor([1, 0, 1]), torch.tensor([0, 2, 1]), torch.tensor([2.0, 1.0, 1.0])),
     ]
     found = []
     for index in (0, 1):
@@ -163,10 +163,10 @@ def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.Monkey
 def test_a_rank_with_more_than_it_was_asked_for_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.distributed import latents_over_ranks as features
     from train.distributed.latents_over_ranks import LatentsOverRanks
-    from train.step.entries import Kept
+    from train.step.sparse_acts import SparseActs
 
     ranks = LatentsOverRanks(Rank(0, 2), 6)
-    own = Kept(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2]), torch.tensor([3.0, 2.0, 1.5]))
+    own = SparseActs(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2]), torch.tensor([3.0, 2.0, 1.5]))
     # The fourth largest of all is 1.5, so this rank may hold more of that size; then it is 2: it holds no more of that.
     for other, again in ((torch.tensor([4.0, 1.0, 0.5]), True), (torch.tensor([4.0, 2.5, 0.5]), False)):
         monkeypatch.setattr(features, "gather", lambda given, _rank, other=other: torch.stack([given, other]))

@@ -152,7 +152,7 @@ def test_ties_go_to_the_first_of_the_whole_batch(
     """Two ranks of two rows each, the four largest of eight equal or smaller values, by hand."""
     from train.distributed import rows_over_ranks as parallel
     from train.distributed.rows_over_ranks import RowsOverRanks
-    from train.step.entries import Kept
+    from train.step.sparse_acts import SparseActs
 
     acts = [torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor([3.0, 1.0, 1.0])]
     padded = [torch.cat([one, torch.full((4 - len(one),), -1.0)]) for one in acts]
@@ -162,7 +162,7 @@ def test_ties_go_to_the_first_of_the_whole_batch(
     latents = [torch.tensor([0, 3, 5, 1]), torch.tensor([2, 4, 0])]
     found = []
     for index in (0, 1):
-        own = Kept(rows[index].int(), latents[index].int(), acts[index])
+        own = SparseActs(rows[index].int(), latents[index].int(), acts[index])
         kept = RowsOverRanks(Rank(index, 2), 6)._of_all(own, 4)
         found.append(sorted(zip(kept.rows.tolist(), kept.latents.tolist(), kept.acts.tolist(), strict=True)))
     assert found == [[(0, 5, 1.0), (1, 0, 2.0), (1, 3, 1.0)], [(0, 2, 3.0)]]

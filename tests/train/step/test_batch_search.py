@@ -8,7 +8,7 @@ from torch import Tensor
 
 import train.step.batch_search as batch_search
 from train.step.batch_search import search_batch
-from train.step.entries import Kept
+from train.step.sparse_acts import SparseActs
 
 D_IN, D_SAE, BATCH = 24, 300, 40
 LOW = [None, torch.bfloat16, torch.float16]
@@ -28,7 +28,7 @@ def twin(x: Tensor, W_enc: Tensor, b_enc: Tensor, n: int) -> list[int]:
     return sorted(int(i) for i in order if pre[i] > 0)
 
 
-def flat(kept: Kept) -> list[int]:
+def flat(kept: SparseActs) -> list[int]:
     assert kept.selected is not None
     chosen = kept.selected.nonzero().squeeze(1)
     return (kept.rows[chosen].long() * D_SAE + kept.latents[chosen]).tolist()

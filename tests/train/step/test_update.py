@@ -8,7 +8,7 @@ import train.step.selection as selection
 import train.step.update as update
 from train.step.backend import CPU, Machine, choose_backend, costs, gpu_costs
 from train.step.dense import dense_gradients
-from train.step.entries import Kept
+from train.step.sparse_acts import SparseActs
 from train.step.step import StepSettings, StepState, TrainStep
 
 D_IN, D_OUT, D_SAE, BATCH = 12, 10, 48, 32
@@ -113,7 +113,7 @@ def test_dense_backend_traces_as_one_graph():
     g = torch.Generator().manual_seed(3)
     x, y = torch.randn(BATCH, D_IN, generator=g), torch.randn(BATCH, D_OUT, generator=g)
     rows = torch.arange(BATCH, dtype=torch.int32).repeat_interleave(2)
-    kept = Kept(rows, torch.arange(2 * BATCH, dtype=torch.int32) % D_SAE, torch.rand(2 * BATCH, generator=g))
+    kept = SparseActs(rows, torch.arange(2 * BATCH, dtype=torch.int32) % D_SAE, torch.rand(2 * BATCH, generator=g))
 
     def gradients():
         found = dense_gradients(

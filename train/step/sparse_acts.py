@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class SparseActs:
     """Entries of the [batch, d_sae] activations as a list, in order of (latent tile, row, latent) or of (row, latent).
 
     rows, latents: int32 [n]; acts: fp32 [n]. Entries that are not in the list are zero. `selected` bool [n] marks the

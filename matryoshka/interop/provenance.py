@@ -8,7 +8,7 @@ from matryoshka.run_facts import RunFacts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class Provenance:
     """Facts that some formats and the model card ask for; None where nobody knows."""
 
     run: str | None = None
