@@ -69,7 +69,7 @@ def load_state(sums: Any, state: Mapping[str, np.ndarray]) -> None:
 
 def _parts(sums: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(sums, list):
-        yield from ((str(place), value) for place, value in enumerate(sums))
+        yield from ((str(index), value) for index, value in enumerate(sums))
         return
     names = getattr(type(sums), "SUMS", None)
     assert names is not None or is_dataclass(sums), f"{type(sums).__name__} does not say what it sums up"

@@ -84,5 +84,5 @@ def _found(name: str, near: Path | str) -> str:
     """`name`, or the folder of that relative name beside a folder above `near`, where that is not a URL."""
     if Path(name).is_absolute():
         return name
-    places = [Path(), *(near.resolve().parents if isinstance(near, Path) else ())]
-    return next((str(place / name) for place in places if (place / name / "config.json").is_file()), name)
+    folders = [Path(), *(near.resolve().parents if isinstance(near, Path) else ())]
+    return next((str(folder / name) for folder in folders if (folder / name / "config.json").is_file()), name)

@@ -42,13 +42,13 @@ def score(
 
     Raises UserError when logits are not finite.
     """
-    places = where.to(clean.device).nonzero()
+    positions = where.to(clean.device).nonzero()
     wanted = next_tokens.to(clean.device)
     rows = max(1, _CHUNK_BYTES // (4 * clean.shape[-1]))
     parts: list[Tensor] = []
     log_ratio = torch.zeros(clean.shape[-1], dtype=torch.float64) if ratios else None
-    for start in range(0, len(places), rows):
-        context, position = places[start : start + rows].T
+    for start in range(0, len(positions), rows):
+        context, position = positions[start : start + rows].T
         log_p = clean[context, position].float().log_softmax(-1)
         log_q = changed[context, position].float().log_softmax(-1)
         next_here = wanted[start : start + rows, None]

@@ -40,8 +40,8 @@ class SparseActs:
     def where(self, chosen: Tensor) -> SparseActs:
         """Those that `chosen` [n_active] bool marks."""
         # Looked up once: indexing with the mask would look it up for each tensor.
-        places = chosen.nonzero().squeeze(1)
-        row, latent, value = (tensor.index_select(0, places) for tensor in (self.row, self.latent, self.value))
+        indices = chosen.nonzero().squeeze(1)
+        row, latent, value = (tensor.index_select(0, indices) for tensor in (self.row, self.latent, self.value))
         return SparseActs(self.n_rows, row, latent, value)
 
     def every(self, first: int, step: int) -> SparseActs:
@@ -80,10 +80,10 @@ def active_latents(
     floor = (transcoder.threshold if floor is None else floor).clamp_min(0)
     parts = []
     for start, pre_acts in row_tiles(transcoder, x):
-        places = true_places((pre_acts > floor).flatten())
-        row = places // transcoder.config.d_sae
-        value = pre_acts.flatten().index_select(0, places)
-        parts.append((row + start, places - row * transcoder.config.d_sae, value))
+        indices = true_indices((pre_acts > floor).flatten())
+        row = indices // transcoder.config.d_sae
+        value = pre_acts.flatten().index_select(0, indices)
+        parts.append((row + start, indices - row * transcoder.config.d_sae, value))
     row, latent, value = (torch.cat(part) for part in zip(*parts, strict=True))
     return SparseActs(n_rows=len(x), row=row, latent=latent, value=value)
 
@@ -102,7 +102,7 @@ def row_tiles(transcoder: Transcoder, x: Float[Tensor, "rows d_in"]) -> Iterator
         yield start, torch.addmm(transcoder.b_enc, rows, transcoder.W_enc, out=buffer[: len(rows)])
 
 
-def true_places(mask: Tensor) -> Tensor:
+def true_indices(mask: Tensor) -> Tensor:
     """Where `mask` [n] is True, int64; numpy finds it on a CPU in a third of the time that torch takes."""
     if mask.device.type != "cpu":
         return mask.nonzero().squeeze(1)

@@ -117,7 +117,7 @@ class Breakdown:
             fvu_quantiles=quantiles,
         )
 
-    def spread(self, l0_histogram: Tensor, n_draws: int, seed: int) -> L0Spread:
+    def uncertainty(self, l0_histogram: Tensor, n_draws: int, seed: int) -> L0Spread:
         """Quantiles of single rows' L0, from `l0_histogram` [n_prefixes, values], and intervals over documents."""
         drawn = self._sums[2].drawn(n_draws, seed)
         return L0Spread(

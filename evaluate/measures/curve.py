@@ -42,10 +42,10 @@ class CurveSums:
         for part, base_part, y_part in zip(active.split(size), base.split(size), y.split(size), strict=True):
             for column, found in zip(columns, self._errors(transcoder, part, base_part, y_part), strict=True):
                 column.append(found)
-        for place, column in enumerate(columns):
+        for index, column in enumerate(columns):
             sq_err, l0 = (torch.cat(parts, 1) for parts in zip(*column, strict=True))
-            self.fvu[place].merge(moments.fvu(sq_err))
-            self.l0[place].add(l0)
+            self.fvu[index].merge(moments.fvu(sq_err))
+            self.l0[index].add(l0)
 
     def _errors(
         self, transcoder: Transcoder, active: SparseActs, base: Tensor, y: Tensor
@@ -55,8 +55,8 @@ class CurveSums:
         residual = (base - y)[:, None].repeat(1, n_prefixes, 1)
         counts = torch.zeros(len(y), n_prefixes, dtype=torch.int64, device=y.device)
         level = scale_levels(active, transcoder.threshold, self.scales)
-        for place in range(len(self.scales)):
-            new = active.where(level == place)
+        for index in range(len(self.scales)):
+            new = active.where(level == index)
             new_counts = group_counts(transcoder, new)
             counts += new_counts
             per_group = group_sums(transcoder, new, new_counts)

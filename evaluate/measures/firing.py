@@ -74,8 +74,8 @@ def add_firing(
             chunk += 1
             if chunk <= found.n_chunks:
                 continue
-            here = keep[start : start + split.chunk_positions]
-            source = split.activations("source", shard, start, start + len(here))[:, :n_wanted]
+            keep_chunk = keep[start : start + split.chunk_positions]
+            source = split.activations("source", shard, start, start + len(keep_chunk))[:, :n_wanted]
             x = apply_convention(
                 source.to(transcoder.device),
                 transcoder.config.input,
@@ -83,11 +83,11 @@ def add_firing(
                 norm=shards.norm,
             )
             pre_acts = x @ W_enc + b_enc
-            acts = torch.where((pre_acts > floor) & here.to(x.device)[..., None], pre_acts, 0.0)
+            acts = torch.where((pre_acts > floor) & keep_chunk.to(x.device)[..., None], pre_acts, 0.0)
             found.counts[:, first : first + n_wanted] += (acts > 0).sum(0).T.cpu()
             found.largest = torch.maximum(found.largest, acts.amax((0, 1)).cpu())
-            found.n_chunks, found.n_rows = chunk, found.n_rows + int(here.sum())
-            yield int(here.sum())
+            found.n_chunks, found.n_rows = chunk, found.n_rows + int(keep_chunk.sum())
+            yield int(keep_chunk.sum())
         first += n_wanted
 
 

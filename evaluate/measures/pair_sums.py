@@ -64,19 +64,19 @@ def _pairs(one: LogPart, other: LogPart, start: int, stop: int, d_other: int) ->
     The first of a pair is one of the latents [start, stop) of `one`. Without values the products are empty.
     """
     row = torch.arange(len(one.per_row)).repeat_interleave(one.per_row)
-    here = ((one.latent >= start) & (one.latent < stop)).nonzero().squeeze(1)
-    row, latent = row[here], one.latent[here] - start
+    in_block = ((one.latent >= start) & (one.latent < stop)).nonzero().squeeze(1)
+    row, latent = row[in_block], one.latent[in_block] - start
     n_partners = other.per_row[row]
     firsts = F.pad(other.per_row.cumsum(0), (1, 0))[row]
     before = F.pad(n_partners.cumsum(0), (1, 0))
     n_chunks = int(before[-1]) // PAIRS_AT_ONCE + 1
     edges = torch.searchsorted(before, torch.arange(1, n_chunks) * PAIRS_AT_ONCE).tolist()
-    for low, high in zip([0, *edges], [*edges, len(here)], strict=True):
+    for low, high in zip([0, *edges], [*edges, len(in_block)], strict=True):
         n = n_partners[low:high]
         owner = torch.arange(high - low).repeat_interleave(n)
-        place = torch.arange(len(owner)) - (before[low:high] - before[low])[owner] + firsts[low:high][owner]
-        key = latent[low:high][owner] * d_other + other.latent[place]
+        partner = torch.arange(len(owner)) - (before[low:high] - before[low])[owner] + firsts[low:high][owner]
+        key = latent[low:high][owner] * d_other + other.latent[partner]
         if one.value is None or other.value is None:
             yield key, torch.zeros(0, dtype=torch.float64)
         else:
-            yield key, one.value[here[low:high]][owner].double() * other.value[place].double()
+            yield key, one.value[in_block[low:high]][owner].double() * other.value[partner].double()

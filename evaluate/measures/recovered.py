@@ -64,9 +64,9 @@ class DocumentSums:
 
     def add(self, documents: Int[Tensor, " some"], rows: Float[Tensor, "some columns"]) -> None:
         """Add the sums of some positions of `documents`."""
-        self.documents, place = torch.cat([self.documents, documents]).unique(return_inverse=True)
+        self.documents, index = torch.cat([self.documents, documents]).unique(return_inverse=True)
         sums = torch.zeros(len(self.documents), rows.shape[1], dtype=torch.float64)
-        self.rows = sums.index_add_(0, place, torch.cat([self.rows, rows]))
+        self.rows = sums.index_add_(0, index, torch.cat([self.rows, rows]))
 
 
 @dataclass(frozen=True)

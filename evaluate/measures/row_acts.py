@@ -58,10 +58,10 @@ class RowActs:
         """The columns of some latents."""
         column = torch.full((self.n_latents,), -1, dtype=torch.int64, device=self.latent.device)
         column[latents] = torch.arange(len(latents), device=column.device)
-        place = column[self.latent]
-        inside = place >= 0
+        index = column[self.latent]
+        inside = index >= 0
         dense = torch.zeros(self.n_rows, len(latents), device=self.value.device)
-        dense[self.row()[inside], place[inside]] = self.value[inside]
+        dense[self.row()[inside], index[inside]] = self.value[inside]
         return dense
 
 

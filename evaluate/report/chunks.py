@@ -105,8 +105,8 @@ class ChunkWriter:
         """In the order of WINDOW_FIELDS; a list and not an object, which would be half again as large."""
         acts = [x for i, act in enumerate(window.acts) if act > 0 for x in (i, _short(act))]
         tokens = [self._place(token) for token in window.tokens]
-        place = [window.context, window.position, window.doc_id, window.peak]
-        return [window.kind, window.decile, window.rank, *place, _short(window.act), tokens, acts]
+        location = [window.context, window.position, window.doc_id, window.peak]
+        return [window.kind, window.decile, window.rank, *location, _short(window.act), tokens, acts]
 
     def _flush_chunk(self) -> None:
         if self._chunk:

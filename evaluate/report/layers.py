@@ -92,13 +92,13 @@ def _entries(checkpoint: Checkpoint) -> list[LayerEntry]:
 def _entry(report: Report, recovered: dict[int, float]) -> LayerEntry:
     config, intervals = report.transcoder.config, report.spread.fvu_interval
     prefixes, n_dead, n_latents = [], 0, 0
-    for place, (prefix, group) in enumerate(zip(report.threshold, report.groups, strict=True)):
+    for index, (prefix, group) in enumerate(zip(report.threshold, report.groups, strict=True)):
         n_dead, n_latents = n_dead + group.n_dead, n_latents + group.n_latents
         prefixes.append(
             LayerPrefix(
                 prefix_end=prefix.prefix_end,
                 fvu=prefix.fvu,
-                fvu_interval=None if intervals is None else intervals[place],
+                fvu_interval=None if intervals is None else intervals[index],
                 l0=prefix.l0,
                 cosine=prefix.cosine,
                 dead_share=n_dead / n_latents,

@@ -21,10 +21,10 @@ def layers_table(layers: Layers) -> ResultTable:
         table.add_column(name, drop=1 if name == "cosine" else 0)
     for entry in layers.entries:
         facts = (entry.run, entry.shard_set, "-" if entry.layer is None else str(entry.layer), str(entry.k))
-        for place, prefix in enumerate(entry.prefixes):
+        for index, prefix in enumerate(entry.prefixes):
             half = None if prefix.fvu_interval is None else (prefix.fvu_interval[1] - prefix.fvu_interval[0]) / 2
             table.add_row(
-                *(facts if place == 0 else ("",) * len(facts)),
+                *(facts if index == 0 else ("",) * len(facts)),
                 f"{prefix.prefix_end:,}",
                 number(prefix.fvu, ".4f"),
                 number(half, ".4f"),
@@ -32,6 +32,6 @@ def layers_table(layers: Layers) -> ResultTable:
                 f"{prefix.cosine:.4f}",
                 f"{prefix.dead_share:.1%}",
                 number(prefix.ce_recovered, ".4f"),
-                ends_section=place == len(entry.prefixes) - 1,
+                ends_section=index == len(entry.prefixes) - 1,
             )
     return table

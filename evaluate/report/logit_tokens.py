@@ -10,14 +10,14 @@ from ..analyses.logits.logits import LogitTokens
 
 def logit_table(tokens: LogitTokens, text_of: Callable[[int], str]) -> dict[str, Any]:
     """logits.js: each token's text once, then for each latent the places in `texts` of its tokens."""
-    places: dict[str, int] = {}
+    index_of: dict[str, int] = {}
 
-    def place(pairs: list[tuple[int, float]]) -> list[int]:
-        return [places.setdefault(text_of(token), len(places)) for token, _ in pairs]
+    def indices(pairs: list[tuple[int, float]]) -> list[int]:
+        return [index_of.setdefault(text_of(token), len(index_of)) for token, _ in pairs]
 
     raised, lowered = [], []
     for latent in range(tokens.d_sae):
         up, down = tokens.of(latent)
-        raised.append(place(up))
-        lowered.append(place(down))
-    return {"texts": list(places), "raised": raised, "lowered": lowered}
+        raised.append(indices(up))
+        lowered.append(indices(down))
+    return {"texts": list(index_of), "raised": raised, "lowered": lowered}

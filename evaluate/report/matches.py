@@ -76,13 +76,13 @@ def _other(folder: Path, record: Matching, own: int, d_sae: int) -> Other:
         given = {name: table[name].to_numpy().astype(np.float64) for name in ("side", "latent", *names)}
     except KeyError as error:
         raise ValueError(f"no column {error}") from error
-    here = given["side"] == own
-    latents = given["latent"][here].astype(np.int64)
+    same_side = given["side"] == own
+    latents = given["latent"][same_side].astype(np.int64)
     if len(latents) and not 0 <= latents.min() <= latents.max() < d_sae:
         raise ValueError("other latents")
     columns = {name: np.full(d_sae, np.nan) for name in names}
     for name, values in columns.items():
-        values[latents] = given[name][here]
+        values[latents] = given[name][same_side]
     other = record.sides[1 - own]
     return Other(other.name, other.layer_hook, record.n_rows, columns)
 

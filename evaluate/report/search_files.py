@@ -43,10 +43,10 @@ def _write_fires(folder: Path, firing: FiringTokens) -> int:
     # Lists, and not an object by token: as a key, the token __proto__ would not be one.
     files: list[dict[str, list[Any]]] = [{"keys": [], "latents": [], "shares": []} for _ in range(n_files)]
     for key, number in sorted(firing.keys.items()):
-        here, file = slice(firing.starts[number], firing.starts[number + 1]), files[bucket(key, n_files)]
+        span, file = slice(firing.starts[number], firing.starts[number + 1]), files[bucket(key, n_files)]
         file["keys"].append(key)
-        file["latents"].append(firing.latents[here].tolist())
-        file["shares"].append(firing.shares[here].tolist())
+        file["latents"].append(firing.latents[span].tolist())
+        file["shares"].append(firing.shares[span].tolist())
     for number, content in enumerate(files):
         write_data(folder, f"fires-{number}", content)
     return n_files
@@ -56,10 +56,10 @@ def _write_texts(folder: Path, contexts: WindowTexts) -> int:
     part: list[Any] = []
     size = n_files = 0
     for i, text in enumerate(contexts.texts):
-        here = slice(contexts.starts[i], contexts.starts[i + 1])
+        span = slice(contexts.starts[i], contexts.starts[i + 1])
         units = _units_before(text)
-        first, end = units[contexts.first[here]], units[contexts.end[here]]
-        columns = contexts.latents[here], np.diff(first, prepend=0), end - first
+        first, end = units[contexts.first[span]], units[contexts.end[span]]
+        columns = contexts.latents[span], np.diff(first, prepend=0), end - first
         part.append([text, np.stack(columns, axis=1).flatten().tolist()])
         size += len(text) + 3 * len(first)
         if size >= TEXT_FILE_SIZE or i == len(contexts.texts) - 1:

@@ -58,8 +58,8 @@ class FiringTokens:
         sums: dict[int, int] = {}
         for word in dict.fromkeys(words_of(query)):
             if word in self.keys:
-                here = slice(self.starts[self.keys[word]], self.starts[self.keys[word] + 1])
-                for latent, share in zip(self.latents[here].tolist(), self.shares[here].tolist(), strict=True):
+                span = slice(self.starts[self.keys[word]], self.starts[self.keys[word] + 1])
+                for latent, share in zip(self.latents[span].tolist(), self.shares[span].tolist(), strict=True):
                     sums[latent] = sums.get(latent, 0) + share
         latents = sorted(sums, key=lambda latent: (-sums[latent], latent))
         return Found(latents, [sums[latent] for latent in latents])
@@ -83,13 +83,13 @@ class WindowTexts:
         """Latents with a window that holds `query` as it is, spaces at its ends apart, in rising order."""
         wanted, found = normal(query), set[int]()
         for i, text in enumerate(self.texts if wanted else ()):
-            places = np.array(_places(text, wanted))
-            if len(places):
-                here = slice(self.starts[i], self.starts[i + 1])
-                at = np.searchsorted(places, self.first[here])
-                last = self.end[here] - len(wanted)
-                holds = (at < len(places)) & (places[np.minimum(at, len(places) - 1)] <= last)
-                found.update(self.latents[here][holds].tolist())
+            occurrences = np.array(_occurrences(text, wanted))
+            if len(occurrences):
+                span = slice(self.starts[i], self.starts[i + 1])
+                at = np.searchsorted(occurrences, self.first[span])
+                last = self.end[span] - len(wanted)
+                holds = (at < len(occurrences)) & (occurrences[np.minimum(at, len(occurrences) - 1)] <= last)
+                found.update(self.latents[span][holds].tolist())
         return Found(sorted(found), None)
 
 
@@ -131,13 +131,13 @@ def words_of(query: str) -> list[str]:
     return [word for word in normal(spaced).split(" ") if word]
 
 
-def _places(text: str, wanted: str) -> list[int]:
+def _occurrences(text: str, wanted: str) -> list[int]:
     """Where `wanted` begins in `text`, overlapping ones too."""
-    places, at = [], text.find(wanted)
+    occurrences, at = [], text.find(wanted)
     while at >= 0:
-        places.append(at)
+        occurrences.append(at)
         at = text.find(wanted, at + 1)
-    return places
+    return occurrences
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +152,13 @@ class _Windows:
     tokens: Ints
     acts: NDArray[np.float64]
 
-    def spread(self, column: Ints) -> Ints:
+    def per_token(self, column: Ints) -> Ints:
         """A value a window -> one a token."""
         return np.repeat(column, self.length)
 
     def positions(self) -> Ints:
         """Of each token, in its context."""
-        return np.arange(len(self.tokens)) - self.spread(np.cumsum(self.length) - self.length - self.start)
+        return np.arange(len(self.tokens)) - self.per_token(np.cumsum(self.length) - self.length - self.start)
 
 
 def _read(samples: Path) -> Iterator[_Windows]:
@@ -196,9 +196,9 @@ def _firing(samples: Path, text: Callable[[int], str]) -> FiringTokens:
     found: list[Any] = []
     for windows in _read(samples):
         fires = windows.acts > 0
-        latent, tokens, acts = windows.spread(windows.latent)[fires], windows.tokens[fires], windows.acts[fires]
+        latent, tokens, acts = windows.per_token(windows.latent)[fires], windows.tokens[fires], windows.acts[fires]
         # A row that several windows of a latent hold counts once.
-        rows = np.stack([latent, windows.spread(windows.context)[fires], windows.positions()[fires]])
+        rows = np.stack([latent, windows.per_token(windows.context)[fires], windows.positions()[fires]])
         once = _first_of_each(rows)
         latent, tokens, acts = latent[once], tokens[once], acts[once]
         total = np.bincount(latent, weights=acts)
@@ -241,12 +241,12 @@ def _texts(samples: Path, text: Callable[[int], str]) -> WindowTexts:
     origin, n_tokens = start[begins], reach[np.append(np.flatnonzero(begins)[1:] - 1, -1)] - (beyond + start)[begins]
     offset = np.concatenate([[0], np.cumsum(n_tokens)])
     # In the order of the file, in which the tokens are read.
-    place = np.empty_like(start)
-    place[order] = offset[stretch] + start - origin[stretch]
+    target = np.empty_like(start)
+    target[order] = offset[stretch] + start - origin[stretch]
     tokens, done = np.full(int(offset[-1]), -1, np.int64), 0
     for windows in _read(samples):
-        here = windows.spread(place[done : done + len(windows.latent)] - windows.start) + windows.positions()
-        tokens[here] = windows.tokens
+        cells = windows.per_token(target[done : done + len(windows.latent)] - windows.start) + windows.positions()
+        tokens[cells] = windows.tokens
         done += len(windows.latent)
     words = [text(token) for token in tokens.tolist()]
     chars = np.concatenate([[0], np.cumsum([len(word) for word in words])])

@@ -92,12 +92,12 @@ def _block_rows(split: Split, limit: int | None, start: int) -> Iterator[RowBatc
         wanted = _first_rows(split.keep(shard), remaining)
         tokens, doc_ids = split.tokens(shard).T, split.doc_ids(shard).T
         for first in range(0, len(wanted), split.chunk_positions):
-            here = wanted[first : first + split.chunk_positions]
-            n_here = int(here.sum())
+            keep_chunk = wanted[first : first + split.chunk_positions]
+            n_here = int(keep_chunk.sum())
             if n_here <= to_skip:
                 to_skip -= n_here
                 continue
-            stop = first + len(here)
+            stop = first + len(keep_chunk)
             block = Block(
                 split=split.name,
                 shard=shard,
@@ -106,7 +106,7 @@ def _block_rows(split: Split, limit: int | None, start: int) -> Iterator[RowBatc
                 doc_ids=doc_ids[first:stop],
                 source=split.activations("source", shard, first, stop),
                 target=split.activations("target", shard, first, stop),
-                keep=here,
+                keep=keep_chunk,
             )
             rows = _rows(block, first_context)
             yield _slice(rows, to_skip, n_here) if to_skip else rows
@@ -122,18 +122,18 @@ def _first_rows(keep: Tensor, limit: int | None) -> Tensor:
     """`keep` [positions, contexts] cut to its first `limit` rows, context after context."""
     if limit is None:
         return keep
-    place = keep.T.flatten().cumsum(0).view(keep.T.shape).T
-    return keep & (place <= limit)
+    rank = keep.T.flatten().cumsum(0).view(keep.T.shape).T
+    return keep & (rank <= limit)
 
 
 def _rows(block: Block, first_context: int) -> RowBatch:
     """The rows that `block.keep` marks."""
     positions, contexts = block.keep.nonzero(as_tuple=True)
     # Looked up once: indexing with the mask would look it up for each tensor.
-    places = positions * block.keep.shape[1] + contexts
+    indices = positions * block.keep.shape[1] + contexts
 
     def chosen(tensor: Tensor) -> Tensor:
-        return tensor.flatten(0, 1).index_select(0, places)
+        return tensor.flatten(0, 1).index_select(0, indices)
 
     return RowBatch(
         source=chosen(block.source),

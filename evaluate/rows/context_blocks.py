@@ -49,12 +49,12 @@ def context_blocks(
         for start in range(0, wanted, at_once):
             if first_context + start < first:
                 continue
-            here = slice(start, min(start + at_once, wanted))
+            span = slice(start, min(start + at_once, wanted))
             yield ContextBlock(
                 first_context=first_context + start,
-                source=source[:, here].transpose(0, 1),
-                keep=keep[here],
-                windows=windows_of(tokens[here], doc_ids[here], shape),
+                source=source[:, span].transpose(0, 1),
+                keep=keep[span],
+                windows=windows_of(tokens[span], doc_ids[span], shape),
             )
         first_context += n_here
 

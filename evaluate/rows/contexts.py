@@ -47,17 +47,17 @@ class Contexts:
 def context_batches(shards: ShardSet, split: Split, numbers: Sequence[int], batch_tokens: int) -> Iterator[Contexts]:
     """The contexts of these ascending numbers, about `batch_tokens` tokens at a time and at least one context."""
     at_once, first = max(1, batch_tokens // shards.ctx_len), 0
-    for shard, n_here in enumerate(split.shard_contexts):
+    for shard, n_in_shard in enumerate(split.shard_contexts):
         # A batch never spans two shards.
-        here = [number for number in numbers if first <= number < first + n_here]
-        if here:
+        in_shard = [number for number in numbers if first <= number < first + n_in_shard]
+        if in_shard:
             tokens, doc_ids = split.tokens(shard), split.doc_ids(shard)
-            for start in range(0, len(here), at_once):
-                some = tuple(here[start : start + at_once])
+            for start in range(0, len(in_shard), at_once):
+                some = tuple(in_shard[start : start + at_once])
                 rows = torch.tensor(some) - first
                 replaced, scored = scored_positions(tokens[rows], doc_ids[rows], shards.manifest.special_ids)
                 yield Contexts(some, tokens[rows].long(), doc_ids[rows].long(), replaced, scored)
-        first += n_here
+        first += n_in_shard
 
 
 def scored_positions(tokens: Tensor, doc_ids: Tensor, special_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -23,10 +23,10 @@ def gather_source(
     size = split.chunk_positions
     first = 0
     for shard, n_contexts in enumerate(split.shard_contexts):
-        here = ((contexts >= first) & (contexts < first + n_contexts)).nonzero().squeeze(1)
-        chunks = positions[here] // size
+        in_shard = ((contexts >= first) & (contexts < first + n_contexts)).nonzero().squeeze(1)
+        chunks = positions[in_shard] // size
         for chunk in torch.unique(chunks).tolist():
-            rows = here[chunks == chunk]
+            rows = in_shard[chunks == chunk]
             start = chunk * size
             block = split.activations("source", shard, start, start + size)
             gathered[rows] = block[positions[rows] - start, contexts[rows] - first]

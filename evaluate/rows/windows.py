@@ -43,9 +43,9 @@ class Windows:
 
     def tokens_around(self, context: Tensor, position: Tensor) -> Tensor:
         """[n, width] int64 token ids of the windows around n positions; -1 where the window is cut short."""
-        places = position[:, None] + self.shape.offsets(position.device)
-        inside = (places >= self.first[context, position][:, None]) & (places <= self.last[context, position][:, None])
-        found = self.tokens[context[:, None], places.clamp(0, self.tokens.shape[1] - 1)]
+        around = position[:, None] + self.shape.offsets(position.device)
+        inside = (around >= self.first[context, position][:, None]) & (around <= self.last[context, position][:, None])
+        found = self.tokens[context[:, None], around.clamp(0, self.tokens.shape[1] - 1)]
         return torch.where(inside, found, -1)
 
     def keys(self) -> Tensor:
@@ -55,10 +55,10 @@ class Windows:
         """
         n_contexts, n_positions = self.tokens.shape
         key = torch.zeros_like(self.tokens)
-        places = torch.arange(n_positions, device=self.tokens.device)
+        positions = torch.arange(n_positions, device=self.tokens.device)
         for offset in self.shape.offsets().tolist():
-            there = (places + offset).clamp(0, n_positions - 1)
-            inside = (places + offset >= self.first) & (places + offset <= self.last)
+            there = (positions + offset).clamp(0, n_positions - 1)
+            inside = (positions + offset >= self.first) & (positions + offset <= self.last)
             key = key * _FACTOR + torch.where(inside, self.tokens[:, there] + 2, 1)
         assert key.shape == (n_contexts, n_positions)
         return mixed(key)
@@ -67,18 +67,18 @@ class Windows:
 def windows_of(tokens: Tensor, doc_ids: Tensor, shape: WindowShape) -> Windows:
     """Windows of contexts [contexts, positions]; a window ends where the document does."""
     n_positions = tokens.shape[1]
-    places = torch.arange(n_positions, device=tokens.device).expand(tokens.shape)
+    positions = torch.arange(n_positions, device=tokens.device).expand(tokens.shape)
     changes = doc_ids[:, 1:] != doc_ids[:, :-1]
     edge = torch.ones_like(changes[:, :1])
     starts = torch.cat([edge, changes], 1)
     ends = torch.cat([changes, edge], 1)
-    doc_first = torch.where(starts, places, 0).cummax(1).values
-    doc_last = n_positions - 1 - torch.where(ends, n_positions - 1 - places, 0).flip(1).cummax(1).values.flip(1)
+    doc_first = torch.where(starts, positions, 0).cummax(1).values
+    doc_last = n_positions - 1 - torch.where(ends, n_positions - 1 - positions, 0).flip(1).cummax(1).values.flip(1)
     return Windows(
         shape=shape,
         tokens=tokens.long(),
-        first=torch.maximum(places - shape.before, doc_first),
-        last=torch.minimum(places + shape.after, doc_last),
+        first=torch.maximum(positions - shape.before, doc_first),
+        last=torch.minimum(positions + shape.after, doc_last),
     )
 
 

@@ -37,7 +37,7 @@ class TokenTable:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class WordPositions:
     """Where rows lie in a split, and of which word they are; entry i of one is entry i of all."""
 
     context: Tensor
@@ -100,7 +100,7 @@ def is_test_word(word: str, test_share: float, seed: int) -> bool:
 
 def find_words(
     shards: ShardSet, split: Split, texts: TokenTexts, *, limit: int | None, max_words: int, per_word: int, seed: int
-) -> Places:
+) -> WordPositions:
     """The first `per_word` occurrences of each word in the first `limit` positions of a split, context after context.
 
     With more than `max_words` words those with the smallest hashes are taken: a random choice that grows with max_words
@@ -120,7 +120,7 @@ def find_words(
             seen[i] += 1
             chosen.append((row, i))
     rows = np.array([row for row, _ in chosen], dtype=np.int64)
-    return Places(
+    return WordPositions(
         context=torch.from_numpy(contexts[rows]),
         position=torch.from_numpy(positions[rows]),
         word=torch.tensor([i for _, i in chosen], dtype=torch.int64),
@@ -141,9 +141,9 @@ def split_tokens(split: Split, limit: int | None, ctx_len: int) -> tuple[Tensor,
     return tokens, doc_ids, keep
 
 
-def only(places: Places, chosen: Tensor) -> Places:
+def only(positions: WordPositions, chosen: Tensor) -> WordPositions:
     """The rows that `chosen` [rows] bool marks."""
-    return Places(places.context[chosen], places.position[chosen], places.word[chosen], places.words)
+    return WordPositions(positions.context[chosen], positions.position[chosen], positions.word[chosen], positions.words)
 
 
 def _hash(word: str, seed: int) -> int:

@@ -199,9 +199,9 @@ class _Ablating:
         with edited(transcoder, self._model, scaled):
             changed = self._model.logits(contexts.tokens)
         act = passed[0].cpu()
-        here = (act > 0) & contexts.scored
+        firing = (act > 0) & contexts.scored
         later = contexts.scored & (act == 0) & ((act > 0).cumsum(1) > 0)
-        on = score(clean, changed, here, contexts.next_tokens(here), ratios=True)
+        on = score(clean, changed, firing, contexts.next_tokens(firing), ratios=True)
         after = score(clean, changed, later, contexts.next_tokens(later))
         assert on.log_ratio is not None
         of_firing = {
@@ -210,10 +210,10 @@ class _Ablating:
             "changed.ce": on.ce,
             "changed.kl": on.kl,
             "changed.top1": on.same_top,
-            "act": act[here],
+            "act": act[firing],
         }
         of_later = {"later.n": torch.ones_like(after.kl), "later.ce": after.ce - after.ce_clean, "later.kl": after.kl}
-        sums = {name: contexts.per_document(values, here) for name, values in of_firing.items()}
+        sums = {name: contexts.per_document(values, firing) for name, values in of_firing.items()}
         sums |= {name: contexts.per_document(values, later) for name, values in of_later.items()}
         return torch.stack([sums[name] for name in _COLUMNS], 1), on.log_ratio
 

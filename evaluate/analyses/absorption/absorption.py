@@ -129,7 +129,7 @@ def _prefixes(
 def _encode(transcoder: Transcoder, task: LetterTask, probes: LetterProbes) -> _Rows:
     directions = torch.from_numpy(np.stack([probe.direction() for probe in probes.probes.values()], axis=1)).float()
     everything = torch.cat([directions, norm_directions(transcoder.config.d_in, task.config.seed)], dim=1)
-    context, position = fit_places(task)
+    context, position = fit_positions(task)
     source = task.gather("train", context, position, "rows of the read-back")
     codes, projected = [], []
     for tile in source.split(_TILE):
@@ -147,7 +147,7 @@ def _encode(transcoder: Transcoder, task: LetterTask, probes: LetterProbes) -> _
     )
 
 
-def fit_places(task: LetterTask) -> tuple[Tensor, Tensor]:
+def fit_positions(task: LetterTask) -> tuple[Tensor, Tensor]:
     """Rows of the train split for the read-back, evenly spread and never a test row: contexts and positions."""
     _, _, keep = split_tokens(task.shards.train, task.settings.train_tokens, task.shards.ctx_len)
     if task.config.split == "train":

@@ -22,7 +22,7 @@ from ...config import AbsorptionConfig, EvaluateConfig
 from ...measures.probe import LinearProbe, fit_probe, quality
 from ...resume import Parts
 from ...rows.gather import gather_source
-from ...rows.words import LETTERS, Places, find_words, is_test_word, only
+from ...rows.words import LETTERS, WordPositions, find_words, is_test_word, only
 from .result import LetterProbe
 
 
@@ -54,14 +54,14 @@ class LetterTask:
         return self.config.absorption
 
     @cached_property
-    def train(self) -> Places:
+    def train(self) -> WordPositions:
         """Rows of train words, from the train split."""
-        return self._places("train", self.settings.train_tokens, held_out=False)
+        return self._positions("train", self.settings.train_tokens, held_out=False)
 
     @cached_property
-    def test(self) -> Places:
+    def test(self) -> WordPositions:
         """Rows of test words, from the split that is evaluated."""
-        return self._places(self.config.split, self.config.tokens, held_out=True)
+        return self._positions(self.config.split, self.config.tokens, held_out=True)
 
     @cached_property
     def train_source(self) -> Tensor:
@@ -107,7 +107,7 @@ class LetterTask:
         self._refuse_too_few(facts)
         return LetterProbes(facts=tuple(facts), probes=probes, right=right)
 
-    def _places(self, split: str, limit: int | None, *, held_out: bool) -> Places:
+    def _positions(self, split: str, limit: int | None, *, held_out: bool) -> WordPositions:
         settings, seed = self.settings, self.config.seed
         found = find_words(
             self.shards,

@@ -71,9 +71,9 @@ def score_rows(
     fraction, full, missed = np.zeros(n), np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
     absorber = np.full(n, -1, dtype=np.int64)
     for row in range(n):
-        here = slice(starts[row], starts[row + 1])
-        firing = latents[here]
-        written = values[here].astype(np.float64) * along[firing]
+        row_slice = slice(starts[row], starts[row + 1])
+        firing = latents[row_slice]
+        written = values[row_slice].astype(np.float64) * along[firing]
         total, ours = float(projection[row]), is_main[firing]
         missed[row] = not ours.any()
         others = ~ours & (cosine[firing] >= FRACTION_COSINE) & (written > 0)

@@ -52,8 +52,8 @@ class DocumentCurve:
         level = scale_levels(active, transcoder.threshold, self.scales)
         y_hat, l0 = base_output(transcoder, x).clone(), torch.zeros(len(x), dtype=torch.int64, device=x.device)
         sq_errs, l0s = [], []
-        for place in range(len(self.scales)):
-            new = active.where(level == place)
+        for index in range(len(self.scales)):
+            new = active.where(level == index)
             counts = group_counts(transcoder, new)
             y_hat += group_sums(transcoder, new, counts).sum(1)
             l0 += counts.sum(1)

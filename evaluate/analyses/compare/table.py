@@ -22,9 +22,9 @@ def comparison_table(comparison: Comparison) -> ResultTable:
         table.add_column(name)
     for entry in comparison.entries:
         facts = (entry.name, entry.input, f"{entry.d_sae:,}", f"{entry.l0:.1f}", number(entry.fvu, ".4f"))
-        for place, matched in enumerate(entry.matched):
+        for index, matched in enumerate(entry.matched):
             table.add_row(
-                *(facts if place == 0 else ("",) * len(facts)),
+                *(facts if index == 0 else ("",) * len(facts)),
                 f"{matched.l0:.1f}",
                 with_interval(matched.fvu, matched.fvu_interval, ".4f"),
                 with_interval(matched.difference, matched.difference_interval, "+.4f"),

@@ -101,8 +101,8 @@ def jaccard(n_both: Tensor, n_one: Tensor, n_other: Tensor) -> Tensor:
 def phi(n_both: Tensor, n_one: Tensor, n_other: Tensor, n_rows: int) -> Tensor:
     """Correlation of firing, float64; NaN where one of the two fires never or always."""
     n_one, n_other = n_one.double(), n_other.double()
-    spread = (n_one * (n_rows - n_one)).sqrt() * (n_other * (n_rows - n_other)).sqrt()
-    return torch.where(spread > 0, (n_rows * n_both.double() - n_one * n_other) / spread, float("nan"))
+    scatter = (n_one * (n_rows - n_one)).sqrt() * (n_other * (n_rows - n_other)).sqrt()
+    return torch.where(scatter > 0, (n_rows * n_both.double() - n_one * n_other) / scatter, float("nan"))
 
 
 def _may_be_parent(

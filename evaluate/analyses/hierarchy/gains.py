@@ -59,54 +59,54 @@ class GainSums:
         """(FVU with no latent at all, one entry a group)."""
         fvu = self._fvu.value()
         before, gains = 0, []
-        for place, size in enumerate(self._group_sizes):
+        for index, size in enumerate(self._group_sizes):
             before += size
             gains.append(
                 GroupGain(
-                    group=place + 1,
+                    group=index + 1,
                     n_latents=size,
                     prefix_end=before,
-                    fvu_before=finite(fvu[place]),
-                    fvu_after=finite(fvu[place + 1]),
-                    share_of_variance=finite(fvu[place] - fvu[place + 1]),
-                    share_of_rows=int(self._fires[place]) / self.n_rows,
-                    l0=int(self._active[place]) / self.n_rows,
-                    by_token_frequency=self._frequencies_of(place),
-                    top_tokens=self._tokens_of(place, self._token_gain[:, place], top_tokens, min_rows),
-                    top_tokens_per_row=self._tokens_of(place, self._per_row(place), top_tokens, min_rows),
+                    fvu_before=finite(fvu[index]),
+                    fvu_after=finite(fvu[index + 1]),
+                    share_of_variance=finite(fvu[index] - fvu[index + 1]),
+                    share_of_rows=int(self._fires[index]) / self.n_rows,
+                    l0=int(self._active[index]) / self.n_rows,
+                    by_token_frequency=self._frequencies_of(index),
+                    top_tokens=self._tokens_of(index, self._token_gain[:, index], top_tokens, min_rows),
+                    top_tokens_per_row=self._tokens_of(index, self._per_row(index), top_tokens, min_rows),
                 )
             )
         return finite(fvu[0]), tuple(gains)
 
-    def _frequencies_of(self, place: int) -> tuple[FrequencyGain, ...]:
+    def _frequencies_of(self, index: int) -> tuple[FrequencyGain, ...]:
         sums = self._strata
-        gain, fvu = sums.sq_err[:, place] - sums.sq_err[:, place + 1], sums.fvu()
+        gain, fvu = sums.sq_err[:, index] - sums.sq_err[:, index + 1], sums.fvu()
         share = gain / gain.sum()
         return tuple(
             FrequencyGain(
                 name=name,
                 n_rows=int(sums.n_rows[i]),
-                fvu_before=finite(float(fvu[i, place])),
-                fvu_after=finite(float(fvu[i, place + 1])),
+                fvu_before=finite(float(fvu[i, index])),
+                fvu_after=finite(float(fvu[i, index + 1])),
                 share_of_gain=finite(float(share[i])),
             )
             for i, name in enumerate(self._frequencies.names)
             if sums.n_rows[i] > 0
         )
 
-    def _per_row(self, place: int) -> Tensor:
-        return self._token_gain[:, place] / self._token_rows.clamp_min(1)
+    def _per_row(self, index: int) -> Tensor:
+        return self._token_gain[:, index] / self._token_rows.clamp_min(1)
 
-    def _tokens_of(self, place: int, score: Tensor, n: int, min_rows: int) -> tuple[TokenGain, ...]:
+    def _tokens_of(self, index: int, score: Tensor, n: int, min_rows: int) -> tuple[TokenGain, ...]:
         allowed = (self._token_rows >= min_rows).nonzero().squeeze(1)
         order = allowed[score[allowed].sort(descending=True, stable=True).indices][:n]
-        total, mean_variance = self._token_gain[:, place].sum(), self._fvu.total_variance() / self.n_rows
+        total, mean_variance = self._token_gain[:, index].sum(), self._fvu.total_variance() / self.n_rows
         return tuple(
             TokenGain(
                 token=token,
                 n_rows=int(self._token_rows[token]),
-                share_of_gain=finite(float(self._token_gain[token, place] / total)),
-                gain_per_row=finite(float(self._per_row(place)[token] / mean_variance)),
+                share_of_gain=finite(float(self._token_gain[token, index] / total)),
+                gain_per_row=finite(float(self._per_row(index)[token] / mean_variance)),
             )
             for token in order.tolist()
         )

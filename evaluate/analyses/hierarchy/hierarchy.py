@@ -127,10 +127,10 @@ def _pairs(best: Tensor, alive: Tensor, cosines: Tensor, sizes: tuple[int, ...])
     """Each group with itself and with every later one; `best` [n_groups, d_sae] is `Cofiring.best`."""
     pairs, start = [], 0
     for child, size in enumerate(sizes):
-        here = slice(start, start + size)
+        span = slice(start, start + size)
         start += size
         for parent in range(child + 1):
-            shares = best[parent, here][alive[here]]
+            shares = best[parent, span][alive[span]]
             pairs.append(
                 GroupPair(
                     parent_group=parent + 1,

@@ -63,7 +63,7 @@ class _Moments:
         self.total += torch.bincount(latent, weights=value, minlength=len(self.count))
         self.total_sq += torch.bincount(latent, weights=value.square(), minlength=len(self.count))
 
-    def spread(self) -> Tensor:
+    def scatter(self) -> Tensor:
         """[d_sae] float64: sqrt(N sum a^2 - (sum a)^2)."""
         return (self.n_rows * self.total_sq - self.total.square()).clamp_min(0).sqrt()
 
@@ -164,18 +164,18 @@ def _batches(sets: list[ShardSet], config: EvaluateConfig) -> Iterator[tuple[Row
 
 def _correlations(one: ActivationLog, other: ActivationLog, m_one: _Moments, m_other: _Moments) -> tuple[Best, Best]:
     """The most correlated latent of the other side, for each latent of both."""
-    n_rows, spread_one, spread_other = m_one.n_rows, m_one.spread(), m_other.spread()
-    d_one, d_other = len(spread_one), len(spread_other)
+    n_rows, scatter_one, scatter_other = m_one.n_rows, m_one.scatter(), m_other.scatter()
+    d_one, d_other = len(scatter_one), len(scatter_other)
     ahead = []
     back = Best(torch.full((d_other,), -torch.inf, dtype=torch.float64), torch.full((d_other,), -1))
     for block in pair_products(one, other, d_one, d_other):
         step = max(1, _CELLS_AT_ONCE // d_other)
         for start in range(0, len(block.sums), step):
             sums, first = block.sums[start : start + step], block.start + start
-            here = slice(first, first + len(sums))
-            spread = spread_one[here, None] * spread_other
-            r = (n_rows * sums - m_one.total[here, None] * m_other.total) / spread
-            r = torch.where(spread > 0, r, -torch.inf)
+            span = slice(first, first + len(sums))
+            scatter = scatter_one[span, None] * scatter_other
+            r = (n_rows * sums - m_one.total[span, None] * m_other.total) / scatter
+            r = torch.where(scatter > 0, r, -torch.inf)
             ahead.append(r.max(1))
             value, row = r.max(0)
             better = value > back.value
@@ -215,10 +215,10 @@ def _side(subject: Subject, sums: _Moments, cosine: Best, correlation: Best, bac
     mutual = (correlation.other >= 0) & (back.other[correlation.other.clamp_min(0)] == own)
     groups, start = [], 0
     for size in (*config.group_sizes, None):
-        here = slice(0, None) if size is None else slice(start, start + size)
+        span = slice(0, None) if size is None else slice(start, start + size)
         start += size or 0
-        alive = sums.count[here] > 0
-        r, near = correlation.value[here], cosine.value[here]
+        alive = sums.count[span] > 0
+        r, near = correlation.value[span], cosine.value[span]
         groups.append(
             GroupMatch(
                 n_latents=len(alive),
@@ -227,7 +227,7 @@ def _side(subject: Subject, sums: _Moments, cosine: Best, correlation: Best, bac
                 share_close_cosine=_mean(torch.where(near.isnan(), near, (near >= CLOSE).double())),
                 mean_max_correlation=_mean(r),
                 share_close_correlation=_mean(torch.where(r.isnan(), r, (r >= CLOSE).double())),
-                share_mutual=_mean(torch.where(r.isnan(), r, mutual[here].double())),
+                share_mutual=_mean(torch.where(r.isnan(), r, mutual[span].double())),
             )
         )
     return MatchingSide(

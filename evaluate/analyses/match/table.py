@@ -24,9 +24,9 @@ def matching_table(matching: Matching) -> ResultTable:
         table.add_column(name)
     for side in matching.sides:
         groups = [*side.groups, side.total] if len(side.groups) > 1 else [side.total]
-        for place, group in enumerate(groups):
-            last = place == len(groups) - 1
-            table.add_row(side.name if place == 0 else "", *_match_cells(group), ends_section=last)
+        for index, group in enumerate(groups):
+            last = index == len(groups) - 1
+            table.add_row(side.name if index == 0 else "", *_match_cells(group), ends_section=last)
     return table
 
 

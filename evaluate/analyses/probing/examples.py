@@ -57,15 +57,15 @@ def token_rows(name: str, shards: ShardSet, texts: TokenTexts, split: str, limit
         return Found(contexts, positions, label, [f"document {doc}" for doc in doc_ids.numpy()[known]])
     if name == "first_letter":
         table = token_table(texts, tokens)
-        here = whole_words(table, ids, doc_ids.numpy(), keep.numpy())
-        bare = [table.word[token] or "" for token in ids[here]]
+        chosen = whole_words(table, ids, doc_ids.numpy(), keep.numpy())
+        bare = [table.word[token] or "" for token in ids[chosen]]
         label = [word[0] for word in bare]
     else:
         kinds, texts_of = token_kinds(texts, tokens)
-        here = keep.numpy()
-        bare = [texts_of[token] for token in ids[here]]
-        label = [kinds[token] or "" for token in ids[here]]
-    contexts, positions = here.nonzero()
+        chosen = keep.numpy()
+        bare = [texts_of[token] for token in ids[chosen]]
+        label = [kinds[token] or "" for token in ids[chosen]]
+    contexts, positions = chosen.nonzero()
     return Found(contexts, positions, label, bare)
 
 
@@ -128,7 +128,7 @@ def pooled_documents(
     tokens, doc_ids, keep = split_tokens(shards.split(split), limit, shards.ctx_len)
     wanted = torch.isin(doc_ids, torch.tensor(sorted(labels), dtype=doc_ids.dtype)) & keep
     contexts, positions = wanted.nonzero(as_tuple=True)
-    present, place = torch.unique(doc_ids[wanted], return_inverse=True)
+    present, document = torch.unique(doc_ids[wanted], return_inverse=True)
     d_sae = transcoder.config.d_sae
     sums_x = torch.zeros(len(present), shards.d_in, dtype=torch.float64)
     sums_acts = torch.zeros(len(present) * d_sae, dtype=torch.float64)
@@ -137,11 +137,11 @@ def pooled_documents(
         source = gather_source(shards.split(split), contexts[rows], positions[rows], shards.d_in)
         x = _inputs(source, shards, transcoder)
         codes = encode_rows(transcoder, x)
-        sums_x.index_add_(0, place[rows], x.double())
-        cell = place[rows][codes.row().cpu()] * d_sae + codes.latent.cpu()
+        sums_x.index_add_(0, document[rows], x.double())
+        cell = document[rows][codes.row().cpu()] * d_sae + codes.latent.cpu()
         sums_acts.index_add_(0, cell, codes.value.cpu().double())
         progress.advanced(len(source))
-    count = torch.bincount(place, minlength=len(present)).double()[:, None]
+    count = torch.bincount(document, minlength=len(present)).double()[:, None]
     pooled = (sums_acts.view(-1, d_sae) / count).float().to(transcoder.device)
     row, latent = pooled.nonzero(as_tuple=True)
     starts = torch.nn.functional.pad(torch.bincount(row, minlength=len(present)).cumsum(0), (1, 0))

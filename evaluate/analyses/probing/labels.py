@@ -70,13 +70,13 @@ def document_starts(doc_ids: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, 
 
     A document that was under way when the context began may have begun any number of contexts before.
     """
-    place = np.zeros(doc_ids.shape, dtype=np.int64)
+    position = np.zeros(doc_ids.shape, dtype=np.int64)
     known = np.zeros(doc_ids.shape, dtype=bool)
     for p in range(1, doc_ids.shape[1]):
         goes_on = doc_ids[:, p] == doc_ids[:, p - 1]
-        place[:, p] = np.where(goes_on, place[:, p - 1] + 1, 0)
+        position[:, p] = np.where(goes_on, position[:, p - 1] + 1, 0)
         known[:, p] = np.where(goes_on, known[:, p - 1], True)
-    return known & keep, known & keep & (place < DOCUMENT_START)
+    return known & keep, known & keep & (position < DOCUMENT_START)
 
 
 def read_labels(path: Path) -> dict[int, str]:

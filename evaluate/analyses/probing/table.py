@@ -21,8 +21,8 @@ def probing_table(result: ProbingResult) -> ResultTable:
         table.add_column(name, left=name == "labels", stack="above")
     table.add_column("prefix")
     # Where many k were asked for, the first and the last say most.
-    for place, k in enumerate(ks):
-        table.add_column(f"k={k}", drop=place if place < len(ks) - 1 else 0)
+    for index, k in enumerate(ks):
+        table.add_column(f"k={k}", drop=index if index < len(ks) - 1 else 0)
     table.add_column("all")
     for label_set in result.sets:
         first = [label_set.name, str(len(label_set.classes))]

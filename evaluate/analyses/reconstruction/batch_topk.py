@@ -40,18 +40,18 @@ def topk_of_all(transcoder: Transcoder, x: Float[Tensor, "rows d_in"], n: int) -
     The best so far and the best of each tile of rows meet in a final.
     """
     d_sae = transcoder.config.d_sae
-    values, places = x.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=x.device)
+    values, entries = x.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=x.device)
     for start, pre_acts in row_tiles(transcoder, x):
         flat = pre_acts.flatten()
         top = flat.topk(min(n, len(flat)), sorted=False)
         values = torch.cat([values, top.values])
-        places = torch.cat([places, top.indices + start * d_sae])
+        entries = torch.cat([entries, top.indices + start * d_sae])
         final = values.topk(min(n, len(values)), sorted=False)
-        values, places = final.values, places[final.indices]
-    values, places = values[values > 0], places[values > 0]
-    order = places.argsort()
-    places = places[order]
-    return SparseActs(len(x), places // d_sae, places % d_sae, values[order])
+        values, entries = final.values, entries[final.indices]
+    values, entries = values[values > 0], entries[values > 0]
+    order = entries.argsort()
+    entries = entries[order]
+    return SparseActs(len(x), entries // d_sae, entries % d_sae, values[order])
 
 
 def swapped(candidates: SparseActs, one: Tensor, other: Tensor) -> SparseActs:

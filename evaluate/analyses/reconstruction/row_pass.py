@@ -105,8 +105,8 @@ class Measurement:
         transcoder, found, topk_found = self._transcoder, [], []
         counts, size = group_counts(transcoder, active), rows_at_once(transcoder, len(y))
         changes = [None] * -(-len(y) // size) if top is None else top.changes.split(size)
-        for place, (part, changed) in enumerate(zip(active.split(size), changes, strict=True)):
-            rows = slice(place * size, (place + 1) * size)
+        for index, (part, changed) in enumerate(zip(active.split(size), changes, strict=True)):
+            rows = slice(index * size, (index + 1) * size)
             per_group = group_sums(transcoder, part, counts[rows])
             errors = row_errors(base[rows], per_group, counts[rows], y[rows])
             found.append(errors)
@@ -131,8 +131,8 @@ class Measurement:
         transcoder = self._transcoder
         if errors is None or per_group is None:
             return row_errors(base, group_sums(transcoder, changed, counts), counts, y)
-        rows, place = changed.row.unique_consecutive(return_inverse=True)
-        added = SparseActs(len(rows), place, changed.latent, changed.value)
+        rows, index = changed.row.unique_consecutive(return_inverse=True)
+        added = SparseActs(len(rows), index, changed.latent, changed.value)
         new = row_errors(
             base.index_select(0, rows),
             per_group.index_select(0, rows).add_(group_sums(transcoder, added, group_counts(transcoder, added))),

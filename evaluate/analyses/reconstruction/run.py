@@ -91,7 +91,7 @@ def _report(transcoder: Transcoder, job: Job, sums: Measurement, neighbours: Nei
         batch_topk=None if sums.batch_topk is None else sums.batch_topk.value(transcoder),
         batch_topk_rows=None if sums.batch_topk is None else job.checkpoint.training_batch or UNKNOWN_BATCH,
         batch_topk_as_trained=None if sums.batch_topk is None else job.checkpoint.training_batch is not None,
-        spread=breakdown.spread(sums.l0_histogram, config.bootstrap, config.seed),
+        spread=breakdown.uncertainty(sums.l0_histogram, config.bootstrap, config.seed),
         curve=sums.curve.value(),
         by_position=breakdown.by_position(),
         by_token_frequency=breakdown.by_token_frequency(),

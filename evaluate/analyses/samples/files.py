@@ -147,10 +147,10 @@ def _write_windows(path: Path, sampling: Sampling, rows: SampleRows, text: Windo
     os.replace(partial, path)
 
 
-def _columns(sampling: Sampling, rows: SampleRows, text: WindowTokens, here: slice) -> list[Any]:
+def _columns(sampling: Sampling, rows: SampleRows, text: WindowTokens, span: slice) -> list[Any]:
     import pyarrow as pa
 
-    kind, latent, slot, tokens = rows.kind[here], rows.latent[here], rows.slot[here], text.tokens[here]
+    kind, latent, slot, tokens = rows.kind[span], rows.latent[span], rows.slot[span], text.tokens[span]
     acts = torch.zeros(tokens.shape)
     for code, kept in ((TOP, sampling.top), (DECILE, sampling.sample)):
         chosen = kind == code
@@ -163,13 +163,13 @@ def _columns(sampling: Sampling, rows: SampleRows, text: WindowTokens, here: sli
     return [
         pa.array(latent.int().numpy()),
         names.take(pa.array(kind.numpy())),
-        pa.array(rows.decile[here].to(torch.int8).numpy(), mask=(kind != DECILE).numpy()),
-        pa.array(rows.rank[here].to(torch.int16).numpy()),
-        pa.array((rows.place[here] // sampling.ctx_len).int().numpy()),
-        pa.array((rows.place[here] % sampling.ctx_len).int().numpy()),
-        pa.array(text.doc_ids[here].numpy()),
+        pa.array(rows.decile[span].to(torch.int8).numpy(), mask=(kind != DECILE).numpy()),
+        pa.array(rows.rank[span].to(torch.int16).numpy()),
+        pa.array((rows.place[span] // sampling.ctx_len).int().numpy()),
+        pa.array((rows.place[span] % sampling.ctx_len).int().numpy()),
+        pa.array(text.doc_ids[span].numpy()),
         pa.array(inside[:, :before].sum(1).to(torch.int16).numpy()),
-        pa.array(rows.value[here].numpy()),
+        pa.array(rows.value[span].numpy()),
         pa.ListArray.from_arrays(offsets, pa.array(tokens[inside].numpy())),
         pa.ListArray.from_arrays(offsets, pa.array(acts[inside].numpy())),
     ]

@@ -20,7 +20,7 @@ from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet, Split
 from matryoshka.transcoder import Transcoder
 
-from ...measures.activations import CPU_TILE_BYTES, TILE_BYTES, true_places
+from ...measures.activations import CPU_TILE_BYTES, TILE_BYTES, true_indices
 from ...rows.context_blocks import ContextBlock
 from ...rows.windows import WindowShape, mixed
 from .histogram import ActivationHistogram
@@ -109,8 +109,8 @@ class Sampling:
         hopeful = (strength > self.top.floor()[fires.latent]).nonzero().squeeze(1)
         peaks = hopeful[self._is_peak(fires, hopeful)]
         push(self.top, peaks, strength[peaks])
-        places = torch.arange(offset, offset + block.keep.numel(), device=device)
-        of_row = mixed(places + self._choice.seed * _SEED_FACTOR)
+        positions = torch.arange(offset, offset + block.keep.numel(), device=device)
+        of_row = mixed(positions + self._choice.seed * _SEED_FACTOR)
         of_latent = mixed(torch.arange(self._transcoder.config.d_sae, device=device) - _SEED_FACTOR)
         priority = ((of_row[fires.row] ^ of_latent[fires.latent]) * _PRIORITY_FACTOR) & _PRIORITY_BITS
         drawn = (priority > self.sample.floor()[fires.latent]).nonzero().squeeze(1)
@@ -134,14 +134,14 @@ class Sampling:
         around = (chosen[:, None] + shape.offsets(chosen.device)).clamp(0, len(fires.row) - 1)
         row = fires.row[chosen][:, None]
         start = row - row % self.ctx_len
-        place = fires.row[around]
+        row_around = fires.row[around]
         inside = (
             (fires.latent[around] == fires.latent[chosen][:, None])
-            & (place >= start + first[row])
-            & (place <= start + last[row])
+            & (row_around >= start + first[row])
+            & (row_around <= start + last[row])
         )
         # What lies outside goes into a column of its own, which is cut off.
-        column = torch.where(inside, place - row + shape.before, shape.width)
+        column = torch.where(inside, row_around - row + shape.before, shape.width)
         acts = torch.zeros(len(chosen), shape.width + 1, device=chosen.device)
         return acts.scatter_(1, column, fires.value[around])[:, :-1]
 
@@ -157,10 +157,10 @@ class Sampling:
         position = ((keep.long().cumsum(1) == n[:, None] + 1) & keep).long().argmax(1)
         self.pool_place[slot] = (block.first_context + context) * self.ctx_len + position
         self.pool_key[slot] = block.windows.keys()[context, position]
-        places = torch.arange(self.ctx_len)
+        positions = torch.arange(self.ctx_len)
         first, last = block.windows.first[context, position], block.windows.last[context, position]
         member = torch.full(block.keep.shape, -1, dtype=torch.int64)
-        inside = (places >= first[:, None]) & (places <= last[:, None])
+        inside = (positions >= first[:, None]) & (positions <= last[:, None])
         member[context] = torch.where(inside, slot[:, None], -1)
         pooled = member.flatten().to(fires.row.device)[fires.row]
         hits = (pooled >= 0).nonzero().squeeze(1)
@@ -189,7 +189,7 @@ def encode_by_latent(transcoder: Transcoder, shards: ShardSet, block: ContextBlo
         end = min(start + tile, transcoder.config.d_sae)
         bias, weights = transcoder.b_enc[start:end, None], transcoder.W_enc[:, start:end].T
         pre_acts = torch.addmm(bias, weights, columns, out=buffer[: end - start])
-        found = true_places((pre_acts > floor[start:end, None]).flatten())
+        found = true_indices((pre_acts > floor[start:end, None]).flatten())
         latent = found // len(rows)
         parts.append((latent + start, rows[found - latent * len(rows)], pre_acts.flatten()[found]))
     latent, row, value = (torch.cat(part) for part in zip(*parts, strict=True))

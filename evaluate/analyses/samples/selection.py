@@ -77,16 +77,16 @@ def window_tokens(split: Split, shape: WindowShape, place: Tensor, ctx_len: int)
     tokens = torch.full((len(place), shape.width), -1, dtype=torch.int32)
     doc_ids = torch.zeros(len(place), dtype=torch.int32)
     context, position, first_context = place // ctx_len, place % ctx_len, 0
-    for shard, n_here in enumerate(split.shard_contexts):
-        here = ((context >= first_context) & (context < first_context + n_here)).nonzero().squeeze(1)
-        if len(here) > 0:
+    for shard, n_in_shard in enumerate(split.shard_contexts):
+        in_shard = ((context >= first_context) & (context < first_context + n_in_shard)).nonzero().squeeze(1)
+        if len(in_shard) > 0:
             docs = split.doc_ids(shard)
             windows = windows_of(split.tokens(shard), docs, shape)
-            own, at = context[here] - first_context, position[here]
-            doc_ids[here] = docs[own, at].int()
-            for part in torch.arange(len(here)).split(65_536):
-                tokens[here[part]] = windows.tokens_around(own[part], at[part]).int()
-        first_context += n_here
+            own, at = context[in_shard] - first_context, position[in_shard]
+            doc_ids[in_shard] = docs[own, at].int()
+            for part in torch.arange(len(in_shard)).split(65_536):
+                tokens[in_shard[part]] = windows.tokens_around(own[part], at[part]).int()
+        first_context += n_in_shard
     return WindowTokens(tokens, doc_ids)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evaluate.analyses.absorption.absorption import AbsorptionAnalysis, fit_places
+from evaluate.analyses.absorption.absorption import AbsorptionAnalysis, fit_positions
 from evaluate.analyses.absorption.letter_task import LetterTask
 from evaluate.analyses.absorption.result import AbsorptionResult
 from evaluate.analyses.absorption.table import absorption_table
@@ -141,7 +141,7 @@ def test_text_without_words_is_refused(made: Any, letters: ShardSet, val_set: Sh
 def test_with_split_train_the_readback_sees_no_scored_row(letters: ShardSet, planted: Any) -> None:
     settings = config(letters, split="train")
     task = LetterTask(letters, settings, TokenTexts.read(str(Path(letters.path).parent / "tokenizer")), Silent())
-    context, position = fit_places(task)
+    context, position = fit_positions(task)
     used = set(zip(context.tolist(), position.tolist(), strict=True))
     scored = set(zip(task.test.context.tolist(), task.test.position.tolist(), strict=True))
     assert scored
