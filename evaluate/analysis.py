@@ -47,7 +47,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Progress for nobody."""
+    """Progress that shows nothing."""
 
     def started(self, name: str, n_rows: int) -> None:
         """Say nothing."""
@@ -139,7 +139,7 @@ class Analysis(Generic[ResultT]):
         return {}
 
     def check(self, transcoder: Transcoder, shards: ShardSet, config: EvaluateConfig) -> None:
-        """Raise UserError for what can be told before anything is measured."""
+        """Raise UserError for what can be checked before anything is measured."""
 
     def make(self, job: Job) -> ResultT:
         """Measure."""
@@ -150,7 +150,7 @@ class Analysis(Generic[ResultT]):
         raise NotImplementedError
 
     def notes(self, result: ResultT) -> list[str]:  # noqa: ARG002
-        """What to say of a result beside its table."""
+        """Notes to print after the table of a result."""
         return []
 
 
@@ -160,8 +160,8 @@ def answer(
     """The results of `runs` and of the members of fleets among them, each on `config.shards` or the set it was trained
     on, in their order.
 
-    A result that is there already is only read; a pass that was stopped goes on from its last saved state. Raises
-    UserError for invalid input, before the first pass where it can be told.
+    A result that is there already is only read; a pass that was stopped continues from its last saved state. Raises
+    UserError for invalid input, before the first pass where it can be checked.
     """
     progress = progress or Silent()
     if not runs:

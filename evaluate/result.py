@@ -114,7 +114,7 @@ class Result(Config):
         return found if all((path.parent / table).is_file() for table in found.tables()) else None
 
     def publish(self, path: Path, made: Path) -> None:
-        """Put the tables that lie in `made` beside `path`, and at last this result at `path`."""
+        """Move the tables in `made` to the folder of `path`; then write this result to `path`."""
         path.unlink(missing_ok=True)
         for table in self.TABLES:
             if table in self.tables():
@@ -133,7 +133,7 @@ def default_folder(checkpoint: Checkpoint, shards: ShardSet) -> Path:
 def result_folder(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> Path:
     """Where results of `config` go: its `out`, else `default_folder`.
 
-    What was measured on train rows, or of a nested prefix alone, has a folder of its own below that one, where nobody
+    What was measured on train rows, or of a nested prefix alone, has a folder of its own below that one, so that nobody
     takes it for the numbers of the run.
     """
     if config.out is not None:

@@ -1,8 +1,8 @@
-"""A pass over many rows that was killed goes on where it stood: its sums lie on the disk, saved now and then.
+"""A killed pass over many rows continues from its last saved state: its sums are saved to the disk now and then.
 
 The sums of a pass are objects that hold numbers, tensors and other such objects. Nothing here knows them: `state_of`
 walks through them (through the fields of a dataclass, or the names in the attribute SUMS of another class) and gives
-flat arrays; `load_state` puts such arrays back. A pass that goes on from a saved state adds the same batches in the
+flat arrays; `load_state` puts such arrays back. A pass that continues from a saved state adds the same batches in the
 same order to the same sums, so that its result has the same bytes as one that nobody stopped.
 
     report.partial/pass.npz     the sums, the rows that are in them, and the identity of the result
@@ -105,7 +105,7 @@ class ResumablePass:
     _stop: StopRequest = field(default_factory=StopRequest)
 
     def load(self, sums: Any) -> int:
-        """Fill `sums` with what was saved and give the number of rows in them; 0 when there is nothing to go on from.
+        """Fill `sums` with what was saved and give the number of rows in them; 0 when there is no saved state.
 
         A state of other settings, or one that cannot be read, is dropped.
         """

@@ -80,13 +80,13 @@ class Terminal:
             note(f"continued after {n_done:,} {unit} of an earlier command")
 
     def pages(self, pages: Pages) -> None:
-        """Say where the pages lie and how to open them."""
+        """Print where the pages are and how to open them."""
         for sentence in pages.notes:
             note(sentence)
         note(f"{pages.index}: written; open {pages.index.resolve().as_uri()}")
 
     def table(self, table: ResultTable, path: Path | None) -> None:
-        """Print a table, and where its numbers lie."""
+        """Print a table, and the file of its numbers."""
         show(table)
         if path is not None:
             note(f"{path}: written")

@@ -53,7 +53,7 @@ class TextProbe:
         return torch.tensor([front + found])
 
     def replaced(self, tokens: Tensor) -> Tensor:
-        """Where a transcoder speaks: the tokens that are not special, bool like `tokens`."""
+        """Where a transcoder is applied: the tokens that are not special, bool like `tokens`."""
         return ~torch.isin(tokens, torch.tensor(self._special_ids, dtype=tokens.dtype))
 
     def acts(self, tokens: Tensor) -> Tensor:

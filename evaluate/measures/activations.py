@@ -1,4 +1,4 @@
-"""Activations as what they are, sparse: encode, keep what fires, decode every nested prefix from that.
+"""Sparse activations: encode, keep what fires, decode every nested prefix from that.
 
 About one activation in two hundred is not zero, so the cost of a pass is its encoder product. `Transcoder.encode` and
 `Transcoder.nested` are the dense form of the same maths.
@@ -22,7 +22,7 @@ TILE_BYTES = 256 * 2**20
 CPU_TILE_BYTES = 16 * 2**20
 """The same on a CPU: memory that is used again and again is cheaper than new memory each time."""
 CACHE_BYTES = 8 * 2**20
-"""What is decoded at once on a CPU, so that it is measured while it lies in the cache."""
+"""What is decoded at once on a CPU, so that it is measured while it is in the cache."""
 
 
 @dataclass(frozen=True, slots=True)

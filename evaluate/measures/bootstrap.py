@@ -1,6 +1,6 @@
 """95% intervals by drawing units with replacement: documents, or words where a score is of words.
 
-Rows of one document are not independent of each other, nor are its contexts: neighbouring contexts speak of the same
+Rows of one document are not independent of each other, nor are its contexts: neighbouring contexts are about the same
 things. So a draw takes whole documents (a cluster bootstrap; Field & Welsh 2007, Bootstrapping clustered data).
 """
 

@@ -35,7 +35,7 @@ class CurveSums:
         self.l0 = [L0Sums() for _ in self.scales]
 
     def add(self, transcoder: Transcoder, active: SparseActs, base: Tensor, y: Tensor) -> None:
-        """Add a batch. `active` holds at least what lies above the smallest factor times the threshold."""
+        """Add a batch. `active` holds at least all activations above the smallest factor times the threshold."""
         moments = TargetMoments.of(y)
         size = rows_at_once(transcoder, active.n_rows)
         columns: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.scales]

@@ -19,7 +19,7 @@ _MOST_STEPS = 1000
 
 @dataclass(frozen=True, slots=True)
 class LinearProbe:
-    """score = x @ weight + bias; above 0 the class is said to be there."""
+    """score = x @ weight + bias; above 0 the class is predicted."""
 
     weight: Float[np.ndarray, " d"]
     bias: float

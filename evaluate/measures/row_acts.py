@@ -1,4 +1,4 @@
-"""The latents of many rows as what they are, sparse, in the two orders that a least-squares fit needs."""
+"""Sparse activations of many rows, ordered by row (CSR)."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class PagesMetadata(Config):
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """The folder that was written, and what a person should be told about it."""
+    """The folder that was written, and notes to print about it."""
 
     index: Path
     notes: tuple[str, ...]
@@ -77,7 +77,7 @@ def make_report(
 
     The evaluation and the samples are made first where they are missing, on `config.shards` or the set that the run was
     trained on; where they are there and no set is named, none is needed. What other commands measured (see `COMMANDS`)
-    is taken where it lies. Raises UserError for invalid input.
+    is read from its folder. Raises UserError for invalid input.
     """
     progress = progress or Silent()
     # The numbers are always of held-out rows; which rows the windows are of is a setting of the samples.
@@ -126,7 +126,7 @@ def make_report(
 
 
 def _own_notes(run: Path, d_sae: int, notes: list[str]) -> dict[str, Any]:
-    """Own notes and stars; a file of them that cannot be read is said, and is no reason to have no pages."""
+    """Own notes and stars; a file of them that cannot be read gives a note; the pages are made all the same."""
     try:
         return Notes(run, d_sae).shown()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""groups.js: what each group adds to those before it, and how groups lie in one another, from hierarchy.json."""
+"""groups.js: what each group adds to those before it, and how groups are nested in one another, from hierarchy.json."""
 
 from __future__ import annotations
 

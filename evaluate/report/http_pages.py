@@ -47,7 +47,7 @@ _OWN_PAGES = (None, "same-origin", "none")
 
 @dataclass(frozen=True, slots=True)
 class PageApi:
-    """What the server knows."""
+    """What the server answers with."""
 
     index: str
     """The page at /."""
@@ -60,7 +60,7 @@ class PageApi:
     try_text: Callable[[str], dict[str, Any]]
     """The top latents of each token of a text. One call at a time."""
     change: Callable[[Change], dict[str, Any]]
-    """How a text goes on with a latent changed. One call at a time."""
+    """How the model continues a text with a latent changed. One call at a time."""
     notes: Notes
     """Own notes and stars."""
 

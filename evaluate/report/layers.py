@@ -1,6 +1,6 @@
 """`evaluate layers`: the numbers of runs on different shard sets, layers 8, 12 and 17 say, in one table.
 
-Nothing is measured: every number stands in a report.json already, and the cross-entropy recovered in a
+Nothing is measured: every number is in a report.json already, and the cross-entropy recovered in a
 faithfulness.json, where `evaluate faithfulness` made one. FVU and L0 are shares and counts, so layers compare.
 """
 
@@ -64,7 +64,7 @@ class Layers(Config):
 
 
 def compare_layers(runs: list[Path], out: Path | None = None) -> Layers:
-    """Collect the reports of `runs` (fleets stand for their members), by layer; with `out` publish layers.json there.
+    """Collect the reports of `runs` (a fleet means all of its members), by layer; with `out` publish layers.json there.
 
     Raises UserError for a run without a report of its newest checkpoint.
     """

@@ -25,13 +25,13 @@ MAX_TOKENS = 1024
 N_LATENTS = 48
 """Strongest latents that are listed of each token."""
 MAX_PROMPT = 256
-"""Tokens of a text that the model goes on with: all of it runs again for each new one."""
+"""Tokens that the model adds to a text: all of it runs again for each new one."""
 N_WRITTEN = 30
 """Tokens that it writes."""
 
 
 class Change(Config):
-    """What a page asks: how a text goes on with one latent changed."""
+    """What a page asks: how the model continues a text with one latent changed."""
 
     latent: Annotated[int, Field(ge=0, strict=True)]
     text: str
@@ -75,7 +75,7 @@ class LiveText:
         }
 
     def changed(self, asked: Change) -> dict[str, Any]:
-        """{"prompt": ..., "plain": ..., "changed": ..., "max_act": ...}: how the text goes on, the most likely token
+        """{"prompt": ..., "plain": ..., "changed": ..., "max_act": ...}: how the text continues, the most likely token
         each time, without and with the change.
 
         Raises UserError when the text or the model is not available, and for a latent that never fires.

@@ -62,7 +62,7 @@ class Matches:
         ]
 
     def facts(self) -> list[dict[str, Any]]:
-        """What overview.js says of the others."""
+        """What overview.js shows of the others."""
         return [{"name": each.name, "layer_hook": each.layer_hook, "n_rows": each.n_rows} for each in self.others]
 
 

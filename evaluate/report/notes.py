@@ -31,7 +31,7 @@ Latent = Annotated[int, Field(ge=0)]
 
 
 class Note(Config):
-    """What a person holds of one latent."""
+    """A user's note on one latent."""
 
     star: bool = False
     text: Text = ""

@@ -28,7 +28,7 @@ def overview(
     matches: Matches,
     search: dict[str, int],
 ) -> dict[str, Any]:
-    """Everything but the latents themselves; `search` is what `write_search` says of its files."""
+    """Everything but the latents themselves; `search` is what `write_search` returns about its files."""
     sizes = report.transcoder.config["group_sizes"]
     return {
         "report": report.model_dump(mode="json", exclude={"by_token_frequency", "by_document"}),

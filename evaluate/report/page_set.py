@@ -58,7 +58,7 @@ def index_html(title: str, pages: PageSet, *, live: bool = False) -> str:
 
 
 def asset_files() -> dict[str, bytes]:
-    """File name -> content of everything that lies in assets/."""
+    """File name -> content of every file in assets/."""
     folder = resources.files(__package__ or "").joinpath(ASSETS_FOLDER)
     return {item.name: item.read_bytes() for item in sorted(folder.iterdir(), key=lambda item: item.name)}
 

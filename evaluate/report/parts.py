@@ -28,7 +28,7 @@ COMMANDS = {
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What lies in one evaluation folder and belongs to the weights that the pages are about."""
+    """What is in one evaluation folder and belongs to the weights that the pages are about."""
 
     folder: Path
     records: dict[str, dict[str, Any]]
@@ -71,7 +71,7 @@ def find_parts(folder: Path, sha256: str, compared: Callable[[], set[str]] | Non
     ablations = {}
     for path in sorted((folder / ABLATIONS_FOLDER).glob("*.json")):
         found = Ablation.read(folder, f"{ABLATIONS_FOLDER}/{path.name}")
-        # The page speaks of a latent that is taken out; `ablate --scale` may have measured something else.
+        # The page shows a latent that is set to 0; `ablate --scale` may have measured something else.
         if found is not None and found.scale == 0 and found.transcoder.sha256 == sha256:
             ablations[found.latent] = found.model_dump(mode="json")
     comparison = _record(folder / COMPARISON_FILE)

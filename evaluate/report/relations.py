@@ -30,7 +30,7 @@ class Relations:
     PARTNER_FIELDS = ("other", "n_both", "jaccard", "phi")
 
     def __init__(self, folder: Path, d_sae: int, *, with_clusters: bool = True) -> None:
-        """Read what is in `folder`; clusters only `with_clusters`, since older ones may lie there. Raises
+        """Read what is in `folder`; clusters only `with_clusters`, since older ones may be there. Raises
         UserError when a table is broken or not of `d_sae` latents.
         """
         self.edges = read_columns(folder / EDGES_FILE, ("parent", "child"), d_sae)
@@ -75,7 +75,7 @@ class Relations:
             return None
         x, y = (self.clusters[name].astype(np.float64) for name in ("x", "y"))
         if not (np.isfinite(x).all() and np.isfinite(y).all()):
-            raise UserError(f"{CLUSTERS_FILE} has places that are no numbers; run evaluate hierarchy again")
+            raise UserError(f"{CLUSTERS_FILE} has coordinates that are not numbers; run evaluate hierarchy again")
         scale = 10_000 / (max(float(np.ptp(x)), float(np.ptp(y))) or 1.0)
         return {
             "latent": self.clusters["latent"].tolist(),

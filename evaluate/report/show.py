@@ -39,7 +39,7 @@ def show_latent(
     top: int | None = None,
     to: Console | None = None,
 ) -> None:
-    """Print `latent` from the samples of `run`: its windows, and what other results beside them say of it.
+    """Print `latent` from the samples of `run`: its windows, and what other results of the same folder show of it.
 
     With `top` only that many windows of largest activations. Raises UserError when there are no samples.
     """
@@ -109,7 +109,7 @@ def _result(name: str, folder: Path, metadata: SamplesMetadata) -> Any:
 def window_line(window: Window, largest: float, text_of: Callable[[int], str], *, shaded: bool = True) -> Text:
     """One window: its number and activation, then its tokens, shaded by activation / `largest`.
 
-    Where nothing is `shaded` the token that the window is about stands in double angle quotes, and the others that fire
+    Where nothing is `shaded` the token that the window is about is in double angle quotes, and the others that fire
     in single ones.
     """
     label = f"{window.decile}/10" if window.decile is not None else f"{window.rank}"
@@ -118,7 +118,7 @@ def window_line(window: Window, largest: float, text_of: Callable[[int], str], *
         style, text = "", visible(text_of(token))
         is_peak = index == window.peak and window.kind != "random"
         if not shaded and (act > 0 or is_peak):
-            # Words begin with their space: the mark stands at the word.
+            # Words begin with their space: the quotes go around the word alone.
             word = text.lstrip(" ")
             text = text[: len(text) - len(word)] + _MARKS[is_peak].format(word)
         if shaded and act > 0:

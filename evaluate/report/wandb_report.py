@@ -18,7 +18,7 @@ def log_pages(pages: Path, config: EvaluateConfig) -> None:
     if config.wandb == "off":
         return
     report = Report.read(pages.parent)
-    assert report is not None, "the pages lie beside the report.json that they show"
+    assert report is not None, "the pages are in the folder of the report.json that they show"
     summary = {}
     for prefix in report.threshold:
         summary |= {f"fvu/prefix_{prefix.prefix_end}": prefix.fvu, f"l0/prefix_{prefix.prefix_end}": prefix.l0}

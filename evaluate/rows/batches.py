@@ -68,7 +68,7 @@ def row_batches(split: Split, batch_rows: int, limit: int | None = None, start: 
 
     Special positions are left out. With `limit`, only the first `limit` kept rows in reading order are given (context
     after context, position after position), so that no position is favoured; they still come in the order of the disk.
-    The first `start` rows of that order are passed over, without reading what lies wholly among them.
+    The first `start` rows of that order are skipped, and chunks wholly among them are not read.
     """
     pending: list[RowBatch] = []
     for rows in _block_rows(split, limit, start):

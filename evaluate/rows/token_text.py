@@ -15,7 +15,7 @@ def token_text(
 ) -> Callable[[int], str]:
     """A function from a token id to its text, by the tokenizer that is `named`, else by the `recorded` one.
 
-    To its number when the recorded one cannot be had, which `note` is told. Raises UserError when a named one cannot.
+    To its number when the recorded one cannot be had; `note` reports that. Raises UserError when a named one cannot.
     """
     try:
         texts = TokenTexts.read(named or recorded, revision=revision, near=folder)

@@ -24,21 +24,21 @@ _HELD_OUT = 2**32
 
 @dataclass(frozen=True, slots=True)
 class TokenTable:
-    """What each token id that occurs says by itself; entry t of an array is about token t."""
+    """Facts of each token id that occurs, without its context; entry t of an array is about token t."""
 
     word: list[str | None]
     """The token's text in lower case without its space, where that is letters a to z alone."""
     has_space: np.ndarray
     """bool: its text begins with white space."""
     begins_joined: np.ndarray
-    """bool: its text begins with a letter or digit, so that it goes on with a word that stands before it."""
+    """bool: its text begins with a letter or digit, so that it continues a word before it."""
     ends_joined: np.ndarray
-    """bool: it ends with one, so that a token without a space goes on with it."""
+    """bool: it ends with one, so that a token without a space continues it."""
 
 
 @dataclass(frozen=True, slots=True)
 class WordPositions:
-    """Where rows lie in a split, and of which word they are; entry i of one is entry i of all."""
+    """Positions of rows in a split, and the word of each; entry i of one is entry i of all."""
 
     context: Tensor
     """[rows] int64, number of the context in its split"""
@@ -80,8 +80,8 @@ def _edges(text: str) -> tuple[str, str]:
 def whole_words(table: TokenTable, tokens: np.ndarray, doc_ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Where a token is a whole word: bool [contexts, ctx_len], as are all arguments.
 
-    The word must begin here (its token brings the space, or something that is no letter or digit stands before it in
-    the document) and must end here (the next token of the document begins with something else). What lies outside the
+    The word must begin here (its token brings the space, or something that is no letter or digit comes before it in
+    the document) and must end here (the next token of the document begins with something else). What is outside the
     context is not known, so a word at its edge does not count unless its own space says that it begins there.
     """
     is_word = np.array([word is not None for word in table.word])[tokens] & keep

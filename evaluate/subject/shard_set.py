@@ -19,7 +19,7 @@ from matryoshka.shards.records import has_manifest
 
 
 def open_shards(checkpoint: Checkpoint, named: Path | str | None, note: Callable[[str], None]) -> ShardSet:
-    """The shard set at `named`, else that of the run, which `note` is told.
+    """The shard set at `named`, else that of the run; `note` reports that one.
 
     Raises UserError when there is none, or the run's is no longer what it was.
     """

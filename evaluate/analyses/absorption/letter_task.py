@@ -34,7 +34,7 @@ class LetterProbes:
     probes: dict[str, LinearProbe]
     """Of the letters that passed."""
     right: dict[str, np.ndarray]
-    """bool [test rows]: the row begins with the letter and its probe says so."""
+    """bool [test rows]: the row begins with the letter and its probe predicts it."""
 
 
 @dataclass(frozen=True)

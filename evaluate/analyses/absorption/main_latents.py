@@ -1,4 +1,4 @@
-"""Which latents stand for a class: k-sparse probing, with k raised while it still pays (feature splitting).
+"""Which latents represent a class: k-sparse probing, with k raised while F1 still improves (feature splitting).
 
 Chanin et al. 2024 (arXiv 2409.14507, section 4) as SAEBench computes it (absorption/k_sparse_probing.py): latents are
 ranked by an L1-regularised probe; the k best go into a logistic regression of their own; where F1 jumps by more than
@@ -44,7 +44,7 @@ def find_main_latents(
 ) -> MainLatents:
     """The first k latents of the ranking, k the last one with F1(k) > best before + `jump`."""
     weights = l1_weights(train.scipy(), y_train, l1=L1, seed=seed)
-    # Only latents that speak FOR the class: SAEBench takes the largest weights, not the largest absolute ones.
+    # Only latents that predict the class: SAEBench takes the largest weights, not the largest absolute ones.
     ranking = np.argsort(-weights, kind="stable")[:MAX_K]
     ranking = ranking[weights[ranking] > 0]
     best, k, scores = -np.inf, 0, []

@@ -1,8 +1,8 @@
-"""What a transcoder's code says of its own INPUT: the decoder that an SAE would have at the encoder's site.
+"""Reads a transcoder's code back at its INPUT: the decoder that an SAE would have at the encoder's site.
 
 The published absorption scores are about SAEs: they split the projection of an activation x on a probe direction p into
 what each latent writes, f_i (d_i . p), d_i a row of the decoder. A transcoder's decoder writes at another site, where p
-does not live, so d_i . p means nothing. Its code still stands for x; what a latent stands for is the row v_i of
+has no meaning, and neither has d_i . p. Its code still represents x; what a latent represents is the row v_i of
 
     V = argmin_V  sum_rows ||x - mean(x) - (f - mean(f)) V||^2  +  sum_i s_i^2 ||v_i||^2        x ~ c + sum_i f_i v_i
 

@@ -27,7 +27,7 @@ class LetterProbe(Config):
 
 
 class Absorber(Config):
-    """A latent that takes the place of the main latents."""
+    """A latent that fires instead of the main latents."""
 
     latent: int
     n_rows: int
@@ -58,7 +58,7 @@ class PrefixAbsorption(Config):
 
     prefix_end: int
     n_letters: int
-    """That passed and for which some latent speaks."""
+    """That passed and that some latent predicts."""
     letters_without_latent: tuple[str, ...]
     """Passed, but no latent of the prefix has a positive weight for them; in no mean."""
     absorption_fraction: float | None

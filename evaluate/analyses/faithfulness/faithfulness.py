@@ -1,7 +1,7 @@
 """`evaluate faithfulness`: the language model's loss with y_hat in place of the target.
 
 One context goes through the model 3 + G times: as it is, with the target set to zero, to its mean, and to each of the
-G nested reconstructions. Only the target site is touched, so what lies before it is the same in all of them, and the
+G nested reconstructions. Only the target site changes, so all before it is the same in all of them, and the
 transcoder is run once.
 """
 

@@ -1,4 +1,4 @@
-"""faithfulness.json: what the language model loses when a transcoder takes the place of what it stands for."""
+"""faithfulness.json: what the language model loses when a transcoder's output replaces the target."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from matryoshka.errors import UserError
 
 CLUSTER_DIMS = 10
 MIN_SAMPLES = 3
-"""Decoder directions lie far apart (in the demo the nearest one is at a cosine of 0.24): as conservative as HDBSCAN is
+"""Decoder directions are far apart (in the demo the nearest one is at a cosine of 0.24): as conservative as HDBSCAN is
 by default, it finds 2 clusters with 99% of the latents there; leaves with this, 137 with 58% of them."""
 MIN_DIRECTIONS = 20
 """Fewer are neither laid out nor clustered."""

@@ -1,4 +1,4 @@
-"""How far decoder directions of the groups lie from each other.
+"""How similar decoder directions of the groups are to each other.
 
 mean_abs_cosine_gh = mean over latents i of group g and j of group h, i != j, of |cos(W_dec[i], W_dec[j])|
 """

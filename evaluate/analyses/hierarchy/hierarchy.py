@@ -40,7 +40,7 @@ class _Pass:
 
 
 class HierarchyAnalysis(Analysis[Hierarchy]):
-    """How the latents of a run relate: which fire together, how their directions lie, and what each group adds."""
+    """How the latents of a run relate: which fire together, their directions, and what each group adds."""
 
     name = "hierarchy"
     result = Hierarchy

@@ -53,7 +53,7 @@ class PrefixProbes(Config):
 
 
 class LabelSet(Config):
-    """One set of labels: what the latents say of it, beside what its input says."""
+    """One set of labels: how well the latents predict it, and how well the whole input does."""
 
     name: str
     unit: Literal["token", "document"]

@@ -23,7 +23,7 @@ CANDIDATE_SCALE = 0.8
 def topk_among(candidates: SparseActs, n: int, floor: Float[Tensor, " d_sae"]) -> Tensor | None:
     """[n_active] bool: the n largest of `candidates`, which are the activations above `floor`.
 
-    None when they may not be the n largest of the batch: there are too few, or the smallest one chosen lies below the
+    None when they may not be the n largest of the batch: there are too few, or the smallest one chosen is below the
     highest floor, so that one that was never a candidate could be larger.
     """
     if len(candidates.value) < n:

@@ -74,7 +74,7 @@ def latent_range(firing: FiringCounts, neighbours: Neighbours, start: int, end: 
 
 
 def _histogram(density: Tensor) -> tuple[int, ...]:
-    """Counts per bin [edge_i, edge_i+1); what lies below the first edge or at 1.0 counts in the outermost bins."""
+    """Counts per bin [edge_i, edge_i+1); values below the first edge or at 1.0 count in the outermost bins."""
     edges = torch.tensor(LOG10_DENSITY_EDGES[1:-1], dtype=torch.float64)
     bins = torch.bucketize(density.log10(), edges, right=True)
     return tuple(torch.bincount(bins, minlength=len(LOG10_DENSITY_EDGES) - 1).tolist())

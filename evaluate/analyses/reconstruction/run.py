@@ -65,7 +65,7 @@ def measure(
     progress: Progress,
     saved: ResumablePass | None = None,
 ) -> Measurement:
-    """One pass over the rows, `batch_rows` at a time, from where `saved` says that it stood."""
+    """One pass over the rows, `batch_rows` at a time, from the row that `saved` reached."""
     # A prefix was trained with the k of the whole: alone it has none.
     sums = Measurement(transcoder, shards, config, with_topk=config.prefix is None)
     n_rows = count_rows(shards, config.split, config.tokens)

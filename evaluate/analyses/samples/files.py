@@ -61,7 +61,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Activations of one latent: counts[i] of them lie in [i, i + 1) * width."""
+    """Activations of one latent: counts[i] of them are in [i, i + 1) * width."""
 
     n_rows: int
     width: float

@@ -65,7 +65,7 @@ class Sampling:
         self.ctx_len, self.shape = shards.ctx_len, choice.shape
         self.n_rows = 0
         self.n_contexts = 0
-        """The first so many contexts of the split have gone by."""
+        """Contexts of the split that have been read."""
         self.top = TopWindows(d_sae, choice.n_top, width, device)
         self.sample = TopWindows(d_sae, choice.n_sampled, width, device)
         self.histogram = ActivationHistogram(d_sae, device)
@@ -140,7 +140,7 @@ class Sampling:
             & (row_around >= start + first[row])
             & (row_around <= start + last[row])
         )
-        # What lies outside goes into a column of its own, which is cut off.
+        # Activations outside the window go into an extra column, which is cut off.
         column = torch.where(inside, row_around - row + shape.before, shape.width)
         acts = torch.zeros(len(chosen), shape.width + 1, device=chosen.device)
         return acts.scatter_(1, column, fires.value[around])[:, :-1]

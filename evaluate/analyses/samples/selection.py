@@ -91,9 +91,9 @@ def window_tokens(split: Split, shape: WindowShape, place: Tensor, ctx_len: int)
 
 
 def deciles_of(value: Tensor, is_there: Tensor) -> Tensor:
-    """Which tenth, 1 to 10, of its own row each value lies in by rank; `value`, `is_there` [rows, n] -> int64.
+    """Which tenth, 1 to 10, of its own row each value is in by rank; `value`, `is_there` [rows, n] -> int64.
 
-    Equal values are ranked in the order they stand in.
+    Equal values are ranked in their order in the row.
     """
     order = torch.where(is_there, value, torch.inf).sort(dim=1, stable=True).indices
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order).contiguous())
@@ -125,7 +125,7 @@ def _deciles(sample: TopWindows, top: TopWindows, latents: slice, per_decile: in
     top_there, top_key = top.score[latents].cpu() != EMPTY, top.key[latents].cpu()
     for slot in range(top_key.shape[1]):
         is_there &= ~((key == top_key[:, slot, None]) & top_there[:, slot, None])
-    # Sampled rows stand in the order of their random priority: the first of each tenth are a fair choice.
+    # Sampled rows are in the order of their random priority: the first of each tenth are a fair choice.
     taken = torch.zeros_like(is_there)
     for tenth in range(1, N_DECILES + 1):
         members = is_there & (decile == tenth)

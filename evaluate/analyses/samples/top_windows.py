@@ -34,7 +34,7 @@ class TopWindows:
         """[d_sae, n_kept] float32: activation at the place"""
         self._acts = torch.zeros(d_sae, n_kept, width, device=device)
         self._drawer = torch.zeros_like(self.score)
-        """[d_sae, n_kept] int64: where in _acts the window lies, so that windows stay where they are put"""
+        """[d_sae, n_kept] int64: index of the window in _acts, so that stored windows never move"""
 
     def floor(self) -> Tensor:
         """[d_sae] int64: a score must be above it to be kept."""

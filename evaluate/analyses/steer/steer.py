@@ -1,4 +1,4 @@
-"""`evaluate steer`: let the model go on with a text, as it is and with one latent's direction added throughout.
+"""`evaluate steer`: continue a text with the model, as it is and with one latent's direction added throughout.
 
 The pages of `evaluate serve` do the same, and scale the latent where it fires (0 takes it out).
 """

@@ -1,4 +1,4 @@
-"""Intervals over documents, against loops over rows; and what captions say of them."""
+"""Intervals over documents, against loops over rows; and the captions about them."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_the_map_keeps_its_shape(tmp_path: Path) -> None:
     }
     assert Relations(tmp_path, 4, with_clusters=False).map() is None
     pq.write_table(pa.table({**columns, "x": [0.0, float("nan"), 1.0]}), tmp_path / "clusters.parquet")
-    with pytest.raises(UserError, match="places that are no numbers"):
+    with pytest.raises(UserError, match="coordinates that are not numbers"):
         Relations(tmp_path, 4).map()
 
 
@@ -133,7 +133,7 @@ def test_results_of_other_weights_are_left_out(made: Any, tmp_path: Path) -> Non
     publish(mine["faithfulness"], format_version=2)
     (tmp_path / "absorption.json").write_text('{"format_version": 1, "trans')
     (tmp_path / "ablations").mkdir()
-    # Of 5 a part was made twice as strong: the pages speak of what is taken out.
+    # Of 5 a part was made twice as strong: the pages show what is set to 0.
     publish(mine["ablate"], "ablations/3.json", latent=3)
     publish(other["ablate"], "ablations/4.json", latent=4)
     publish(mine["ablate"], "ablations/5.json", latent=5, scale=2.0)

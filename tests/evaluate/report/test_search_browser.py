@@ -160,7 +160,7 @@ def test_the_address_says_what_is_shown(browser: Any) -> None:
     assert browser.one("#search").get_attribute("value") == "word5 dog"
     assert browser.one("#dead").is_selected()
     assert browser.one('[data-key="max"]').get_attribute("aria-sort") == "ascending"
-    # What is usual is not said.
+    # What is usual is not shown.
     browser.go("#/latents?group=0&side=raised&in=fires", "latents")
     assert browser.driver.current_url.endswith("#/latents")
     browser.count("47 of 48")

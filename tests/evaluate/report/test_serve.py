@@ -207,7 +207,7 @@ def test_a_text_of_ones_own(server: PageServer, place: Path) -> None:
     assert status == 200
     tokens = json.loads(body)["tokens"]
     assert [token["text"] for token in tokens] == ["w5", "w17", "<unk>", "w80"]
-    # <unk> is a special token: harvested sets hold none, and no transcoder speaks of it.
+    # <unk> is a special token: harvested sets hold none, and no transcoder is applied to it.
     assert tokens[2]["latents"] == []
     wanted = by_hand(place, "w5 w17 <unk> w80")
     for i in (0, 1, 3):

@@ -65,7 +65,7 @@ def test_the_first_rows_can_be_passed_over(
     for got, expected in zip(rest, whole[n_batches:], strict=True):
         for name in NAMES:
             assert torch.equal(getattr(got, name), getattr(expected, name)), name
-    # Chunks that lie wholly before are not read.
+    # Chunks that are wholly before are not read.
     assert (n_read == 0) == (n_batches == 99)
     before = n_read
     list(row_batches(val_set.val, 9, limit))

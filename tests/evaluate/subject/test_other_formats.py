@@ -102,7 +102,7 @@ def test_gemma_scope(val_set: ShardSet, made: Any, weights: dict[str, Any], tmp_
 def test_what_from_pretrained_opens_is_compared(
     val_set: ShardSet, weights: dict[str, Any], tmp_path: Path, prefix: str
 ) -> None:
-    """A download of the hub: the one transcoder lies some folders below the one that is named."""
+    """A download of the hub: the one transcoder is some folders below the one that is named."""
     folder = tmp_path / "snapshot" / "layer_1" / "width_16k" / "average_l0_12"
     folder.mkdir(parents=True)
     arrays = {name: weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}

@@ -27,7 +27,7 @@ def settings(shards: ShardSet, l0: tuple[float, ...] | None = None, **changes: A
 def test_interpolation_by_hand() -> None:
     l0 = torch.tensor([[1.0, 10.0, 10.0, 100.0]], dtype=torch.float64)
     fvu = torch.tensor([[0.9, 0.5, 0.5, 0.1]], dtype=torch.float64)
-    # half-way in log L0 between 10 and 100 lies sqrt(1000)
+    # half-way in log L0 between 10 and 100 is sqrt(1000)
     for target, value in ((1.0, 0.9), (10.0, 0.5), (math.sqrt(1000), 0.3), (100.0, 0.1), (math.sqrt(10), 0.7)):
         assert float(fvu_at(l0, fvu, target)[0]) == pytest.approx(value)
     for target in (0.99, 100.1):

@@ -226,7 +226,7 @@ def test_a_prefix_and_train_rows_lie_apart(val_set: ShardSet, made: Any, tmp_pat
 
 
 def test_clusters_of_planted_directions(val_set: ShardSet, made: Any, tmp_path: Path) -> None:
-    """No cluster mixes three bundles of directions that lie far apart; and the same bytes twice."""
+    """No cluster mixes three bundles of directions that are far apart; and the same bytes twice."""
     transcoder = made.transcoder(group_sizes=(12, 48))
     generator = torch.Generator().manual_seed(3)
     bundle = torch.arange(60) % 3

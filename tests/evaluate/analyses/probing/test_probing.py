@@ -83,7 +83,7 @@ def test_planted_absorption_is_found_where_it_is(run: Path, letters: ShardSet, p
     assert full.full_absorption == pytest.approx(np.mean([letter.full_absorption for letter in full.letters]))
     assert full.full_absorption_interval is not None
     assert full.full_absorption_interval[0] <= (full.full_absorption or 0) <= full.full_absorption_interval[1]
-    # The first group alone has the same silent latents, and nobody who speaks for them.
+    # The first group alone has the same silent latents, and no other latent predicts them.
     first = result.prefixes[0]
     assert first.prefix_end == 8
     assert first.full_absorption == 0.0
@@ -174,7 +174,7 @@ def test_probing_finds_the_planted_latents(run: Path, letters: ShardSet, planted
 
 
 def test_labels_of_documents(run: Path, letters: ShardSet, tmp_path: Path) -> None:
-    """The parity of a document's number stands in the last dimension, which no latent reads."""
+    """The parity of a document's number is in the last dimension, which no latent reads."""
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps({"doc_id": doc, "label": doc % 2}) + "\n" for doc in range(110)))
     settings = config(letters)
