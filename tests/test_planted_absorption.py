@@ -46,14 +46,14 @@ def test_matryoshka_absorbs_less_than_plain_batch_topk(tmp_path: Path) -> None:
     Of the seeds 0 to 9 all favour the Matryoshka, by 0.13 at least and 0.31 on average.
     """
     plain, matryoshka = [], []
-    for seed in range(3):
+    for seed in range(2):
         trees, folder = replace(TREES, seed=seed), tmp_path / str(seed)
         write_planted(folder / "set", trees, 20_000, seed)
         plain.append(measured(folder / "set", folder / "plain", trees, (50,), seed))
         matryoshka.append(measured(folder / "set", folder / "matryoshka", trees, (10, 40), seed))
     pairs = [(one.mean, other.mean) for one, other in zip(plain, matryoshka, strict=True)]
     assert all(other < one for one, other in pairs), pairs
-    assert sum(one - other for one, other in pairs) / 3 > 0.15, pairs
+    assert sum(one - other for one, other in pairs) / 2 > 0.15, pairs
     # It is the children that silence the parents' latents, not that those were never found.
     for found in (*plain, *matryoshka):
         assert sum(found.missed_alone) / TREES.n_parents < 0.2

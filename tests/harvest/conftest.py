@@ -20,7 +20,7 @@ def arguments(tiny_gemma2: Path, tiny_text: Path) -> list[str]:
     """`harvest run` of 4000 tokens in contexts of 16: 9 shards of train, 1 of val; no --out."""
     return [
         *("run", "--layer", "1", "--model", str(tiny_gemma2), "--dataset", str(tiny_text)),
-        *("--tokens", "4k", "--ctx-len", "16", "--batch-size", "3", "--dtype", "fp32", "--device", "cpu"),
+        *("--tokens", "4k", "--ctx-len", "16", "--batch-size", "7", "--dtype", "fp32", "--device", "cpu"),
         *("--set", "harvest.val_fraction=0.1"),
     ]
 

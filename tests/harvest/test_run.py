@@ -24,7 +24,7 @@ from matryoshka.lm import LanguageModel
 from matryoshka.runs import exclusive
 from matryoshka.shards import ShardSet
 
-LAYER, CTX_LEN, BATCH = 1, 16, 3
+LAYER, CTX_LEN, BATCH = 1, 16, 7
 
 Harvest = Callable[..., tuple[int, str]]
 
