@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := matryoshka harvest train evaluate tests examples benchmarks
 
-.PHONY: demo tutorial test test-evaluate test-rest check lint format browser clean
+.PHONY: demo tutorial test test-fast check lint format browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_inputs.py data/demo/inputs
@@ -19,15 +19,15 @@ demo: $(VENV)/.demo
 tutorial: $(VENV)/.dev
 	$(BIN)/python examples/run_tutorial.py
 
-# Two processes, one for each core; their lines come as they are made.
+# A process for each core, and each file in one of them, so that what a module shares is made once.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.dev browser
-	$(MAKE) --jobs=2 --output-sync=line --keep-going test-evaluate test-rest
+	$(PYTEST)
 
-test-evaluate:
-	$(BIN)/python -m pytest tests/evaluate $(wildcard tests/test_*.py)
-
-test-rest:
-	$(BIN)/python -m pytest tests --ignore tests/evaluate $(addprefix --ignore ,$(wildcard tests/test_*.py))
+# For the working loop: no browser, no processes, nothing that took longer than half a second when it ran last.
+test-fast: $(VENV)/.dev
+	$(PYTEST) -m "not browser and not kill and not process and not torchrun" --under 0.5
 
 check: lint test
 

@@ -25,6 +25,17 @@ from warm_processes import WarmProcess, WarmPython, warm_python_in
 # when the cores are busy. The commands that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ("durations", "s3_server")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what opens the browser and what starts processes by the fixtures it asks for."""
+    for item in items:
+        for fixture, mark in (("driver", "browser"), ("warm_python", "process")):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(mark)
+
+
 N_WORDS = 93
 
 # Sizes and special tokens of all but GPT-2, and the further sizes of both Gemmas.
@@ -153,6 +164,14 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [" ".join(words[j : j + 17]) for j in range(0, len(words), 17)]
         (folder / f"{i:02d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_disk() -> Iterator[None]:
+    """No test cuts the power, and a real fsync of thousands of small files takes minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -326,35 +345,3 @@ def wandb_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[
     """A function: offline file -> its records. What W&B copies on the way to a server stays in the test's folder."""
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
     return _whole_wandb_file
-
-
-@pytest.fixture(scope="session")
-def _s3_server() -> Iterator[str]:
-    """The address of a server on the loopback that speaks S3."""
-    import logging
-
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it names every request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3_bucket(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of a new bucket; the environment says where it is, also to commands that a test starts."""
-    import urllib.request
-    import uuid
-
-    name = f"bucket-{uuid.uuid4().hex}"
-    with urllib.request.urlopen(urllib.request.Request(f"{_s3_server}/{name}", method="PUT")):
-        pass
-    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_server)
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
-    return f"s3://{name}"

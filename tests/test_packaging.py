@@ -53,6 +53,7 @@ def answer(command: list[str], cwd: Path) -> str:
     return ANSI.sub("", done.stdout)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_answer_help(name: str, tmp_path: Path) -> None:
     script = str(Path(sys.executable).with_name(name))
@@ -62,6 +63,7 @@ def test_commands_answer_help(name: str, tmp_path: Path) -> None:
     assert "--help" in answer([script, "run", "--help"], tmp_path)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["harvest", "train", "evaluate"])
 def test_stages_start_as_modules_too(name: str, tmp_path: Path) -> None:
     assert "Usage" in answer([sys.executable, "-m", name, "--help"], tmp_path)
@@ -75,6 +77,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", FLAGS)
 def test_promised_flags(name: str, tmp_path: Path) -> None:
     text = answer([str(Path(sys.executable).with_name(name)), "run", "--help"], tmp_path)

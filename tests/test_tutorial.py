@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 
 # jupyter_client and ipykernel warn of their own affairs (platform folders, unclosed sockets of the kernel).
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore::ResourceWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore::ResourceWarning"),
+    pytest.mark.process,
+]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +44,6 @@ def cli(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
         return end.value.code, out, err
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: lm)
     return run
 
@@ -73,7 +71,6 @@ def finished(arguments: list[str], lm: LanguageModel, tmp_path_factory: pytest.T
     settings = {name.removeprefix("--").replace("-", "_"): value for name, value in options.items()}
     out = tmp_path_factory.mktemp("finished") / "l1"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(LanguageModel, "load", lambda *_, **__: lm)
         harvest(HarvestConfig.model_validate({**settings, "val_fraction": 0.1, "out": out}))
     return out

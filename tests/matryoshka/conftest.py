@@ -4,8 +4,7 @@ transcoders, and language models loaded once."""
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,14 +98,6 @@ def make_toy(
             target = torch.randn(CTX_LEN, n, D_OUT, generator=generator) - torch.arange(D_OUT)
             toy.pieces[split, shard] = (tokens, doc_ids, source.bfloat16(), target.bfloat16())
     return toy
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _fast_disk() -> Iterator[None]:
-    """No test here cuts the power, and a real fsync of thousands of small files takes minutes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,11 @@ def bucket(s3_bucket: str) -> Storage:
 
 
 @pytest.fixture
-def remote(bucket: Storage, toy: Any) -> Storage:
-    """A finished set, as `toy_path` has it on the disk."""
-    toy.write(bucket)
+def remote(bucket: Storage, toy_path: Path) -> Storage:
+    """A finished set: `toy_path`, file by file, which takes a tenth of the requests of a writer."""
+    for path in toy_path.rglob("*"):
+        if path.is_file():
+            bucket.publish(str(path.relative_to(toy_path)), path.read_bytes())
     return bucket
 
 
@@ -39,8 +41,9 @@ def content(storage: Storage) -> dict[str, bytes | None]:
     return dict(zip(keys, storage.read_all(keys), strict=True))
 
 
-def test_it_holds_what_a_folder_holds(remote: Storage, toy_path: Path) -> None:
-    assert content(remote) == content(LocalStorage(toy_path))
+def test_it_holds_what_a_folder_holds(bucket: Storage, toy: Any, toy_path: Path) -> None:
+    toy.write(bucket)
+    assert content(bucket) == content(LocalStorage(toy_path))
 
 
 def test_what_other_systems_leave_is_nobodys(remote: Storage) -> None:
