@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from train.config import TrainConfig
-from train.memory import member_need
+from train.memory import member_estimate
 from train.plan import Plan
 
 MODELS = {"SmolLM2-135M": 576, "GPT-2": 768, "Gemma-3-1B": 1152, "Llama-3.2-1B": 2048, "Gemma-2-2B": 2304}
@@ -36,7 +36,7 @@ def gigabytes(d: int, d_sae: int, batch: int, precision: Literal["bf16", "fp16"]
         k_steps=0,
         checkpoint_every=100,
     )
-    need = member_need(config, plan, d_in=d, d_out=d, device=torch.device("cuda"))
+    need = member_estimate(config, plan, d_in=d, d_out=d, device=torch.device("cuda"))
     return (need.held + need.step) / 1e9
 
 
