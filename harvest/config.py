@@ -147,10 +147,12 @@ class HarvestConfig(Config):
             )
         if layers and len(self.source) > 1:
             raise UserError("several sources and targets each say their layers, as 8:resid_mid,9:resid_mid")
+        pairs = tuple(zip(self.source, self.target, strict=True))
         if not layers:
-            return tuple(HookPair(Site.parse(s), Site.parse(t)) for s, t in zip(self.source, self.target, strict=True))
-        source, target = self.source[0], self.target[0]
-        return tuple(HookPair(_site(source, layer), _site(target, layer)) for layer in layers)
+            return tuple(HookPair(Site.parse(source), Site.parse(target)) for source, target in pairs)
+        return tuple(
+            HookPair(_site(source, layer), _site(target, layer)) for layer in layers for source, target in pairs
+        )
 
     def members(self) -> tuple[HarvestConfig, ...]:
         """The settings of each set as if it were harvested alone."""
