@@ -24,14 +24,14 @@ from train.step.step import StepSettings, TrainStep
 PHASES = ("conditioning", "select", "dead latents", "gradients", "norm", "update", "counters")
 _phase = by_file(
     {
-        "rows": "conditioning",
+        "device_batch": "conditioning",
         "conditioning": "conditioning",
         "batch_search": "select",
         "dead": "dead latents",
         "dead_capacity": "dead latents",
         "sparse": "gradients",
         "dense": "gradients",
-        "nested": "gradients",
+        "nested_loss": "gradients",
     },
     {"measure": "norm", "apply": "update"},
     otherwise="counters",

@@ -100,7 +100,7 @@ def test_a_model_that_does_more_is_refused(load: Callable[..., LanguageModel]) -
     point = f"blocks.{model.n_layers - 1}.hook_resid_post"
     residual, logits = model.capture(tokens, [point])[point], model.logits(tokens)
     parts: tuple[Any, Any] = (model._points.final_norm, model._model.get_output_embeddings())
-    with pytest.raises(UserError, match="something more lies between"):
+    with pytest.raises(UserError, match="something else is between"):
         Unembedding.fit(*parts, residual, logits.roll(1, -1), "it")
     with pytest.raises(UserError, match="no final norm or no unembedding"):
         Unembedding.fit(None, parts[1], residual, logits, "it")
