@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 tutorial: $(VENV)/.dev
 	$(BIN)/python examples/run_tutorial.py
 
-# A process for each core, and each file in one of them, so that what a module shares is made once.
+# A process for each core, four at most, and each file in one of them, so that what a module shares is made once.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.dev browser

@@ -6,7 +6,7 @@ time         Four runs from one stream, against the same four alone on batches t
              processes of their own that go on all the time but for being stopped: one runs at a time, for --window
              seconds, in turn. So a ratio compares moments that are seconds apart, and is the median over the cycles. On
              a machine that others use read the ratio of processor time (of all threads: the readers' is in it).
-memory       The most that the fleet's process takes, against what train/memory.py reckons before the start; then the
+memory       The most that the fleet's process takes, against what train/memory.py estimates before the start; then the
              same fleet from a quarter of the set, the whole, and the set four times over.
 checkpoints  How long a checkpoint holds up training: the time in which a member makes its snapshot, the wait for the
              writer included.
@@ -213,13 +213,13 @@ def time_table(options: argparse.Namespace, folder: Path) -> None:
 
 
 def _steps(ends: Sequence[tuple[float, float]], start: float, stop: float) -> list[tuple[float, float]]:
-    """Seconds and processor seconds of the steps that lie in a window. The first after its start was under way."""
+    """Seconds and processor seconds of the steps that are in a window. The first after its start was under way."""
     inside = [end for end in ends if start < end[0] < stop]
     return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(inside, inside[1:], strict=False)]
 
 
 def estimate(config: TrainConfig, shards: ShardSet) -> int:
-    """What train/memory.py reckons for the fleet."""
+    """What train/memory.py estimates for the fleet."""
     widths = {"d_in": shards.d_in, "d_out": shards.d_out}
     estimates = []
     for member in members(config):

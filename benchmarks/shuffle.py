@@ -81,7 +81,7 @@ def company(documents: DocumentIds, batch_rows: int, buffer_rows: int, n_batches
 
 
 def at_random(documents: DocumentIds, batch_rows: int) -> float:
-    """The same number for a batch drawn without any regard to where rows lie."""
+    """The same number for a batch drawn without any regard to where rows are."""
     counts = torch.unique(documents.rows(), return_counts=True)[1].double()
     n = counts.sum()
     return float((counts * (counts - 1)).sum() / n * (batch_rows - 1) / (n - 1))

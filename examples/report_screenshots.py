@@ -1,7 +1,7 @@
 """Pictures of the pages of `evaluate report`, for the README and to look at while changing them.
 
-    python examples/report_screenshots.py data/demo/runs/l15-k32/eval/l15-f17ca782/report docs/images \\
-        --root 163 --words paris --fleet data/demo/runs/l15-fleet/eval/l15-f17ca782/report
+    python examples/report_screenshots.py data/demo/runs/l15-k32/eval/l15-*/report docs/images \\
+        --root 163 --words paris --fleet data/demo/runs/l15-fleet/eval/l15-*/report
 
 Those of the README are of `make demo`, with the map that it leaves out and a fleet of six short runs:
 

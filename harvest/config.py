@@ -177,7 +177,7 @@ class HarvestConfig(Config):
         return pair
 
     def folder(self) -> Path | str:
-        """Where the only set lies: a folder or a URL. Use it on one of the members."""
+        """Where the only set is: a folder or a URL. Use it on one of the members."""
         pair = self.pair()
         if self.out is None:
             return Path("data") / set_name(pair, plain=self.layer is not None)

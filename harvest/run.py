@@ -58,7 +58,7 @@ class _Set:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """Sets whose contexts lie in shards of the same sizes: one forward pass serves them all."""
+    """Sets whose contexts are in shards of the same sizes: one forward pass serves them all."""
 
     sets: tuple[_Set, ...]
     first: Mapping[str, ShardJob]
@@ -243,7 +243,7 @@ def _cost(sets: list[_Set], capture: Capture, passes: list[_Pass], ranks: Rank) 
 
 
 def _open(sets: list[_Set], lm: LanguageModel, ranks: Rank) -> dict[Any, ShardSetWriter]:
-    """Folder -> writer. The first rank makes or mends the folders, then the others join."""
+    """Folder -> writer. The first rank makes or completes the folders, then the others join."""
 
     def writer(one: _Set) -> ShardSetWriter:
         start = ShardSetWriter.open if ranks.is_first else ShardSetWriter.join

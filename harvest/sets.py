@@ -52,7 +52,7 @@ class Target:
 
     @cached_property
     def folder(self) -> Path | str:
-        """Where it lies: a folder, or a URL."""
+        """Where it is: a folder, or a URL."""
         return self.config.folder()
 
     @cached_property
@@ -115,7 +115,7 @@ class Target:
             raise UserError(f"ctx_len = {config.ctx_len} is more than the {lm.n_ctx} positions of {config.model}")
 
     def manifest(self, lm: LanguageModel, dataset: dict[str, Any]) -> Manifest:
-        """The manifest with which to open the set; the plan of a begun set stands, and grows with the tokens."""
+        """The manifest with which to open the set; the plan of a begun set stays, and grows with the tokens."""
         config = self.config
         norm = self.norm(lm)
         facts = None if norm is None else NormFacts(kind=norm.kind, eps=norm.eps, has_bias=norm.bias is not None)

@@ -30,7 +30,7 @@ class Checkpoint:
     run: Path
     """What the user named: a run, or a folder with weights."""
     folder: Path
-    """Where the weights lie."""
+    """Where the weights are."""
     step: int | None = None
     """Optimizer steps behind the weights; None outside a run."""
     is_finished: bool = True
@@ -76,7 +76,7 @@ def expand_fleets(runs: list[Path]) -> list[Path]:
             expanded.append(run)
             continue
         members = [run / str(name) for name in read_json(run / FLEET_FILE, what="fleet").get("members", [])]
-        # Names come from a file: a member lies directly in its fleet's folder, nowhere else.
+        # Names come from a file: a member is directly in its fleet's folder, nowhere else.
         members = [member for member in members if member.resolve().parent == run.resolve()]
         trained = [member for member in members if any((member / CHECKPOINTS).glob("step-*"))]
         if not trained:

@@ -44,7 +44,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_NOTHING = ("off", "none", "no", "null")
+NOTHING = ("off", "none", "no", "null")
 """What people write for a setting that is not used."""
 
 
@@ -81,7 +81,7 @@ class Config(BaseModel):
         kinds, words = choices(cls.model_fields[info.field_name].annotation)
         if bool in kinds or Any in kinds:
             return value
-        if value is False or (isinstance(value, str) and value.lower() in _NOTHING):
+        if value is False or (isinstance(value, str) and value.lower() in NOTHING):
             for word in ("off", "none"):
                 if word in words:
                     return word
@@ -154,7 +154,7 @@ Layer = Annotated[int, Field(ge=0, le=LARGEST_LAYER)]
 
 def parse_layers(value: object) -> tuple[int, ...]:
     """Read numbers of blocks and ranges of them, whose ends are both in: "8,12,17", "0-25", [3, "8-10"]."""
-    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    parts = value if isinstance(value, list | tuple) else str(value).strip("[] ").split(",")
     layers: list[int] = []
     for part in parts:
         match = _RANGE.fullmatch(str(part).strip())
@@ -255,12 +255,20 @@ def load_config(
     """Merge defaults <- file <- --set <- flags (those that are not None) into one validated, frozen model."""
     values: dict[str, Any] = dict(read_yaml(file).get(section, {})) if file is not None else {}
     values = overlaid(model, values, parse_overrides(overrides, section))
-    values = overlaid(model, values, {key: value for key, value in (flags or {}).items() if value is not None})
+    said = {key: value for key, value in (flags or {}).items() if value is not None}
+    # A flag gives a mapping whole; only settings that are models themselves are given part by part.
+    values = {key: value for key, value in values.items() if key not in said or _is_part(model, key)}
+    values = overlaid(model, values, said)
     try:
         return model.model_validate(values)
     except ValidationError as error:
         origin = f" ({file} and the command line)" if file is not None else ""
         raise UserError(f"bad {section} settings{origin}: {explain(error, model)}") from error
+
+
+def _is_part(model: type[Config], key: str) -> bool:
+    field = model.model_fields.get(key)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 
 
 def explain(error: ValidationError, model: type[BaseModel] | None = None) -> str:

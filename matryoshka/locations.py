@@ -1,4 +1,4 @@
-"""Where a shard set lies: a folder, or the URL of an object store such as s3://bucket/l17."""
+"""Where a shard set is: a folder, or the URL of an object store such as s3://bucket/l17."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _ROUNDING = 1e-12
 
 
 def float64(values: Tensor) -> Tensor:
-    """`values` in float64, where they lie if that device has it: MPS does not, and gets them on the CPU."""
+    """`values` in float64, where they are if that device has it: MPS does not, and gets them on the CPU."""
     return values.cpu().double() if values.device.type == "mps" else values.double()
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from matryoshka.config import Config, choices, load_config, parse_value
+from matryoshka.config import NOTHING, Config, choices, load_config, parse_value
 from matryoshka.locations import local_path
 
 MORE, SWITCHES = "More settings", "More settings, on or off"
@@ -89,6 +89,7 @@ def with_settings(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
         fields = _fields(model, parts)
+        assert set(usual) <= fields.keys(), usual
         names = [name for name in (*usual, *fields) if name in fields]
         taken = {parameter.name for parameter in own}
         names = [
@@ -169,7 +170,7 @@ def _nested(fields: Mapping[str, tuple[str | None, FieldInfo]], flags: Mapping[s
 
 def _value(name: str, field: FieldInfo, text: Any) -> Any:
     """What the settings model is given for a flag. Lists are written with commas, or as in YAML."""
-    if not isinstance(text, str) or not choices(field.annotation)[0] & {tuple, dict}:
+    if not isinstance(text, str) or text.lower() in NOTHING or not choices(field.annotation)[0] & {tuple, dict}:
         return text
     if not text.lstrip().startswith(("[", "{")):
         return [part.strip() for part in text.split(",")]

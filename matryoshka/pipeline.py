@@ -1,6 +1,6 @@
 """The command `pipeline`: the three stages in order, for one layer or several, each a no-op when it is already done.
 
-It starts the stage commands as processes, as a person would: the stages' only interface is what lies on disk, and a
+It starts the stage commands as processes, as a person would: the stages' only interface is what is on disk, and a
 stage's memory is gone before the next begins.
 """
 
@@ -62,7 +62,7 @@ def stage_commands(file: Path) -> list[list[str]]:
     `train`. Layers that want fewer tokens are harvested that far together with the others, which then grow: text comes
     in one order, so no context goes through the model twice.
 
-    Raises UserError when the file lacks what says where the shard sets and the runs lie.
+    Raises UserError when the file lacks what says where the shard sets and the runs are.
     """
     from matryoshka.config import read_yaml
 

@@ -22,8 +22,7 @@ class RunFacts:
     """None where the run does not say it."""
 
     device: str | None = None
-    """Several, "cpu, then cuda:0", where the run went on elsewhere; so do precision and backend."""
-    n_ranks: int | None = None
+    """Several, "cpu, then 2 x cuda:0", where the run continued elsewhere; so do precision and backend."""
     precision: str | None = None
     """Of the encoder product: fp32, bf16 or fp16."""
     backend: str | None = None
@@ -48,7 +47,7 @@ class RunFacts:
         if self.documents is not None:
             documents = ", ".join(f"{split} {number:,}" for split, number in sorted(self.documents.items()))
         found = {
-            "device": self.device if self.n_ranks in (None, 1) else f"{self.n_ranks} x {self.device}",
+            "device": self.device,
             "precision of the encoder product": self.precision,
             "backend": self.backend,
             "input convention": self.input,
@@ -69,24 +68,22 @@ def read_run_facts(run: Path, step: int | None) -> RunFacts:
     plan, data = _at(record, "identity", "plan"), _at(record, "data")
     sessions = record.get("sessions")
     sessions = [one for one in sessions if isinstance(one, dict)] if isinstance(sessions, list) else []
-    n_ranks = [one["n_ranks"] for one in sessions if isinstance(one.get("n_ranks"), int)]
     documents, dataset, val_unit = data.get("documents"), data.get("dataset"), data.get("val_unit")
     if not isinstance(documents, dict) or not all(isinstance(number, int) for number in documents.values()):
         documents = None
     batch_tokens = _at(record, "config").get("batch_tokens")
-    number_of_tokens = None
+    timing, number_of_tokens = json_lines(run / TIMING_FILE), None
     if isinstance(batch_tokens, int) and step is not None:
         number_of_tokens = step * batch_tokens
     return RunFacts(
-        device=_in_turn(sessions, "device"),
-        n_ranks=n_ranks[-1] if n_ranks else None,
+        device=_in_turn([{**one, "device": _devices(one)} for one in sessions], "device"),
         precision=_in_turn(sessions, "precision"),
         backend=_in_turn(sessions, "backend"),
         input=plan["input"] if isinstance(plan.get("input"), str) else None,
         k_aux=plan["k_aux"] if isinstance(plan.get("k_aux"), int) else None,
         lr=plan["lr"] if isinstance(plan.get("lr"), int | float) else None,
         tokens=number_of_tokens,
-        seconds=seconds_of(json_lines(run / TIMING_FILE), batch_tokens),
+        seconds=seconds_of([line for line in timing if step is None or line["step"] <= step], batch_tokens),
         dataset=portable_name(dataset) if isinstance(dataset, str) else None,
         documents=documents,
         val_unit=val_unit if isinstance(val_unit, str) else None,
@@ -118,6 +115,12 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
             # The last line of a run that was killed while it wrote.
             continue
     return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def _devices(session: Mapping[str, Any]) -> Any:
+    """With how many of them there were, where that was more than one."""
+    device, n_ranks = session.get("device"), session.get("n_ranks")
+    return f"{n_ranks} x {device}" if isinstance(device, str) and isinstance(n_ranks, int) and n_ranks > 1 else device
 
 
 def _in_turn(sessions: Sequence[Mapping[str, Any]], name: str) -> str | None:

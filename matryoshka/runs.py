@@ -1,4 +1,4 @@
-"""Directories of results: where they lie, how a file is published, what made it, and when two settings differ."""
+"""Directories of results: where they are, how a file is published, what made it, and when two settings differ."""
 
 from __future__ import annotations
 

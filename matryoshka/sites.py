@@ -58,7 +58,7 @@ class Site:
 
 @dataclass(frozen=True)
 class HookPair:
-    """What a transcoder reads (`source`) and what it predicts (`target`); the two may lie in different layers."""
+    """What a transcoder reads (`source`) and what it predicts (`target`); the two may be of different layers."""
 
     source: Site
     target: Site

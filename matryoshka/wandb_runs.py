@@ -14,7 +14,7 @@ _UNFIT = re.compile(r"[^\w.-]")
 
 
 def start_run(*, project: str, name: str, folder: Path, mode: str, offline: str, **options: Any) -> Any:
-    """A W&B run whose own files lie in `folder`; several may be open at the same time.
+    """A W&B run whose own files are in `folder`; several may be open at the same time.
 
     Args:
         mode: online or offline.

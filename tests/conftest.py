@@ -80,7 +80,7 @@ def _save(folder: Path, model_class: Any, config: Any) -> Path:
             parameter.normal_(0.0, 0.3, generator=generator)
     model.save_pretrained(folder)
     if config.model_type == "gpt2":
-        # Like the real one: a single special token, which is both BOS and EOS (and stands in for unknown words).
+        # Like the real one: a single special token, which is both BOS and EOS (and the token of unknown words).
         tokenizer = _tokenizer(["<|endoftext|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     else:
         tokenizer = _tokenizer(

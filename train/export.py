@@ -105,7 +105,7 @@ def _provenance(folder: Path, n_layers: int | None) -> Provenance:
 
 
 def _shard_folder(folder: Path) -> Path | str | None:
-    """The shard set that a run was trained on, where it still lies there."""
+    """The shard set that a run was trained on, where it still is there."""
     root = run_folder(folder)
     config = None if root is None else read_json(root / RUN_FILE, what="run").get("config")
     shards = config.get("shards") if isinstance(config, dict) else None

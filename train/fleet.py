@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
 @dataclass(frozen=True, slots=True)
 class MemberConfig:
-    """One run to train: its name, its settings, and where it lies."""
+    """One run to train: its name, its settings, and where it is."""
 
     name: str
     config: TrainConfig

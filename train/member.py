@@ -119,6 +119,7 @@ class Member:
         """Write down what the steps to come are computed with: not "auto", but what that comes to here."""
         if not self._writes:
             return
+        self._aim()  # the backend depends on k
         step, config = self._take_step, self._config
         n_ranks = 1 if self._team is None else self._team.world
         rows = config.batch_tokens // (n_ranks if config.parallel == "data" else 1)
@@ -139,7 +140,7 @@ class Member:
         try:
             report = self._take_step(x, y, lr=self._schedule.at(self.done), log=log)
         except NonFiniteLoss as error:
-            self._park(error)
+            self._diverge(error)
             return None
         self.done = done
         if report is not None:
@@ -169,7 +170,7 @@ class Member:
         try:
             self._take_step.check()
         except NonFiniteLoss as error:
-            self._park(error)
+            self._diverge(error)
         else:
             self._save(None)
 
@@ -214,7 +215,7 @@ class Member:
         )
         self._save(threshold)
 
-    def _park(self, error: NonFiniteLoss) -> None:
+    def _diverge(self, error: NonFiniteLoss) -> None:
         self.outcome = "diverged"
         if not self._writes:
             return

@@ -119,8 +119,9 @@ def _is_dense(config: TrainConfig, plan: Plan, *, d_in: int, d_out: int, device:
     low = torch.bfloat16
     if config.precision != "auto" or torch.cuda.is_available():
         low = search_type(config.precision, device)
-    sizes = {"d_in": d_in, "d_out": d_out, "d_sae": plan.d_sae, "k": config.k, "batch": config.batch_tokens}
-    return choose_backend(device, low=low, **sizes) == "dense"
+    sizes = {"d_in": d_in, "d_out": d_out, "d_sae": plan.d_sae, "batch": config.batch_tokens}
+    # A larger k makes a step dense: where k changes, the larger end decides.
+    return choose_backend(device, low=low, k=max(config.k, plan.k_start), **sizes) == "dense"
 
 
 def _first_line(error: BaseException) -> str:

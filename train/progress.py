@@ -71,7 +71,7 @@ class TrainDisplay:
     def started(self, planned_runs: Sequence[PlannedRun], first_steps: Sequence[int]) -> None:
         """Say what is trained and show it."""
         for planned, first in zip(planned_runs, first_steps, strict=True):
-            again = f", going on after step {first:,}" if first else ""
+            again = f", continuing after step {first:,}" if first else ""
             if len(planned_runs) <= _MANY:
                 plan = planned.plan
                 groups = " + ".join(f"{size:,}" for size in plan.group_sizes)

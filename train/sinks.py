@@ -50,14 +50,14 @@ class JsonlSink:
         for file in self._files:
             os.fsync(file.fileno())
 
-    def close(self, finished: Path | None = None) -> None:  # noqa: ARG002 -- the checkpoint lies beside the files
+    def close(self, finished: Path | None = None) -> None:  # noqa: ARG002 -- the checkpoint is beside the files
         """Close the files."""
         for file in self._files:
             file.close()
 
 
 class WandbSink:
-    """A Weights & Biases run with the name of the run directory; offline files lie in that directory."""
+    """A Weights & Biases run with the name of the run directory; offline files are in that directory."""
 
     def __init__(
         self, folder: Path, *, mode: str, project: str, config: Mapping[str, Any], group: str | None = None
@@ -90,7 +90,7 @@ class WandbSink:
                 finished,
                 name=f"{self._folder.name}-transcoder",
                 kind="model",
-                # Not the optimizer's state: it is twice as large, and a run is resumed where it lies.
+                # Not the optimizer's state: it is twice as large, and a run is resumed where it is.
                 files=(CONFIG_FILE, WEIGHTS_FILE),
                 metadata={"checkpoint": finished.name},
             )

@@ -165,10 +165,10 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _strided(tensor: Tensor) -> list[Tensor]:
-    """The tensors that hold a tensor's memory: itself, or the three of a CSR matrix."""
+    """The tensor where it has memory of its own; none of a CSR matrix, whose parts are watched as they are made."""
     if tensor.layout == torch.strided:
         return [tensor]
-    return []  # its parts are watched as they are made
+    return []
 
 
 def _size(tensor: Tensor) -> int:

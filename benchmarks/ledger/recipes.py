@@ -15,7 +15,7 @@ GEMMA_2_2B = 2304
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Widths and batch of one run. `batch` is that of the settings unless the name says otherwise."""
+    """One run: its settings, and the width of both sites."""
 
     name: str
     config: TrainConfig
@@ -42,7 +42,7 @@ class Recipe:
             decay_steps=n_steps // 5,
             input="normalized",
             k_aux=self.config.k_aux or 2 * self.config.k,
-            dead_after_tokens=n_steps * self.config.batch_tokens // 20,
+            dead_after_tokens=self.config.dead_after_tokens or n_steps * self.config.batch_tokens // 20,
             lr=self.config.lr,
             k_start=self.config.k_start or self.config.k,
             k_steps=0,

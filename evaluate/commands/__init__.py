@@ -1,1 +1,1 @@
-"""What the commands of `evaluate` share: options, notes and bars, and the command to type next."""
+"""Commands that run the language model, and what all share: options, notes and bars, the command to type next."""

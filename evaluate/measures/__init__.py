@@ -1,1 +1,1 @@
-"""What can be measured from rows and activations: sums, curves, intervals, probes. No files, no terminal."""
+"""What can be measured from rows and activations: sums, curves, intervals, probes. No results, no terminal."""

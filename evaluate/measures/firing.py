@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from matryoshka.errors import UserError
 from matryoshka.norms import apply_convention
 from matryoshka.shards import ShardSet, Split
 from matryoshka.transcoder import Transcoder
@@ -32,15 +31,6 @@ class Firing:
     def empty(cls, n_latents: int, n_contexts: int) -> Firing:
         """Of no row yet."""
         return cls(torch.zeros(n_latents, n_contexts, dtype=torch.int64), torch.zeros(n_latents))
-
-
-def check_latents(transcoder: Transcoder, latents: Sequence[int]) -> None:
-    """Raise UserError unless there is one and the transcoder has them all."""
-    d_sae = transcoder.config.d_sae
-    if not latents:
-        raise UserError("no latent was named; give one or more numbers, for example 17")
-    if wrong := [latent for latent in latents if not 0 <= latent < d_sae]:
-        raise UserError(f"the transcoder has the latents 0 to {d_sae - 1}, and no latent {wrong[0]}")
 
 
 def find_firing(

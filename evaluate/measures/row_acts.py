@@ -66,7 +66,7 @@ class RowActs:
 
 
 def encode_rows(transcoder: Transcoder, x: Float[Tensor, "rows d_in"]) -> RowActs:
-    """Codes of rows in threshold mode, on the device of the transcoder; a tile of rows at a time."""
+    """Activations of rows in threshold mode, on the device of the transcoder; a tile of rows at a time."""
     if len(x) == 0:
         nothing = torch.zeros(0, dtype=torch.int64, device=transcoder.device)
         return RowActs(transcoder.config.d_sae, nothing.new_zeros(1), nothing, nothing.float())

@@ -99,7 +99,9 @@ class PageServer(ThreadingHTTPServer):
     @property
     def hosts(self) -> frozenset[str]:
         """Names that a browser may know it by."""
-        return frozenset({f"{HOST}:{self.port}", f"localhost:{self.port}"})
+        names = (HOST, "localhost")
+        # A browser leaves the default port out.
+        return frozenset(f"{name}:{self.port}" for name in names) | frozenset(names if self.port == 80 else ())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that goes away in the middle of an answer is nothing to tell of."""
@@ -209,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
         """The body of a request of one of our own pages."""
         self._require_own_page()
         origin = self.headers.get("Origin")
-        if origin is None or origin.removeprefix("http://") not in self.pages.hosts:
+        if origin not in {f"http://{host}" for host in self.pages.hosts}:
             raise _Refused(HTTPStatus.FORBIDDEN, "only the pages of this server may ask it")
         if self.headers.get_content_type() != "application/json":
             raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a JSON object is expected")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -15,6 +16,7 @@ from ..analysis import load_transcoder
 from ..config import EvaluateConfig
 from ..result import TranscoderFacts
 from ..rows.token_text import visible
+from ..subject.latents import check_latents
 from ..subject.shard_set import open_shards
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ MAX_TOKENS = 1024
 N_LATENTS = 48
 """Strongest latents that are listed of each token."""
 MAX_PROMPT = 256
-"""Tokens that the model adds to a text: all of it runs again for each new one."""
+"""Tokens of a text that is continued: all of it runs again for each new one."""
 N_WRITTEN = 30
 """Tokens that it writes."""
 
@@ -39,6 +41,19 @@ class Change(Config):
     """steer: `strength` times its largest activation is added to every token; ablate: where it fires, its activation is
     multiplied with `strength`."""
     strength: Annotated[float, Field(ge=-1000, le=1000)]
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Raise UserError where the memory of the device ends, so that the page can say so."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the memory of the device is not enough for this text; shorten it, or serve with --device cpu"
+        ) from error
 
 
 class LiveText:
@@ -82,9 +97,7 @@ class LiveText:
         """
         from ..analyses.steer.steer import Writing, adding, continuation, scaling
 
-        n_latents = sum(self._facts.config["group_sizes"])
-        if asked.latent >= n_latents:
-            raise UserError(f"the transcoder has the latents 0 to {n_latents - 1}, and no latent {asked.latent}")
+        check_latents(sum(self._facts.config["group_sizes"]), [asked.latent])
         max_act = self._max_acts()[asked.latent]
         if asked.how == "steer" and max_act == 0:
             raise UserError(f"latent {asked.latent} fires on no held-out row, so that there is no scale for it")

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from ..analyses.match.result import MATCHES_FILE, MATCHING_FILE, Matching
 
@@ -42,13 +41,15 @@ class Matches:
         others, unread = [], []
         for folder in dict.fromkeys(folder.resolve() for folder in folders):
             try:
-                record = Matching.model_validate_json((folder / MATCHING_FILE).read_bytes())
+                content = (folder / MATCHING_FILE).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            try:
+                record = Matching.model_validate_json(content)
                 own = next((i for i, side in enumerate(record.sides) if side.weights_sha256 in digests()), None)
                 if own is not None and len(record.sides) == 2:
                     others.append(_other(folder, record, own, d_sae))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except (OSError, ValidationError, ValueError):
+            except (OSError, ValueError):
                 unread.append(folder)
         return cls(others, unread)
 

@@ -19,6 +19,8 @@ from matryoshka.config import Config
 from matryoshka.errors import UserError
 from matryoshka.runs import publish_json
 
+from ..subject.latents import check_latents
+
 NOTES_FILE = "notes.json"
 MAX_TEXT = 4000
 """Characters of one note."""
@@ -91,8 +93,7 @@ class Notes:
     def keep(self, new: NewNote) -> Note:
         """Replace one note. Raises NoteChanged when it is not the one that `new` was written on any more, and UserError
         when it cannot be kept."""
-        if new.latent >= self._d_sae:
-            raise UserError(f"the transcoder has the latents 0 to {self._d_sae - 1}, and no latent {new.latent}")
+        check_latents(self._d_sae, [new.latent])
         with self._lock():
             content = self._content()
             old = content.latents.get(new.latent, Note())
@@ -100,7 +101,10 @@ class Notes:
                 raise NoteChanged(old)
             note = Note(star=new.star, text=new.text, changes=old.changes + 1)
             latents = {**content.latents, new.latent: note}
-            publish_json(self.path, NotesFile(latents=latents).model_dump(mode="json"))
+            try:
+                publish_json(self.path, NotesFile(latents=latents).model_dump(mode="json"))
+            except OSError as error:
+                raise self._cannot_be_kept(error) from error
         return note
 
     def _content(self) -> NotesFile:
@@ -114,13 +118,18 @@ class Notes:
             why = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
             raise UserError(f"{self.path} cannot be read as notes ({why}); correct it or move it away") from error
 
+    def _cannot_be_kept(self, error: OSError) -> UserError:
+        return UserError(
+            f"notes cannot be kept in {self._run} ({error.strerror}); free some space or fix the permissions"
+        )
+
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Changes come one after another, from whatever process; the lock goes with the process."""
         try:
             file = (self._run / _LOCK_FILE).open("w")
         except OSError as error:
-            raise UserError(f"notes cannot be kept in {self._run} ({error.strerror})") from error
+            raise self._cannot_be_kept(error) from error
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

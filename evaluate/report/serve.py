@@ -22,7 +22,7 @@ from ..config import EvaluateConfig
 from ..rows.token_text import token_text, visible
 from .build import REPORT_FOLDER, largest_acts, make_report, near_place, read_pages_metadata, samples_folder
 from .http_pages import HOST, PageApi, PageServer, PortTaken
-from .live_text import Change, LiveText
+from .live_text import Change, LiveText, enough_memory
 from .notes import Notes
 from .page_set import LIVE_PAGES, asset_files, index_html
 from .window_search import Found, WindowIndex
@@ -105,11 +105,11 @@ def serve_report(
     live = LiveText(checkpoint, metadata.transcoder, config, cache(lambda: largest_acts(samples.parent)))
 
     def try_text(typed: str) -> dict[str, Any]:
-        with lock:
+        with lock, enough_memory():
             return live.tokens(typed)
 
     def change(asked: Change) -> dict[str, Any]:
-        with lock:
+        with lock, enough_memory():
             return live.changed(asked)
 
     index_lock, windows = threading.Lock(), cache(lambda: WindowIndex.read(samples, text_of))

@@ -33,7 +33,7 @@ def context_blocks(
 ) -> Iterator[ContextBlock]:
     """The first `n_contexts` contexts of a split (all by default), about BLOCK_ROWS rows at a time.
 
-    With `first`, where a block of them began, the contexts before it are passed over.
+    With `first`, where a block of them began, the contexts before it are skipped.
     """
     limit = split.n_contexts if n_contexts is None else n_contexts
     at_once, first_context = max(1, BLOCK_ROWS // shards.ctx_len), 0

@@ -125,6 +125,11 @@ def read(folder: Path, *, layer: int | None = None, norm_kind: str | None = None
         "model_revision": config.get("model_revision"),
     }
     tensors = _read_layer(file)
+    if config.get("activation") == "relu" and bool(tensors["threshold"].any()):
+        raise UserError(
+            f"{folder} says activation: relu, with which circuit-tracer has no thresholds, and {file.name} has some; "
+            "correct one of them (jumprelu takes thresholds)"
+        )
     return build(file, tensors, {**facts, **nested_facts(config, len(tensors["b_enc"]))})
 
 

@@ -42,7 +42,7 @@ class Exported:
 
     folder: Path
     weights: Path
-    """Where the weights lie: `folder`, or below it where the format wants so."""
+    """Where the weights are: `folder`, or below it where the format wants so."""
     already_there: bool
     """Whether the folder held just this already, so that nothing was written."""
     dropped: tuple[str, ...] = ()
@@ -73,7 +73,8 @@ def export(
     inputs = ExportInputs(
         transcoders=transcoders, provenance=provenance or Provenance(), shards=shards, samples=samples
     )
-    record, lost = _record(inputs, form), dropped(transcoders[0], form)
+    record = _record(inputs, form)
+    lost = tuple(record["dropped"])
     place = FORMATS[form].place(inputs)
     check_directory(out)
     if out.is_dir() and any(out.iterdir()):

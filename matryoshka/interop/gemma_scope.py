@@ -1,7 +1,7 @@
 """Gemma Scope: layer_L/width_W/average_l0_N/params.npz of google/gemma-scope-2b-pt-transcoders (arXiv 2408.05147).
 
 The file holds five float32 arrays and says neither model nor sites: the input is always n (resid_mid normalised, no
-gain), the output what the MLP adds to the stream. The layer stands in the path.
+gain), the output what the MLP adds to the stream. The path names the layer.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def locate(path: Path) -> tuple[Path, str]:
 
 
 def find(files: Iterable[str]) -> list[Found]:
-    """The transcoders among relative POSIX paths, sorted; what lies below another one is not looked at."""
+    """The transcoders among relative POSIX paths, sorted; what is below another one is not looked at."""
     names: dict[str, set[str]] = {}
     for file in files:
         path = PurePosixPath(file)

@@ -47,7 +47,7 @@ class ShardFiles:
 
     def read(self, shard: int, start: int, stop: int, *, reuse: bool = False) -> np.ndarray | None:
         """Positions [start, stop) of a shard, [positions, contexts, width]; None unless they are whole chunks that
-        lie in the file. Of a single raw chunk this is a private map of the file, which costs no copy.
+        are in the file. Of a single raw chunk this is a private map of the file, which costs no copy.
 
         With `reuse` one chunk is read into memory that the thread's next such call overwrites: fresh memory for each
         costs as much in page faults as a raw chunk's copy.

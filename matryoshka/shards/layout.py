@@ -23,7 +23,7 @@ RATIO = {"compact": 0.70, "raw": 1.0, "int8": 0.505}
 BIT_VIEW = {"logical_dtype": "bfloat16", "encoding": "bit-view"}
 """Attributes of an array that holds bfloat16 bits as uint16: Zarr v3 core has no bfloat16."""
 SCALED = {"logical_dtype": "bfloat16", "encoding": "int8 * channel * scale"}
-"""Attributes of an int8 array; the factors lie beside it in <side>_channel and <side>_scale."""
+"""Attributes of an int8 array; the factors are beside it in <side>_channel and <side>_scale."""
 
 
 def open_root(storage: Storage, *, writable: bool, finished: bool = True) -> zarr.Group:

@@ -37,7 +37,7 @@ class SiteFacts(Config):
 
 
 class SplitPlan(Config):
-    """How the contexts of one split lie in shards."""
+    """How the contexts of one split are in shards."""
 
     contexts: int
     """Contexts a shard has room for: the size of its Zarr array."""

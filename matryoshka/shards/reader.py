@@ -221,12 +221,12 @@ class ShardSet:
 
     @property
     def path(self) -> Path | str:
-        """Where it lies: a folder as Path, or a URL as str."""
+        """Where it is: a folder as Path, or a URL as str."""
         return self.storage.location
 
     @property
     def name(self) -> str:
-        """Last part of where it lies: `l17`."""
+        """Last part of where it is: `l17`."""
         return self.storage.name
 
     @property

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Storage(ABC):
-    """Where one shard set lies."""
+    """Where one shard set is."""
 
     def __init__(self, where: Path | str) -> None:
         self.location = where

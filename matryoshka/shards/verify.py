@@ -100,7 +100,7 @@ def verify(path: str | Path | Storage, checked: Callable[[str, int, int], None] 
 def discard(path: str | Path | Storage, verdict: Verdict) -> None:
     """Take back what `verify` found to be damaged, so that the same harvest command makes it again.
 
-    The metadata of arrays is mended at once, from the copy in the root's.
+    The metadata of arrays is written again at once, from the copy in the root's.
     """
     storage = open_storage(path)
     for name, wanted in _changed_metadata(storage, read_manifest(storage)):

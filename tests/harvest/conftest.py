@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from warm_processes import WarmPython
 
 from matryoshka import launch
 from matryoshka.lm import LanguageModel
 
 Cli = Callable[..., tuple[int, str, str]]
+Harvest = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +52,7 @@ def cli(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
 
 
 @pytest.fixture
-def harvest(cli: Cli, arguments: list[str], tmp_path: Path) -> Callable[..., tuple[int, str]]:
+def harvest(cli: Cli, arguments: list[str], tmp_path: Path) -> Harvest:
     """A function: what to add to `harvest run ...` -> (exit code, stderr)."""
 
     def run(*extra: str, out: Path | None = None) -> tuple[int, str]:
@@ -74,3 +77,24 @@ def finished(arguments: list[str], lm: LanguageModel, tmp_path_factory: pytest.T
         patch.setattr(LanguageModel, "load", lambda *_, **__: lm)
         harvest(HarvestConfig.model_validate({**settings, "val_fraction": 0.1, "out": out}))
     return out
+
+
+@pytest.fixture(scope="session")
+def done(arguments: list[str], warm_python: WarmPython, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted harvest in a process of its own, and what it said; away from the checkout's pipeline.yaml."""
+    folder = tmp_path_factory.mktemp("done")
+    finished = warm_python.run(["-m", "harvest", *arguments, "--out", str(folder / "l1")], folder)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == ""
+    return folder / "l1", finished.stderr
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch, harvest: Harvest) -> Harvest:
+    """The fixture `harvest`, where loading the model would already be a waste of time."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(LanguageModel, "load", load)
+    return harvest

@@ -101,7 +101,7 @@ def test_pairs_of_sites_and_across_layers(cli: Cli, arguments: list[str], tmp_pa
     assert "nothing left to do" in said
 
 
-def test_one_of_several_is_mended_alone(
+def test_one_of_several_is_repaired_alone(
     cli: Cli, arguments: list[str], tmp_path: Path, batches: list[list[str]]
 ) -> None:
     command = [*without(arguments, "--layer"), "--layers", "0,2", "--out", str(tmp_path / "x{layer}")]
@@ -194,6 +194,7 @@ def test_bad_choices_of_sites(flags: dict[str, Any], what: str) -> None:
 
 def test_ranges_of_layers() -> None:
     assert config(layers="0-3").layers == (0, 1, 2, 3)
+    assert config(layers="[8, 12, 17]").layers == (8, 12, 17)  # as YAML has it between quotes
     assert config(layers="8, 10-12,5").layers == (8, 10, 11, 12, 5)
     assert config(layers=[2, "4-5"]).layers == (2, 4, 5)
     assert config(layers=7).layers == config(layers="7-7").layers == (7,)

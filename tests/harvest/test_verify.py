@@ -45,7 +45,7 @@ def test_a_whole_set_is_whole(made: Path, cli: Cli) -> None:
     assert files(made) == before
 
 
-def test_bad_shards_are_named_and_mended_alone(made: Path, cli: Cli) -> None:
+def test_bad_shards_are_named_and_repaired_alone(made: Path, cli: Cli) -> None:
     before = files(made)
     times = {p: p.stat().st_mtime_ns for p in made.glob("train/*/c/**/*") if p.is_file()}
     flip(made / "train/source/c/3/0/0/0", 1234)
@@ -87,7 +87,7 @@ def test_single_flipped_bits_are_found(seed: int, made: Path, cli: Cli) -> None:
     assert f"shard {record.shard} of {record.split} differs from its checksum in {key}" in out
 
 
-def test_damaged_statistics_are_mended(made: Path, cli: Cli) -> None:
+def test_damaged_statistics_are_repaired(made: Path, cli: Cli) -> None:
     before = files(made)
     flip(made / "stats/source/mean/c/0", 5)
     code, out, _ = cli("verify", str(made))

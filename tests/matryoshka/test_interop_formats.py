@@ -331,6 +331,7 @@ def test_sets_of_others(tmp_path: Path) -> None:
     [
         ({"activation": "topk", "k": 64}, "activation topk"),
         ({"activation": "gelu"}, "activation gelu"),
+        ({"activation": "relu"}, "says activation: relu, .* layer_3.safetensors has some"),
         (
             {"feature_output_hook": "hook_resid_post"},
             "predicts the hook 'hook_resid_post': .* not the output of an MLP",

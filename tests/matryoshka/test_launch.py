@@ -75,7 +75,7 @@ def run(error: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_what_a_user_can_mend_is_one_paragraph(
+def test_what_a_user_can_correct_is_one_paragraph(
     error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:

@@ -116,6 +116,14 @@ def test_values_are_read_as_in_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert again.settings == given.settings.model_copy(update={"kind": "b"})
 
 
+def test_a_flag_takes_the_place_of_a_whole_value(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {sizes: [3, 4], grid: {k: [1, 2]}, inner: {top: 1}}")
+    given, *_ = given_by("x", "--config", str(tmp_path / "a.yaml"), "--grid", "{lr: [3]}", "--sizes", "none")
+    assert (given.settings.grid, given.settings.sizes) == ({"lr": [3]}, None)
+    # What is a model itself is given part by part.
+    assert given_by("x", "--config", str(tmp_path / "a.yaml"), "--top", "7")[0].settings.inner == Inner(top=7)
+
+
 def test_words_of_the_help() -> None:
     app, _ = sample_app()
     parameters = {p.name: p for p in typer.main.get_command(app).params}
@@ -170,6 +178,7 @@ def test_an_unknown_flag_names_the_nearest_one() -> None:
     assert "--val-fraction" in result.output
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", SETTINGS)
 def test_help_comes_without_torch(stage: str) -> None:
     start = f"import sys; from {stage}.cli import app"

@@ -28,11 +28,13 @@ def test_what_was_used_and_not_what_was_asked_for(tmp_path: Path) -> None:
         "data": {"dataset": "/home/me/books", "val_unit": "document", "documents": {"train": 1200, "val": 31}},
     }
     lines = [{"step": 10, "tokens_per_second": 10.0}, {"step": 30, "tokens_per_second": 0.5}]
-    timing = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "tok'
+    # After the checkpoint of step 30 the run took ten more steps, and was killed while it wrote of the next ones.
+    lines.append({"step": 40, "tokens_per_second": 2.0})
+    timing = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 50, "tok'
     facts = read_run_facts(_run(tmp_path, record, timing), 30)
     assert facts.seconds == 10 * 100 / 10.0 + 20 * 100 / 0.5
     assert dict(facts.lines()) == {
-        "device": "2 x cpu, then cuda:0 (T4)",
+        "device": "cpu, then 2 x cuda:0 (T4)",
         "precision of the encoder product": "fp32",
         "backend": "sparse, then dense",
         "input convention": "normalized",

@@ -148,6 +148,7 @@ with exclusive(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.process
 def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

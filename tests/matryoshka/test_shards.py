@@ -165,6 +165,7 @@ def test_digest_follows_the_content(toy_path: Path, make_toy: Any, tmp_path: Pat
     assert changed.digest != same.digest
 
 
+@pytest.mark.process
 def test_anyone_can_open_it_with_zarr_without_a_warning(toy_path: Path) -> None:
     """A process of its own, so that no warning has been seen and silenced before."""
     code = (

@@ -101,7 +101,7 @@ def test_flipped_bit_is_found_on_request(key: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("key", [*FILES[:2], FILES[-1]])
-def test_damage_is_mended_as_the_message_says(key: str, copy: Path, toy: Any, toy_path: Path) -> None:
+def test_damage_is_repaired_as_the_message_says(key: str, copy: Path, toy: Any, toy_path: Path) -> None:
     (copy / key).unlink()
     with pytest.raises(UserError) as refused:
         ShardSet.open(copy)

@@ -84,7 +84,7 @@ def test_half_written_files_of_a_killed_process_are_swept(toy: Any, toy_path: Pa
     assert files(path) == files(toy_path)
 
 
-def test_a_set_that_is_being_mended_does_not_pass_for_whole(toy: Any, toy_path: Path, tmp_path: Path) -> None:
+def test_a_set_that_is_being_repaired_does_not_pass_for_whole(toy: Any, toy_path: Path, tmp_path: Path) -> None:
     path = toy.write(tmp_path / "set")
     (path / "manifest" / "train-00003.json").unlink()
     writer = ShardSetWriter.open(path, toy.manifest, toy.norm)

@@ -95,7 +95,7 @@ KEYS = ["train/source/c/3/0/0/0", "stats/target/row_norm/c/1/0/0", "val/tokens/c
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_damage_is_found_and_mended_as_the_message_says(key: str, remote: Storage, toy: Any, toy_path: Path) -> None:
+def test_damage_is_found_and_repaired_as_the_message_says(key: str, remote: Storage, toy: Any, toy_path: Path) -> None:
     whole = remote.read(key)
     assert whole is not None
     flipped = bytearray(whole)

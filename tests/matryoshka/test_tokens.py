@@ -85,6 +85,7 @@ def test_older_files_are_read_through_transformers(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.process
 def test_older_files_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     """Without a network, of a repository that was downloaded before."""
     as_of_opt(tmp_path / "hub" / "models--some--opt" / "snapshots" / "abc")

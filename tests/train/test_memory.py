@@ -58,6 +58,20 @@ def test_what_is_held_is_what_the_state_has(random_shards: ShardSet, run_setting
     assert calibrated.step > 4 * config.k * 10_000_000
 
 
+def test_a_larger_k_at_the_start_counts(random_shards: ShardSet, run_settings: dict[str, Any]) -> None:
+    """`auto` is dense on a GPU while k is large, and needs the matrices of the dense backend then."""
+    wide = run_settings | {"group_sizes": (131_072,), "k": 96, "batch_tokens": 4096, "precision": "bf16"}
+
+    def step(**changes: Any) -> int:
+        config = TrainConfig.model_validate(wide | changes)
+        plan = make_plan(config, random_shards, 2000)
+        return member_estimate(config, plan, d_in=2304, d_out=2304, device=torch.device("cuda")).step
+
+    dense = step(k_start=384, backend="dense")
+    assert step(k_start=384) == dense > step(k_start=384, backend="sparse")
+    assert step(k_start=96) == step(k_start=96, backend="sparse")
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     run_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,14 @@ def test_run_json_says_what_was_used(random_shards: ShardSet, run_settings: dict
     assert (facts.device, facts.backend) == ("cpu, then cuda:0", "sparse")
 
 
+def test_the_backend_of_the_first_steps_is_written_down(run_settings: dict[str, Any], tmp_path: Path) -> None:
+    """`auto` is dense while k is large, here at its start, and k of the settings would be sparse."""
+    for k_start, backend in ((4, "sparse"), (12, "dense")):
+        train(config_of(run_settings, tmp_path / f"from-{k_start}", steps=10, k_start=k_start))
+        (session,) = json.loads((tmp_path / f"from-{k_start}" / "run.json").read_text())["sessions"]
+        assert session["backend"] == backend
+
+
 def test_a_folder_of_sets_names_them(random_shards: ShardSet, run_settings: dict[str, Any], tmp_path: Path) -> None:
     for name in ("l3", "l7"):
         shutil.copytree(str(random_shards.path), tmp_path / "sets" / name)

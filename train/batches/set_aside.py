@@ -2,8 +2,8 @@
 
 Whole contexts from a few shards: a chunk holds a few positions of every context of its shard, so one context costs the
 reading of all of them, but the contexts of one shard are neighbours in the text. Shards are taken in a seeded order,
-and of each at most an eighth of its contexts. Where a shard stands in the order and which of its contexts come first
-depends on the seed and its number alone.
+and of each at most an eighth of its contexts. The position of a shard in that order and which of its contexts come
+first depend on the seed and its number alone.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class Stream:
         return source, target
 
     def _kept_rows(self, piece: _Piece, n_rows: int) -> Tensor:
-        """Where the rows of a piece lie among the `n_rows` of its chunk, from what _count_chunks has noted: a
+        """Where the rows of a piece are among the `n_rows` of its chunk, from what _count_chunks has noted: a
         shard's tokens would otherwise be read again for every one of its chunks."""
         dropped = self._dropped[piece.shard]
         begin = piece.position // self._split.chunk_positions * n_rows

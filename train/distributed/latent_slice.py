@@ -1,8 +1,9 @@
 """Which latents a rank holds when they are spread over ranks, and how the parts become whole again.
 
-Parts are gathered as DTensors with a Shard(0) placement. The step itself (features.py) works on local tensors: DTensor
-has no sharding rule for a BatchTopK over all ranks, for embedding_bag with weights or for sampled_addmm, and its own
-Shard(0) means contiguous blocks, which would give the rank with the first groups most of the work.
+Parts are gathered as DTensors with a Shard(0) placement. The step itself (latents_over_ranks.py) works on local
+tensors: DTensor has no sharding rule for a BatchTopK over all ranks, for embedding_bag with weights or for
+sampled_addmm, and its own Shard(0) means contiguous blocks, which would give the rank with the first groups most of the
+work.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def search_batch(
     not `selected` and carry acts 0. Equals go to the smallest row * d_sae + latent, as on the CPU.
 
     With `low` the search runs in that type, and fp32 decides about what it found: an fp32 step keeps the same, unless
-    more than spare(n) entries lie so close to the n-th that `low` rounds them across it. `exact`: all activations are
+    more than spare(n) entries are so close to the n-th that `low` rounds them across it. `exact`: all activations are
     computed again in fp32; else those within spare(n) of the n-th, and the larger ones stay as `low` gave them.
     """
     batch, d_sae = x.shape[0], W_enc.shape[0]

@@ -1,8 +1,8 @@
 """What a step asks of the ranks that take it together. `TrainStep` is one; who takes part is handed to it.
 
     Communicator      alone: this process has every row and every latent, and asks nobody
-    RowsOverRanks     each rank has its rows of every batch (parallel.py)
-    LatentsOverRanks  each rank has its latents of the dictionary (features.py)
+    RowsOverRanks     each rank has its rows of every batch (distributed/rows_over_ranks.py)
+    LatentsOverRanks  each rank has its latents of the dictionary (distributed/latents_over_ranks.py)
 
 Every rank must take the same steps, so that all make the same calls in the same order.
 """

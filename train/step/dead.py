@@ -13,7 +13,7 @@ from .selection import TILE_ELEMENTS
 from .sparse_acts import SparseActs
 
 WIDE_ELEMENTS = 1 << 27
-"""Pre-activations of dead latents at once on a GPU, 512 MiB."""
+"""Pre-activations of dead latents at once where they become a matrix (a GPU, or the dense backend), 512 MiB."""
 
 
 def select_dead(x: Tensor, W_enc: Tensor, b_enc: Tensor, dead: Tensor, k_aux: int) -> SparseActs:
@@ -28,7 +28,7 @@ def select_dead(x: Tensor, W_enc: Tensor, b_enc: Tensor, dead: Tensor, k_aux: in
 def select_listed(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, listed: Tensor, k_aux: int, *, low: torch.dtype | None
 ) -> SparseActs:
-    """The same on a GPU, for a list of dead latents of fixed length, filled up with -1 (`list_dead`).
+    """The same for a GPU and the dense backend: a list of dead latents, on a GPU of fixed length, filled up with -1.
 
     Always min(k_aux, length) entries a row. `latents` are positions in the list; surplus entries, of padding, are not
     `selected` and carry acts 0.

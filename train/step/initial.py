@@ -1,4 +1,7 @@
-"""The weights a run starts from, made block by block: beside the state itself a start takes no memory to speak of."""
+"""The weights a run starts from, made block by block: beside the state itself a start takes little memory.
+
+With `init: pairs` and fewer rows than latents it takes all of these rows once in fp32, too.
+"""
 
 from __future__ import annotations
 

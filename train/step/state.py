@@ -38,8 +38,9 @@ class StepState:
     ) -> Self:
         """`adopt` of fp32 copies of the weights."""
         weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-        own = {name: t.detach().to(torch.float32, copy=True).contiguous() for name, t in weights.items()}
-        return cls.adopt(**own, W_skip=None if W_skip is None else W_skip.detach().to(torch.float32, copy=True))
+        if W_skip is not None:
+            weights["W_skip"] = W_skip
+        return cls.adopt(**{n: t.detach().to(torch.float32, copy=True).contiguous() for n, t in weights.items()})
 
     @classmethod
     def adopt(cls, *, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, W_skip: Tensor | None = None) -> Self:

@@ -1,9 +1,9 @@
 """One training step: encode, BatchTopK, nested loss and aux loss, gradients, clip, Adam, unit decoder rows, counters.
 
-The equations are in `nested.py`; the work is in `selection.py` or, on a GPU, `batch_search.py` (encoder and BatchTopK),
-`sparse.py` or `dense.py` (everything behind it), `dead.py` (aux entries) and `update.py` (weights). Everything that is
-carried to the next step and decides anything is in `StepState`, so a run that saves and loads it goes on as if never
-interrupted (bit for bit on the CPU).
+The equations are in `nested_loss.py`; the work is in `selection.py` or, on a GPU, `batch_search.py` (encoder and
+BatchTopK), `sparse.py` or `dense.py` (everything behind it), `dead.py` (aux entries) and `update.py` (weights).
+Everything that is carried to the next step and decides anything is in `StepState`, so a run that saves and loads it
+continues as if never interrupted (bit for bit on the CPU).
 """
 
 import math
@@ -293,7 +293,7 @@ class TrainStep:
         self._bad_step = torch.where(first, self.state.step, self._bad_step)
 
     def _count(self, kept: SparseActs, batch: int, finite: Tensor) -> Tensor:
-        """Dead counters and threshold: the only place that changes them. Returns the number of kept entries."""
+        """Dead counters and threshold: the only place that changes them. Returns the number of entries kept here."""
         settings, state, ranks = self.settings, self.state, self._ranks
         positive = kept.acts > 0
         fired = ranks.sum_over_rows(self._times_fired(kept, positive)) > 0
@@ -304,7 +304,7 @@ class TrainStep:
         average = torch.where(state.threshold > 0, decay * state.threshold + (1 - decay) * smallest, smallest)
         moves = finite & torch.isfinite(smallest) & (state.step >= settings.threshold_start_step)
         state.threshold.copy_(torch.where(moves, average, state.threshold))
-        return ranks.sum_over_latents(ranks.sum_over_rows(positive.sum()))
+        return positive.sum()
 
     def _times_fired(self, kept: SparseActs, positive: Tensor) -> Tensor:
         """In how many of the own rows each of the own latents is active, fp32 [d_sae]."""
@@ -325,6 +325,7 @@ class TrainStep:
     ) -> StepReport:
         batch = y.shape[0] * self._ranks.row_parts
         self.check()
+        n_kept = self._ranks.sum_over_latents(self._ranks.sum_over_rows(n_kept))
         sq_err = sq_err.double()
         variance = self._ranks.total_scatter(y.double())
         return StepReport(

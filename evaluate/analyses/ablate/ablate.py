@@ -20,11 +20,12 @@ from ...config import EvaluateConfig
 from ...language_model.load import load_model, text_of_tokens, weight_dtype
 from ...language_model.scores import score
 from ...measures.bootstrap import DOCUMENTS
-from ...measures.firing import Firing, add_firing, check_latents, latent_acts
+from ...measures.firing import Firing, add_firing, latent_acts
 from ...measures.recovered import DocumentSums, Estimates, increase, mean_of
 from ...rows.batches import check_rows
 from ...rows.context_blocks import count_contexts
 from ...rows.contexts import Contexts, context_batches
+from ...subject.latents import check_latents
 from ...tables import FEW_DOCUMENTS
 from .result import ABLATIONS_FOLDER, Ablation, TokenChange
 from .table import ablation_table
@@ -67,7 +68,7 @@ class AblateAnalysis(Analysis[Ablation]):
 
     def check(self, transcoder: Transcoder, shards: ShardSet, config: EvaluateConfig) -> None:
         """The latents must be there, and rows."""
-        check_latents(transcoder, self.latents)
+        check_latents(transcoder.config.d_sae, self.latents)
         check_rows(shards, config.split)
 
     def tables(self, results: Sequence[Ablation]) -> list[ResultTable]:

@@ -46,7 +46,7 @@ class _Letter:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Codes of one transcoder on the three sets of rows, and what they are projected on."""
+    """Activations of one transcoder on the three sets of rows, and what they are projected on."""
 
     train: RowActs
     test: RowActs

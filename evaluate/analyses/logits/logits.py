@@ -103,7 +103,7 @@ class LogitsAnalysis(Analysis[Logits]):
             **job.facts,
             norm=unembedding.norm.kind,
             n_tokens=n_tokens,
-            scale=_median(done.scales) if len(done.scales) else None,
+            scale=float(np.median(done.scales.double().numpy())) if len(done.scales) else None,
             scale_rows=len(done.scales) or None,
             soft_cap=unembedding.soft_cap,
         )
@@ -127,11 +127,6 @@ def _measure_scales(model: LanguageModel, job: Job, done: _Done) -> None:
         done.n_contexts += len(contexts.numbers)
         job.progress.advanced(len(scales))
         job.saved.save_when_due(done, len(done))
-
-
-def _median(values: Tensor) -> float:
-    ordered = values.double().sort().values
-    return float(ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]].mean())
 
 
 def write_logits(path: Path, effects: TokenEffects) -> None:

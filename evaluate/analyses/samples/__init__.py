@@ -1,1 +1,1 @@
-"""`evaluate samples` and `evaluate show`: windows of text that show what each latent is about."""
+"""`evaluate samples`: windows of text that show what each latent is about."""

@@ -65,7 +65,7 @@ class SamplesAnalysis(Analysis[SamplesMetadata]):
         """How many, and of which rows."""
         made = f"{result.n_windows:,} windows from {result.n_rows:,} {result.split} rows"
         if result.split == "train":
-            made += ", which the transcoder has seen: they may show what it learned by heart"
+            made += ", which the transcoder has seen: they may show what it memorised"
         return [made]
 
 

@@ -21,7 +21,7 @@ class TopWindows:
     Memory is d_sae * n_kept * (width + 7) * 4 bytes, whatever is pushed.
     """
 
-    SUMS = ("score", "key", "place", "value", "_acts", "_drawer")
+    SUMS = ("score", "key", "place", "value", "_acts", "_acts_index")
 
     def __init__(self, d_sae: int, n_kept: int, width: int, device: torch.device) -> None:
         self.score = torch.full((d_sae, n_kept), EMPTY, dtype=torch.int64, device=device)
@@ -33,7 +33,7 @@ class TopWindows:
         self.value = torch.zeros(d_sae, n_kept, device=device)
         """[d_sae, n_kept] float32: activation at the place"""
         self._acts = torch.zeros(d_sae, n_kept, width, device=device)
-        self._drawer = torch.zeros_like(self.score)
+        self._acts_index = torch.zeros_like(self.score)
         """[d_sae, n_kept] int64: index of the window in _acts, so that stored windows never move"""
 
     def floor(self) -> Tensor:
@@ -42,7 +42,7 @@ class TopWindows:
 
     def acts(self, latent: Tensor, slot: Tensor) -> Tensor:
         """Activations [n, width] in windows, by latent and place in the order of the scores."""
-        return self._acts[latent, self._drawer[latent, slot]]
+        return self._acts[latent, self._acts_index[latent, slot]]
 
     def push(
         self,
@@ -84,7 +84,7 @@ class TopWindows:
     ) -> None:
         """Put the windows that are new into the slots that those dropped leave empty."""
         is_old = chosen < n_old
-        slots = self._drawer[touched]
+        slots = self._acts_index[touched]
         stayed, old_of = slots.flatten()[chosen[is_old]], of[is_old]
         taken = torch.zeros_like(slots, dtype=torch.uint8)
         taken[old_of, stayed] = 1
@@ -95,7 +95,7 @@ class TopWindows:
         placed = empty[new_of, number]
         slots[old_of, rank[is_old]] = stayed
         slots[new_of, rank[~is_old]] = placed
-        self._drawer[touched] = slots
+        self._acts_index[touched] = slots
         self._acts[touched[new_of], placed] = acts_of(chosen[~is_old] - n_old)
 
 

@@ -24,8 +24,9 @@ from ...analysis import Progress, Silent, load_transcoder
 from ...config import EvaluateConfig
 from ...language_model.load import load_model
 from ...language_model.text_probe import TextProbe
-from ...measures.firing import check_latents, find_firing, latent_acts
+from ...measures.firing import find_firing, latent_acts
 from ...rows.context_blocks import count_contexts
+from ...subject.latents import check_latents
 from ...subject.shard_set import open_shards
 
 
@@ -74,7 +75,7 @@ def steer(
     shards = open_shards(checkpoint, config.shards, progress.noted)
     config = config.model_copy(update={"prefix": None})
     transcoder = load_transcoder(checkpoint, shards, config)
-    check_latents(transcoder, [latent])
+    check_latents(transcoder.config.d_sae, [latent])
     max_act = largest_activation(checkpoint, transcoder, shards, config, latent)
     model = load_model(shards, config)
     probe = TextProbe(model, transcoder, shards)

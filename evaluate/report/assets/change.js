@@ -1,5 +1,5 @@
 "use strict";
-// How a text goes on with one latent changed: a box where a server is behind the pages, else the commands to type.
+// How a text continues with one latent changed: a box where a server is behind the pages, else the commands to type.
 const Changing = { text: "", how: "steer", strength: "2" };
 const HOWS = { steer: ["steer", "Added to every token: strength times its largest activation times its decoder row."],
   ablate: ["scale where it fires", "Where it fires, its activation times the strength: 0 takes it out, 1 changes nothing."] };
@@ -11,10 +11,10 @@ function changeBox(aside, latent, n) {
       command(`evaluate steer RUN ${latent} --text "The" --scale 2`), command(`evaluate ablate RUN ${latent}`)));
     return;
   }
-  const text = el("textarea", { id: "change-text", rows: "2", placeholder: "A text to go on with", "aria-label": "Text to go on with", dir: "auto" });
+  const text = el("textarea", { id: "change-text", rows: "2", placeholder: "A text to continue", "aria-label": "Text to continue", dir: "auto" });
   const how = el("select", { id: "how", "aria-label": "How the latent is changed" }, ...Object.entries(HOWS).map(([value, [name]]) => el("option", { value }, name)));
   const strength = el("input", { type: "number", id: "strength", step: "any", min: "-1000", max: "1000", "aria-label": "Strength" });
-  const go = el("button", { type: "button", id: "change-go" }, "Go on"), state = el("span", { class: "soft", id: "change-state", role: "status" });
+  const go = el("button", { type: "button", id: "change-go" }, "Continue"), state = el("span", { class: "soft", id: "change-state", role: "status" });
   const note = el("p", { class: "note" }), shown = el("div", { id: "continuations" });
   text.value = Changing.text;
   how.value = Changing.how;
@@ -29,7 +29,7 @@ function changeBox(aside, latent, n) {
 
   async function run() {
     if (go.disabled) return;
-    const asked = { latent, text: text.value, how: how.value, strength: Number(strength.value) };
+    const asked = { latent, text: text.value, how: how.value, strength: strength.value === "" ? null : Number(strength.value) };
     go.disabled = true;
     state.textContent = "working\u2026";
     try {

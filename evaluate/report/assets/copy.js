@@ -1,5 +1,5 @@
 "use strict";
-// A latent as JSON, to go on with it elsewhere.
+// A latent as JSON, for use elsewhere.
 function latentAsJson(o, own, chunk, table, note) {
   const { latent } = own, set = o.report.shard_set, of = o.report.transcoder, group = groupOf(latent), logits = o.logits ?? {};
   const effects = (pairs) => pairs.map(([place, effect]) => ({ token: chunk.texts[place], direction: effect, logit: logits.scale ? effect * logits.scale : null }));

@@ -23,7 +23,7 @@ Report.pages.hierarchy = async (main, argument, query) => {
   const count = el("span", { class: "soft", id: "count", role: "status" }), alone = el("input", { type: "checkbox", id: "alone" });
   alone.checked = asked.alone !== "";
   alone.addEventListener("change", apply);
-  main.append(el("p", { class: "note" }, "Each latent is drawn under the tightest earlier latent that fires where it does. Bar: how much of its own rows lie inside that parent; click a line for contexts and for what fires inside it."),
+  main.append(el("p", { class: "note" }, "Each latent is drawn under the tightest earlier latent that fires where it does. Bar: the share of its rows on which that parent fires too; click a line for contexts and for what fires inside it."),
     el("div", { class: "controls" }, where, search, el("label", {}, "inside at least", least), el("label", {}, "by", order),
       el("label", {}, alone, "without a parent in later groups too"), count), note);
   const list = el("ul", { class: "nest", id: "nest" }), burst = el("div", { class: "burst", id: "burst" });

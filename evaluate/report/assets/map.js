@@ -6,7 +6,7 @@ Report.pages.map = async (main, _, query) => {
   const o = await load("overview"), n = o.prefix_ends[o.prefix_ends.length - 1];
   main.append(el("h1", {}, "Map"));
   if (o.missing.hierarchy) { main.append(missing(o, "hierarchy", "The map is")); return; }
-  if (!o.has_map) { main.append(el("p", { class: "note" }, "evaluate hierarchy was told to make no clusters, and so no map.")); return; }
+  if (!o.has_map) { main.append(el("p", { class: "note" }, "evaluate hierarchy was run without clusters, and so without a map, and so no map.")); return; }
   const table = await load("latents"), map = await load("clusters"), groups = allGroups(n), words = table.words;
   const asked = askedFor(MAP.usual, query), off = new Set(asked.off.split(",").map(Number)), clusters = new Map();
   const shownGroups = new Set(o.group_sizes.map((_, i) => i + 1).filter((group) => !off.has(group)));

@@ -35,7 +35,7 @@ function tokenEffect(text, effect, largest, scale = null) {
 function latentRelations(aside, o, own, table) {
   const name = (other) => el("span", { class: "who" }, el("a", { href: `#/latent/${other}` }, String(other)), groupBadge(groupOf(other)), el("span", { class: "words", title: table.words[other] }, table.words[other]));
   const item = (other, share, text, title) => el("li", {}, name(other), bar(share, text, title));
-  if (!own.parents) aside.append(besides("nest", "Parents and children", missing(o, "hierarchy", "What it lies in, and what lies in it, is")));
+  if (!own.parents) aside.append(besides("nest", "Parents and children", missing(o, "hierarchy", "Which latents are its parents and its children is")));
   else {
     const nested = ([other, inside, share, lift, cosine]) => item(other, inside, share_(inside), `inside the parent ${share_(inside)}, of the parent\u2019s rows ${share_(share)}, lift ${lift}, cosine ${cosine}`);
     const list = (rows) => {

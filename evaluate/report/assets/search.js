@@ -74,7 +74,7 @@ function searchControls(asked, changed) {
 function searchNote(found, where) {
   if (!found) return "";
   return where === FIRES ? "Latents that fire on a token that is one of these words, whatever its case or leading space, by the share of their activation that falls on it. Counted on the saved windows of each latent (its largest activations, and a sample of each tenth), not on all rows."
-    : "Latents with the words as they stand anywhere in a saved window, whether or not they fire there.";
+    : "Latents with these exact words anywhere in a saved window, whether or not they fire there.";
 }
 
 // Why a search gave nothing, and the way on.

@@ -9,7 +9,7 @@ function sunburst(nest, focus, groups, words, onPick) {
   let hidden = 0;
   const place = (angle, radius) => `${(middle + radius * Math.sin(angle)).toFixed(2)} ${(middle - radius * Math.cos(angle)).toFixed(2)}`;
 
-  // parent: the group of the ring that it stands on; rings between are crossed by a faint wedge.
+  // parent: the group of the ring that it is drawn on; rings between are crossed by a faint wedge.
   function arc(i, from, to, parent) {
     const inner = core + (groups[i] - groups[focus] - 1) * step + 1.5, below = core + (parent - groups[focus]) * step, outer = inner + step - 1.5, wide = to - from > Math.PI ? 1 : 0;
     const end = Math.min(to, from + 2 * Math.PI - 1e-4);

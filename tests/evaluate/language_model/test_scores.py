@@ -87,7 +87,7 @@ def test_nothing_to_score_is_fine_and_nan_is_not() -> None:
     logits = torch.zeros(1, 2, 5)
     assert len(score(logits, logits, torch.zeros(1, 2, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)).kl) == 0
     broken = torch.full((1, 2, 5), math.nan)
-    # only a wider type than the one in use is recommended
+    # only a wider type than the one in use is recomrepaired
     for dtype, message in (
         (torch.float16, r"not finite in float16.*evaluate\.lm\.dtype=bfloat16 or float32"),
         (torch.bfloat16, "not finite in bfloat16. A wider type does not help"),

@@ -9,12 +9,14 @@ import io
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from warm_processes import WarmPython
 
 from evaluate.analyses.hierarchy.hierarchy import HierarchyAnalysis
 from evaluate.analyses.match.match import Best
@@ -22,6 +24,8 @@ from evaluate.analyses.match.result import Matching, write_matching
 from evaluate.analysis import answer
 from evaluate.config import EvaluateConfig, HierarchyConfig
 from evaluate.report.build import make_report
+from evaluate.report.http_pages import PageServer
+from evaluate.report.serve import serve_report
 from evaluate.subject.subjects import Subject
 from matryoshka.runs import publish_json
 from matryoshka.transcoder import Transcoder
@@ -274,3 +278,39 @@ def browser(driver: Any, index: Path) -> Iterator[Browser]:
     yield opened
     assert driver.get_log("browser") == []
     assert driver.execute_script("return window.hacked") is None
+
+
+@pytest.fixture(scope="module")
+def harvested(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_text: Path, made: Any, warm_python: WarmPython
+) -> Path:
+    """A folder with a shard set l1 that was harvested from a tiny model, and a run with a report."""
+    folder = tmp_path_factory.mktemp("served")
+    words = ["--model", tiny_llama, "--dataset", tiny_text, "--layer", "1", "--tokens", "3k", "--out", "l1"]
+    words += ["--set", "harvest.ctx_len=32", "--set", "harvest.val_fraction=0.3", "--device", "cpu", "--dtype", "fp32"]
+    done = warm_python.run(["-m", "harvest", "run", *words], folder)
+    assert done.returncode == 0, done.stderr
+    hooks = {"source_hook": "blocks.1.hook_resid_mid", "target_hook": "blocks.1.hook_mlp_out"}
+    model = {"model": str(tiny_llama), "model_revision": None, "input": "normalized"}
+    run = made.run(folder / "l1-k9", made.transcoder(d_in=24, d_out=24, **hooks, **model))
+    publish_json(run / "run.json", {"format_version": 1, "config": {"shards": "l1"}})
+    config = EvaluateConfig.model_validate({"shards": folder / "l1", "device": "cpu", "samples": {"before": 6}})
+    assert make_report(run, config).notes == ()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(harvested: Path) -> Iterator[PageServer]:
+    served = serve_report(harvested / "l1-k9", EvaluateConfig(device="cpu"))
+    thread = threading.Thread(target=served.server.serve_forever, daemon=True)
+    thread.start()
+    yield served.server
+    served.server.shutdown()
+    served.server.server_close()
+    thread.join(10)
+
+
+@pytest.fixture
+def live(browser: Any, server: PageServer) -> Any:
+    """The browser on the served pages."""
+    return browser.on(f"http://127.0.0.1:{server.port}/")

@@ -59,7 +59,7 @@ def test_matches_of_either_side_and_of_prefixes(runs: tuple[Path, Path], made: A
     assert {entry[0] for entry in found.of(30)} <= {0}
 
 
-@pytest.mark.parametrize("broken", ["json", "parquet", "other latents"])
+@pytest.mark.parametrize("broken", ["json", "parquet", "no parquet", "other latents"])
 def test_broken_matches_are_named(broken: str, runs: tuple[Path, Path], made: Any, val_set: ShardSet) -> None:
     one, other = runs
     out = one / "matched"
@@ -68,6 +68,8 @@ def test_broken_matches_are_named(broken: str, runs: tuple[Path, Path], made: An
         (out / "matching.json").write_text("{")
     elif broken == "parquet":
         (out / "matches.parquet").write_bytes(b"PAR1")
+    elif broken == "no parquet":
+        (out / "matches.parquet").unlink()
     digests = compared_digests(made.transcoder())
     found = Matches.near(one, one / "eval" / "l1", lambda: digests, 20 if broken == "other latents" else 48)
     assert found.facts() == []

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 
@@ -41,6 +42,7 @@ def test_the_tokenizer_stays_as_it_was_loaded(load):
     assert load("tiny_gemma2").tokenizer("w0 w3")["input_ids"] == [4, 7]
 
 
+@pytest.mark.process
 def test_import_is_cheap():
     code = (
         "import sys, matryoshka.lm; "

@@ -99,7 +99,7 @@ def test_streams_share_the_rows_evenly(random_shards: ShardSet, batch_rows: int)
 
 
 @pytest.mark.parametrize("buffer_rows", [64, 700, 10**6])
-def test_every_block_fits_into_the_memory_that_is_reckoned(random_shards: ShardSet, buffer_rows: int) -> None:
+def test_every_block_fits_into_the_memory_that_is_estimated(random_shards: ShardSet, buffer_rows: int) -> None:
     stream = stream_of(random_shards, buffer_rows=buffer_rows)
     source, target = stream.memory()
     plans = [stream.stream_plan(epoch, i) for epoch in range(5) for i in range(stream.n_streams)]
@@ -107,7 +107,7 @@ def test_every_block_fits_into_the_memory_that_is_reckoned(random_shards: ShardS
     assert largest <= len(source) == len(target)
 
 
-def test_what_is_reckoned_is_what_is_taken(random_shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_estimated_is_what_is_taken(random_shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     memory = Stream.memory
 

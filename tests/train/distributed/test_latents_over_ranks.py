@@ -129,7 +129,7 @@ def test_one_step_of_every_kind(step_on_ranks: Callable[[str, int], None], world
 
 def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks with the even and the odd of six latents, the four largest of seven entries, by hand."""
-    from train.distributed import latents_over_ranks as features
+    from train.distributed import latents_over_ranks as module
     from train.distributed.latents_over_ranks import LatentsOverRanks
     from train.step.sparse_acts import SparseActs
 
@@ -152,7 +152,7 @@ def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.Monkey
             assert torch.equal(given, everyone[index])
             return torch.stack(everyone)
 
-        monkeypatch.setattr(features, "gather", gather)
+        monkeypatch.setattr(module, "gather", gather)
         kept = ranks._of_all(own[index], 4, 4)
         assert kept is not None
         numbers = ranks._slice.numbers(kept.latents).tolist()
@@ -161,7 +161,7 @@ def test_ties_go_to_the_first_of_the_whole_dictionary(monkeypatch: pytest.Monkey
 
 
 def test_a_rank_with_more_than_it_was_asked_for_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.distributed import latents_over_ranks as features
+    from train.distributed import latents_over_ranks as module
     from train.distributed.latents_over_ranks import LatentsOverRanks
     from train.step.sparse_acts import SparseActs
 
@@ -169,7 +169,7 @@ def test_a_rank_with_more_than_it_was_asked_for_is_asked_again(monkeypatch: pyte
     own = SparseActs(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2]), torch.tensor([3.0, 2.0, 1.5]))
     # The fourth largest of all is 1.5, so this rank may hold more of that size; then it is 2: it holds no more of that.
     for other, again in ((torch.tensor([4.0, 1.0, 0.5]), True), (torch.tensor([4.0, 2.5, 0.5]), False)):
-        monkeypatch.setattr(features, "gather", lambda given, _rank, other=other: torch.stack([given, other]))
+        monkeypatch.setattr(module, "gather", lambda given, _rank, other=other: torch.stack([given, other]))
         assert (ranks._of_all(own, 3, 4) is None) is again
 
 

@@ -67,7 +67,7 @@ def test_only_where_processes_can_be_joined(
 
 
 # One step on all ranks, each with its rows, against one step of one with all rows; the path of CUDA too. In the second
-# half of the batches nearly all that is kept lies on the last rank, which then is asked for more than its fair part.
+# half of the batches nearly all that is kept is on the last rank, which then is asked for more than its fair part.
 DRIVER = """
 import sys
 from dataclasses import replace
@@ -150,14 +150,14 @@ def test_ties_go_to_the_first_of_the_whole_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two ranks of two rows each, the four largest of eight equal or smaller values, by hand."""
-    from train.distributed import rows_over_ranks as parallel
+    from train.distributed import rows_over_ranks as module
     from train.distributed.rows_over_ranks import RowsOverRanks
     from train.step.sparse_acts import SparseActs
 
     acts = [torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor([3.0, 1.0, 1.0])]
     padded = [torch.cat([one, torch.full((4 - len(one),), -1.0)]) for one in acts]
 
-    monkeypatch.setattr(parallel, "gather", lambda *_: torch.stack(padded))
+    monkeypatch.setattr(module, "gather", lambda *_: torch.stack(padded))
     rows = [torch.tensor([1, 1, 0, 0]), torch.tensor([0, 0, 1])]
     latents = [torch.tensor([0, 3, 5, 1]), torch.tensor([2, 4, 0])]
     found = []

@@ -81,7 +81,7 @@ def test_blocks_give_the_bits_of_whole_matrices(
 @pytest.mark.parametrize("init", ["pairs", "tied"])
 @pytest.mark.parametrize("world", [1, 4])
 def test_a_start_takes_no_more_than_the_state_and_a_block(init: str, world: int) -> None:
-    """On a GPU, at the size of layer 17: 13 times the weights of one side before, 6 of which are the state's."""
+    """On a GPU, at the size of layer 17."""
     d, d_sae = 2304, 18432
     held = range(1, d_sae, world) if world > 1 else None
     reads = {bool: True, int: 0, float: 0.0}
